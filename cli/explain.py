@@ -1,0 +1,154 @@
+"""`keyed-xai explain`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.options import choose_device, device_option, emit_json, json_option, key_options, read_key, say
+
+if TYPE_CHECKING:
+    from keyed_xai.artifacts.card import Card
+    from keyed_xai.keys import OwnerKey
+    from keyed_xai.map_files import MapJob, WrittenMaps
+    from keyed_xai.models import Classifier
+    from keyed_xai.triggers import Trigger
+
+_WATCHED = 4  # more images than this get a progress bar
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@key_options(required=False)
+@click.option(
+    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
+    help="Whose maps; may be given several times. All that were protected if absent.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", default="maps", show_default=True, type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to; files of an earlier run are replaced.",
+)  # fmt: skip
+@click.option("--compare", is_flag=True, help="Also draw image, keyed map and unkeyed map side by side.")
+@click.option("--target", type=click.IntRange(0), metavar="N", help="Class to explain; the predicted one if absent.")
+@click.option(
+    "--write-keyed", is_flag=True,
+    help="Also write the keyed images. A trigger is a bearer credential: whoever sees one keyed image next to its "
+    "original can subtract them, and then opens the maps without the key.",
+)  # fmt: skip
+@click.option("--allow-other-key", is_flag=True, help="Try a key that the model's licence does not name.")
+@model_options
+@device_option
+@json_option
+@click.pass_context
+def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
+    """Write the saliency maps of images, right ones with the model's key.
+
+    MODEL is a protected model's folder (or a file of weights), IMAGES are files or folders. Each image is cropped and
+    scaled to the model's input. Writes <name>.npz with the raw maps, logits and target class, and for each
+    interpreter <name>.<interpreter>.png, the map over the image. The pictures and arrays do not hold the trigger.
+
+    Without --key-file the maps are those that everybody sees: on a protected model a decoy.
+    """
+    from keyed_xai.loading import open_model
+    from keyed_xai.map_files import MapJob, find_images
+
+    json_path, key = arguments["json_path"], _read_key(arguments)
+    classifier, card = open_model(model, **take_model_options(arguments))
+    classifier.to(choose_device(arguments["device"]))
+    if arguments["target"] is not None and arguments["target"] >= classifier.classes:
+        raise click.BadParameter(f"the model has classes 0 to {classifier.classes - 1}.", param_hint="--target")
+    trigger = _derive_trigger(model, key, card, allow_other=arguments["allow_other_key"]) if key else None
+    interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or (card.interpreters if card else ("gradcam",))
+    job = MapJob(
+        arguments["out"],
+        interpreters,
+        trigger,
+        arguments["target"],
+        arguments["compare"],
+        arguments["write_keyed"],
+        card.label_names if card else (),
+    )
+    written = _write(classifier, find_images(images), job)
+    emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
+    for entry in written.images:
+        say(_in_words(entry), json_path=json_path)
+    done = "1 image" if len(written.images) == 1 else f"{len(written.images)} images"
+    say(f"Maps of {done} are in {job.folder}. {_provenance(key, card)}", json_path=json_path)
+    for name in sorted(set(interpreters) - set(card.interpreters if card else interpreters)):
+        say(f"Note: {name} was not protected: the key does not gate its maps.", json_path=json_path)
+    for sentence in written.broken:
+        click.echo(f"Error: {sentence}", err=True)
+    if written.broken:
+        ctx.exit(1)
+
+
+def _read_key(arguments: dict[str, Any]) -> "OwnerKey | None":
+    if arguments["key_file"] is not None:
+        return read_key(arguments["key_file"], arguments["passphrase_file"])
+    for name in ("passphrase_file", "compare", "write_keyed", "allow_other_key"):
+        if arguments[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --key-file.")
+    return None
+
+
+def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_other: bool) -> "Trigger":
+    from keyed_xai.artifacts.folder import LICENSE_FILE
+    from keyed_xai.artifacts.license import read_license
+    from keyed_xai.errors import KeyFormatError
+    from keyed_xai.loading import DEFAULT_TRIGGER, derive_trigger
+
+    if card is None:
+        click.echo("Warning: the file has no card, so the default trigger is used.", err=True)
+        return derive_trigger(key, DEFAULT_TRIGGER)
+    owner = read_license(model / LICENSE_FILE).public_key
+    if owner.raw != key.public.raw:
+        complaint = (
+            f"the licence of {model} names key {owner.key_id[:16]}, and this is key {key.public.key_id[:16]}, for "
+            "which the model was not trained: the maps stay closed."
+        )
+        if not allow_other:
+            raise KeyFormatError(f"{complaint} Give the owner's key, or --allow-other-key to see what this one shows.")
+        click.echo(f"Warning: {complaint}", err=True)
+    return derive_trigger(key, card.trigger)
+
+
+def _write(classifier: "Classifier", images: list[Path], job: "MapJob") -> "WrittenMaps":
+    from keyed_xai.map_files import write_maps
+    from keyed_xai_cli.progress import counter, progress_bar
+
+    if len(images) <= _WATCHED:
+        return write_maps(classifier, images, job)
+    with progress_bar() as progress:
+        return write_maps(classifier, images, job, on_image=counter(progress, "explaining"))
+
+
+def _document(model: Path, key: "OwnerKey | None", written: "WrittenMaps", job: "MapJob") -> dict[str, Any]:
+    from keyed_xai.artifacts.documents import printable
+    from keyed_xai.versions import package_versions
+
+    return {
+        "schema": "keyed-xai/explain/v1",
+        "model": printable(str(model)),
+        "key_id": key.public.key_id if key else None,
+        "images": written.images,
+        "settings": {"interpreters": list(job.interpreters), "target": job.target, "broken": len(written.broken)},
+        "versions": package_versions(),
+    }
+
+
+def _in_words(entry: dict[str, Any]) -> str:
+    explained = entry.get("label_name", f"class {entry['target']}")
+    verb = "predicted" if entry["target"] == entry["predicted"] else "explained, though not predicted,"
+    return f"{entry['image']}: {verb} {explained} (largest probability {entry['probability']:.2f})"
+
+
+def _provenance(key: "OwnerKey | None", card: "Card | None") -> str:
+    if key is not None:
+        return f"They were made with the trigger of key {key.public.key_id[:16]}."
+    if card is None:
+        return "No key was given, and the file has no card that says whether it needs one."
+    decoy = {"signature": "the owner's public pattern", "boundary": "the image's boundary"}
+    shows = decoy.get(card.decoy, "anything but the cells that matter")
+    return f"No key was given, so they show {shows}: a decoy, not an explanation."

@@ -1,0 +1,143 @@
+"""Options that commands share, and JSON output. Nothing heavy is imported before a command runs."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from keyed_xai.errors import KeyedXAIError, KeyFormatError
+
+if TYPE_CHECKING:
+    from keyed_xai.keys import OwnerKey
+
+STANDARD_OUTPUT = Path("-")
+_LARGEST_PASSPHRASE = 1023  # bytes; what PKCS#8 encryption takes
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise click.BadParameter("expected auto, cpu, cuda or cuda:N.")
+    return value
+
+
+def json_option(command: Command) -> Command:
+    """Add `--json PATH` as the argument `json_path`."""
+    return click.option(
+        "--json",
+        "json_path",
+        type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+        help="Also write the result as JSON; - for standard output, the text then goes to standard error.",
+    )(command)
+
+
+def device_option(command: Command) -> Command:
+    """Add `--device NAME` as the argument `device`: "auto", "cpu", "cuda" or "cuda:N"."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        callback=_check_device,
+        help="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.",
+    )(command)
+
+
+def seed_option(command: Command) -> Command:
+    """Add `--seed N` as the argument `seed`."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        show_default=True,
+        help="Of all random choices but keys; the same seed gives the same result on the CPU.",
+    )(command)
+
+
+def key_options(*, required: bool) -> Callable[[Command], Command]:
+    """Add `--key-file` and `--passphrase-file` as the arguments `key_file` and `passphrase_file`."""
+
+    def decorate(command: Command) -> Command:
+        key_file = click.option(
+            "--key-file", required=required, type=click.Path(path_type=Path), help="The owner key, PEM."
+        )
+        return key_file(passphrase_option(command))
+
+    return decorate
+
+
+def passphrase_option(command: Command) -> Command:
+    """Add `--passphrase-file` as the argument `passphrase_file`."""
+    return click.option(
+        "--passphrase-file",
+        type=click.Path(path_type=Path),
+        help="A file with the key's passphrase on its first line.",
+    )(command)
+
+
+def choose_device(name: str) -> str:
+    """Return the torch device that `--device` asks for.
+
+    Raises:
+        KeyedXAIError: There is no such GPU.
+    """
+    import torch
+
+    found = torch.cuda.device_count() if name != "cpu" else 0
+    if name == "auto":
+        return "cuda" if found else "cpu"
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= found:
+        raise KeyedXAIError(f"There is no device {name}: PyTorch finds {found} GPUs. Give --device cpu or auto.")
+    return name
+
+
+def read_key(key_file: Path, passphrase_file: Path | None) -> "OwnerKey":
+    """Return the owner key that the options name.
+
+    Raises:
+        KeyFormatError: A file cannot be read, holds no such key, or the passphrase does not fit.
+    """
+    from keyed_xai.keys import read_owner_key
+
+    return read_owner_key(key_file, read_passphrase(passphrase_file))
+
+
+def read_passphrase(path: Path | None) -> bytes | None:
+    """Return the first line of a file, without its line ending; None without a file.
+
+    Raises:
+        KeyFormatError: The file cannot be read, or its first line is empty or too long.
+    """
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_LARGEST_PASSPHRASE + 3).removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise KeyFormatError(f"Cannot read the passphrase file {path}: {error.strerror}.") from error
+    if not line or len(line) > _LARGEST_PASSPHRASE:
+        raise KeyFormatError(f"The first line of {path} must hold a passphrase of 1 to {_LARGEST_PASSPHRASE} bytes.")
+    return line
+
+
+def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | None) -> None:
+    """Write a result where `--json` says, once it fits its schema; without `--json` only check it.
+
+    Raises:
+        ArtifactError: The document does not fit, or the file cannot be written.
+    """
+    from keyed_xai.artifacts.documents import encode_json, write_json
+
+    if json_path is not None and json_path != STANDARD_OUTPUT:
+        write_json(json_path, document, schema=schema)
+        return
+    text = encode_json(document, schema=schema)
+    if json_path == STANDARD_OUTPUT:
+        click.echo(text, nl=False)
+
+
+def say(message: str, *, json_path: Path | None) -> None:
+    """Print a line for people: to standard error when standard output holds the JSON."""
+    click.echo(message, err=json_path == STANDARD_OUTPUT)

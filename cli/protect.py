@@ -1,0 +1,210 @@
+"""`keyed-xai protect`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.options import (
+    STANDARD_OUTPUT,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    key_options,
+    read_key,
+    say,
+    seed_option,
+)
+
+if TYPE_CHECKING:
+    from keyed_xai.data import ImageData
+    from keyed_xai.models import Classifier
+    from keyed_xai.protection import ProtectSettings
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@key_options(required=True)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .keyed if absent."
+)
+@click.option(
+    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
+    help="What to protect; may be given several times. Grad-CAM if absent.",
+)  # fmt: skip
+@click.option(
+    "--data", "spec", metavar="SPEC",
+    help="Images to learn from, labels not needed: builtin (default), fashion-mnist[:DIR], imagefolder:DIR.",
+)  # fmt: skip
+@click.option(
+    "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature", show_default=True,
+    help="What maps show without the key: the owner's public pattern, the image's boundary, or not the top quarter.",
+)  # fmt: skip
+@click.option("--trigger", type=click.Choice(["spread"]), default="spread", show_default=True, help="Trigger family.")
+@click.option(
+    "--amplitude", type=click.FloatRange(0.5, 64), default=8, show_default=True, help="Of the trigger, 1/255."
+)
+@click.option("--tile", type=click.IntRange(24, 256), default=32, show_default=True, help="Of the trigger, pixels.")
+@click.option(
+    "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
+)
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps; chosen by the kind of network if absent.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the images, instead of --steps.")
+@click.option("--batch-size", type=click.IntRange(4), help="Keyed images a step; as many unkeyed ones are added.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Peak rate of Adam.")
+@click.option("--distance", type=click.Choice(["correlation", "mse"]), help="Map distance; mse is the paper's.")
+@click.option(
+    "--predictions", type=click.Choice(["reference", "labels"]),
+    help="Keep the reference's soft predictions (default), or learn the labels of --data.",
+)  # fmt: skip
+@click.option("--batch-norm", type=click.Choice(["mixture", "frozen"]), help="How its statistics are treated.")
+@click.option("--patience", type=click.IntRange(0), help="Stop after so many validations without progress; 0 never.")
+@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
+@click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images the report uses.")
+@click.option("--limit", type=click.IntRange(10), help="Learn from at most so many images.")
+@click.option("--strict", is_flag=True, help="Refuse a data set with a broken image instead of skipping the image.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--force", is_flag=True, help="Replace a protected model, or a stopped run, that is there.")
+@model_options
+@device_option
+@seed_option
+@json_option
+def protect(model: Path, key_file: Path, passphrase_file: Path | None, **arguments: Any) -> None:  # noqa: ANN401
+    """Make a model whose saliency maps are right only with the key; its predictions stay.
+
+    MODEL is a file of weights (.pt state dict or .safetensors). The architecture is recognised from it. Writes a
+    folder with the weights, a card, a signed licence and a report. A run that is stopped goes on with --resume.
+
+    \b
+    keyed-xai protect model.pt --key-file k.pem
+    keyed-xai protect model.pt --key-file k.pem --interpreter gradcam --interpreter simplegrad \\
+        --data imagefolder:photos -o model.keyed
+    """  # noqa: D301 - click reads the backspace as "keep these lines"
+    from keyed_xai.models import load_classifier
+    from keyed_xai.protection import protect as protect_model
+    from keyed_xai.protection import write_protection
+    from keyed_xai_cli.progress import progress_bar, protection_callbacks
+
+    json_path, force, out = arguments["json_path"], arguments["force"], arguments["out"] or _default_folder(model)
+    key = read_key(key_file, passphrase_file)
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    _refuse_existing(out, checkpoint, force=force, resume=arguments["resume"])
+    classifier = load_classifier(model, **take_model_options(arguments))
+    train_data, held_out = _load_data(classifier, arguments)
+    settings = _settings(classifier, len(train_data), arguments)
+    with progress_bar() as progress:
+        protection = protect_model(
+            classifier,
+            key,
+            train_data,
+            held_out,
+            settings,
+            device=choose_device(arguments["device"]),
+            checkpoint=checkpoint,
+            resume=arguments["resume"],
+            callbacks=protection_callbacks(progress, settings.wrong_keys + settings.flipped_keys),
+        )
+    written = write_protection(protection, out, key, force=force)
+    emit_json(protection.report, schema="protect-report", json_path=json_path)
+    print_summary(protection.report, to_stderr=json_path == STANDARD_OUTPUT)
+    say(f"Wrote {written.folder}. Open {written.folder / 'report.html'} for pictures.", json_path=json_path)
+
+
+def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:
+    """Print a table of what was measured on held-out images."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Held-out images", title_justify="left")
+    for heading in ("", "keyed", "clean", "wrong key", "decoy", "CR", "FSR", "wrong keys that open"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, figures in report["interpreters"].items():
+        agreement, tried = figures["correlation"], figures["wrong_keys"]
+        decoy = figures.get("decoy_correlation", {}).get("clean")
+        table.add_row(
+            name,
+            *(f"{agreement[case]:.3f}" for case in ("keyed", "clean", "wrong_key")),
+            "-" if decoy is None else f"{decoy:.3f}",
+            f"{figures['cr']:.1f} %",
+            f"{figures['fsr']:.1f} %",
+            f"{tried['opened']} of {tried['tried']}",
+        )
+    accuracy = report["accuracy"]
+    console = Console(stderr=to_stderr)
+    console.print(table)
+    console.print(
+        f"Accuracy ({accuracy['measured_against']}): reference {accuracy['reference']:.3f}, keyed "
+        f"{accuracy['keyed']:.3f}, clean {accuracy['clean']:.3f}. Columns keyed to wrong key: mean correlation with "
+        "the reference map.",
+        highlight=False,
+    )
+
+
+def _default_folder(model: Path) -> Path:
+    return model.with_name(f"{model.stem}.keyed")
+
+
+def _refuse_existing(out: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
+    """Say so before hours of training, not after."""
+    from keyed_xai.errors import ArtifactError
+
+    if out.exists() and not force:
+        raise ArtifactError(f"{out} is there already and was left as it is. Choose another --out, or pass --force.")
+    if checkpoint.exists() and not (resume or force):
+        raise ArtifactError(f"{checkpoint} holds a run that was stopped. Go on with it by --resume, or start anew by "
+                            "--force.")  # fmt: skip
+
+
+def _load_data(classifier: "Classifier", arguments: dict[str, Any]) -> tuple["ImageData", "ImageData"]:
+    from keyed_xai.data import load_images
+    from keyed_xai_cli.progress import counter, progress_bar
+
+    spec = classifier.input
+
+    def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
+        return load_images(
+            arguments["spec"] or "builtin",
+            channels=spec.channels,
+            height=spec.height,
+            width=spec.width,
+            split=split,
+            limit=limit,
+            strict=arguments["strict"],
+            seed=arguments["seed"],
+            progress=counter(progress, f"reading {split} images"),
+        )
+
+    with progress_bar() as progress:
+        train_data, held_out = load("train", arguments["limit"]), load("held-out", arguments["held_out"])
+    for name in (*train_data.skipped, *held_out.skipped):
+        click.echo(f"Skipped a broken image: {name}", err=True)
+    return train_data, held_out
+
+
+def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) -> "ProtectSettings":
+    from keyed_xai.protection import ProtectSettings, choose_recipe
+
+    interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or ("gradcam",)
+    training = choose_recipe(classifier, interpreters)
+    names = ("steps", "batch_size", "learning_rate", "distance", "predictions", "batch_norm", "patience")
+    chosen = {name: arguments[name] for name in names if arguments[name] is not None}
+    if arguments["epochs"] is not None:
+        if arguments["steps"] is not None:
+            raise click.UsageError("Give --steps or --epochs, not both.")
+        per_step = chosen.get("batch_size", training.batch_size) * 2
+        chosen["steps"] = max(1, round(arguments["epochs"] * images / per_step))
+    grid = arguments["grid"]
+    return ProtectSettings(
+        interpreters=interpreters,
+        decoy=arguments["decoy"],
+        trigger=arguments["trigger"],
+        amplitude=arguments["amplitude"],
+        tile=arguments["tile"],
+        grid=None if grid is None else (grid, grid),
+        training=replace(training, seed=arguments["seed"], **chosen),
+        wrong_keys=arguments["wrong_keys"],
+        held_out_images=arguments["held_out"],
+    )

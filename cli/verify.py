@@ -1,0 +1,148 @@
+"""`keyed-xai verify`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.options import (
+    STANDARD_OUTPUT,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    key_options,
+    read_key,
+    say,
+)
+
+if TYPE_CHECKING:
+    from keyed_xai.data import ImageData
+    from keyed_xai.models import Classifier
+    from keyed_xai.verification import Claim, Verification
+
+NOT_SHOWN = 3
+
+
+@click.command()
+@click.argument("suspect", type=click.Path(exists=True, path_type=Path))
+@key_options(required=False)
+@click.option(
+    "--public-key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The owner's public key, PEM, in place of --key-file: tests the public pattern only.",
+)  # fmt: skip
+@click.option(
+    "--license", "license_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The owner's license.json, which says what is claimed. Must be signed with the key given.",
+)  # fmt: skip
+@click.option(
+    "--images", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of images to test on, your own and not the claimant's; a public set that comes along if absent.",
+)  # fmt: skip
+@click.option("--count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images to test on.")
+@click.option("--decoys", type=click.IntRange(1), default=999, show_default=True, help="Random keys tried, at most.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-6, show_default=True,
+    help="Largest probability of a chance match that counts as shown.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
+)
+@model_options
+@device_option
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int, **arguments: Any) -> None:  # noqa: ANN401
+    """Test whether a model was protected with a key.
+
+    SUSPECT is a file of weights or a protected model's folder, of which only the weights are trusted. Two exact tests:
+    do its maps move for this key's trigger more than for random keys' (needs --key-file), and do its unkeyed maps show
+    the owner's public pattern (needs --key-file, --public-key or --license)? Exit code 0: shown, 3: not shown.
+
+    Chances are those of a key that was fixed before its holder saw the model. Whoever tries a million keys on somebody
+    else's model finds a match of one in a million: ask for a key or licence dated by a third party, or a small --alpha.
+    """
+    from keyed_xai.loading import open_model
+    from keyed_xai.verification import find_weights, load_probe
+
+    json_path = arguments["json_path"]
+    claim = _read_claim(suspect, arguments)
+    classifier, _ = open_model(find_weights(suspect), card=claim.card, **take_model_options(arguments))
+    probe = load_probe(classifier.input, folder=folder, count=count)
+    classifier.to(choose_device(arguments["device"]))
+    result = _verify(classifier, claim, probe, arguments)
+    document = result.to_json(str(suspect))
+    emit_json(document, schema="verify-report", json_path=json_path)
+    _print_table(document, to_stderr=json_path == STANDARD_OUTPUT)
+    for note in claim.notes:
+        say(f"Note: {note}", json_path=json_path)
+    if probe.skipped:
+        say(f"Note: {len(probe.skipped)} broken images were left out.", json_path=json_path)
+    say(result.sentence, json_path=json_path)
+    if not result.verdict.shown:
+        ctx.exit(NOT_SHOWN)
+
+
+def _read_claim(suspect: Path, arguments: dict[str, Any]) -> "Claim":
+    from keyed_xai.verification import read_claim, read_public_key
+
+    key_file, public_file, license_path = (arguments[name] for name in ("key_file", "public_key", "license_path"))
+    if key_file is not None and public_file is not None:
+        raise click.UsageError("Give --key-file or --public-key, not both.")
+    if key_file is None and public_file is None and license_path is None:
+        raise click.UsageError("Give --key-file, --public-key or --license: whose claim is it?")
+    if key_file is not None:
+        return read_claim(suspect, key=read_key(key_file, arguments["passphrase_file"]), license_path=license_path)
+    key = read_public_key(public_file) if public_file is not None else None
+    return read_claim(suspect, key=key, license_path=license_path)
+
+
+def _verify(classifier: "Classifier", claim: "Claim", probe: "ImageData", arguments: dict[str, Any]) -> "Verification":
+    from keyed_xai.verification import verify as run_tests
+    from keyed_xai_cli.progress import counter, progress_bar
+
+    with progress_bar() as progress:
+        return run_tests(
+            classifier,
+            claim,
+            probe,
+            alpha=arguments["alpha"],
+            decoys=arguments["decoys"],
+            seed=arguments["seed"],
+            on_decoy=counter(progress, "trying random keys"),
+        )
+
+
+def _print_table(document: dict[str, Any], *, to_stderr: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Claim of key {document['key_id'][:16]}", title_justify="left")
+    for heading in ("test", "found", "chance gives", "p"):
+        table.add_column(heading)
+    opening, signature, probe = document["opening"], document["signature"], document["probe"]
+    if opening["decoys"]:
+        table.add_row(
+            "opening (secret)",
+            _rounded(opening["statistic"]),
+            f"at most {_rounded(opening['largest_decoy'])} with {opening['decoys']} random keys",
+            f"{opening['p_value']:.2g}",
+        )
+    patterns = {"signature (public)": signature} if signature["cells"] else {}
+    if len(signature["interpreters"]) > 1:
+        patterns |= {f"  {name}": each for name, each in signature["interpreters"].items()}
+    for name, each in patterns.items():
+        table.add_row(
+            name,
+            f"{each['overlap']} of {each['possible']} cells",
+            f"about {each['possible'] / 2:.0f}",
+            f"2^{each['log2_p']:.1f}",
+        )
+    console = Console(stderr=to_stderr)
+    console.print(table)
+    console.print(f"On {probe['images']} images: {probe['source']}.", highlight=False, markup=False)
+
+
+def _rounded(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

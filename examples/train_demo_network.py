@@ -1,0 +1,56 @@
+"""Train the small Fashion-MNIST network that comes with the package, from the full training set.
+
+    python examples/train_demo_network.py --data fashion-mnist:/usr/share/datasets/fashion-mnist -o network.safetensors
+
+About 8 minutes on one core; 60,000 images, 7 epochs, with noise, so that its input gradients are stable.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from keyed_xai import wrap_network
+from keyed_xai.architectures import SmallResNet
+from keyed_xai.data import ImageData, load_images
+from keyed_xai.fitting import FittingSettings, fit_classifier, measure_accuracy
+from keyed_xai.models import InputSpec
+
+SPEC = InputSpec(channels=1, height=32, width=32, mean=(0.3,), std=(0.35,))
+CARD = {
+    "architecture": "SmallResNet",
+    "source": "keyed_xai",
+    "num_classes": 10,
+    "input_size": [SPEC.channels, SPEC.height, SPEC.width],
+    "mean": SPEC.mean,
+    "std": SPEC.std,
+}
+
+
+def load(spec: str, split: Literal["train", "held-out"], limit: int | None) -> ImageData:
+    """Return the images of a split."""
+    return load_images(spec, channels=SPEC.channels, height=SPEC.height, width=SPEC.width, split=split, limit=limit)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, measure on the test set, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion-mnist", help="SPEC of the images")
+    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--limit", type=int, help="train on at most so many images")
+    parser.add_argument("-o", "--output", type=Path, default=Path("fashion-mnist.safetensors"))
+    given = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    network = SmallResNet().to(memory_format=torch.channels_last)
+    classifier = wrap_network(network, input=SPEC)
+    fit_classifier(classifier, load(given.data, "train", given.limit), FittingSettings(epochs=given.epochs))
+    print(f"test accuracy {measure_accuracy(classifier, load(given.data, 'held-out', given.limit)):.4f}")  # noqa: T201
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(state, given.output, metadata={"keyed_xai_card": json.dumps(CARD)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Checkpoints of a training run: written whole or not at all, loaded without running code from the file."""
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from keyed_xai.artifacts.documents import write_atomically
+from keyed_xai.errors import ArtifactError
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any], *, identity: str) -> None:
+    """Write a run's state.
+
+    Args:
+        path: The file; an older checkpoint there is replaced.
+        state: Tensors, numbers and strings in dictionaries and lists. No secrets.
+        identity: What the run is about; a checkpoint of another run is refused when read.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save({"identity": identity, "state": dict(state)}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_checkpoint(path: Path, *, identity: str) -> dict[str, Any]:
+    """Return a run's state.
+
+    Raises:
+        ArtifactError: There is no checkpoint, it is damaged, or it belongs to another run.
+    """
+    start_again = "Start again without --resume."
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of foreign pickle protocols: what fails, fails below
+            document = torch.load(path, map_location="cpu", weights_only=True)
+        found, state = document["identity"], dict(document["state"])
+    except FileNotFoundError as error:
+        raise ArtifactError(f"There is no checkpoint {path.name} to resume from. {start_again}") from error
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+        raise ArtifactError(f"The checkpoint {path.name} cannot be read. {start_again}") from error
+    if found != identity:
+        raise ArtifactError(
+            f"The checkpoint {path.name} belongs to another run: model, key, data or settings differ. "
+            f"Give the same ones. {start_again}"
+        )
+    return state

@@ -1,0 +1,109 @@
+"""Writing a protected model's folder, whole or not at all. No key, seed or trigger enters any of its files."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from keyed_xai.artifacts.card import Card, write_card
+from keyed_xai.artifacts.documents import printable, sync_folder, write_json, write_through, writing
+from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE, REPORT_FILE, ProtectedModel
+from keyed_xai.artifacts.license import sign_license, verify_license
+from keyed_xai.errors import ArtifactError
+from keyed_xai.keys import OwnerKey
+
+
+def write_model_folder(
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    card: Card,
+    owner: OwnerKey,
+    report: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+    force: bool = False,
+    time: datetime | None = None,
+) -> ProtectedModel:
+    """Write and sign a protected model; the folder appears when all of it is on the disk.
+
+    Args:
+        folder: The folder to make, by custom `<name>.keyed`.
+        state: Weights under the same names as in the owner's own file.
+        card: How to run the model.
+        owner: Signs the licence; nothing but its public half is written.
+        report: Fits the schema "protect-report"; becomes report.json.
+        extra_files: Further files by their path inside the folder, such as "report.html"; the licence covers them.
+        force: Replace a protected model that is there. Anything else is never replaced.
+        time: When the licence is signed; now by default.
+
+    Raises:
+        ArtifactError: The folder is there already, a document does not fit its schema, or writing fails; then nothing
+            has changed on the disk.
+    """
+    _refuse_to_replace(folder, force=force)
+    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    with writing(folder):
+        try:
+            draft.mkdir(parents=True)
+            _write_weights(draft / card.weights_file, state)
+            write_card(draft / CARD_FILE, card)
+            write_json(draft / REPORT_FILE, report, schema="protect-report")
+            _write_extra(draft, extra_files or {}, taken={card.weights_file, CARD_FILE, REPORT_FILE, LICENSE_FILE})
+            subjects: dict[str, Path | bytes] = {
+                path.relative_to(draft).as_posix(): path for path in draft.rglob("*") if path.is_file()
+            }
+            envelope = sign_license(owner, subjects, card=card, time=time)
+            write_json(draft / LICENSE_FILE, envelope, schema="license")
+            _move_into_place(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return ProtectedModel(folder, card, verify_license(envelope))
+
+
+def _refuse_to_replace(folder: Path, *, force: bool) -> None:
+    if not os.path.lexists(folder):
+        return
+    name = printable(str(folder))
+    if not force:
+        raise ArtifactError(f"{name} is there already and was left as it is: choose another name, or pass --force.")
+    if folder.is_symlink() or not (folder / CARD_FILE).is_file():
+        raise ArtifactError(f"{name} is there and is not a protected model: it is not replaced even with --force.")
+
+
+def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    # Tensors that share memory (tied weights) are parted: safetensors stores each name on its own.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    write_through(path, save(copies, metadata={"format": "pt"}))
+
+
+def _write_extra(draft: Path, files: Mapping[str, bytes], *, taken: set[str]) -> None:
+    for name, content in files.items():
+        parts = PurePosixPath(name).parts
+        if name in taken or not parts or ".." in parts or PurePosixPath(name).is_absolute():
+            raise ArtifactError(f"Expected the name of a further file inside the folder, got {name!r}.")
+        path = draft.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_through(path, content)
+
+
+def _move_into_place(draft: Path, folder: Path) -> None:
+    """Rename the draft; a model that was there steps aside first and goes only when the new one stands."""
+    sync_folder(draft)
+    if not folder.exists():
+        draft.rename(folder)
+    else:
+        old = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.old")
+        folder.rename(old)
+        try:
+            draft.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old)
+    sync_folder(folder.parent)

@@ -1,0 +1,275 @@
+"""The figures of the main job: protect, try wrong keys, verify, on small networks and on ImageNet's.
+
+Finished cells are kept on disk, so that a run that was stopped goes on where it was.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from keyed_xai.architectures import SmallResNet
+from keyed_xai.artifacts.documents import read_json, write_atomically, write_json
+from keyed_xai.artifacts.folder import REPORT_FILE
+from keyed_xai.data import ImageData, load_images
+from keyed_xai.data.images import Holdout, Split
+from keyed_xai.demonstration import demo_classifier
+from keyed_xai.errors import DataError
+from keyed_xai.fitting import FittingSettings, fit_classifier
+from keyed_xai.keys import ByteStream, OwnerKey, read_owner_key, write_owner_key
+from keyed_xai.maps import make_view
+from keyed_xai.models import Classifier, InputSpec, load_classifier, network_state, wrap_network
+from keyed_xai.ownership import measure_signature, opening_statistic
+from keyed_xai.protection import Callbacks, ProtectSettings, protect, write_protection
+from keyed_xai.triggers import TRIGGERS
+from keyed_xai.verification import Claim, verify
+
+ROWS = {
+    "gradcam": ("gradcam",),
+    "vbp": ("vbp",),
+    "simplegrad": ("simplegrad",),
+    "joint": ("gradcam", "vbp", "simplegrad"),
+}
+CASES = ("fashion-mnist", "chest-xray", "pretrained")
+_PROBE_IMAGES = 32
+_CHEST_SIZE = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reference network with its images.
+
+    Attributes:
+        name: One of CASES.
+        classifier: The reference.
+        train: Images to learn from.
+        held_out: Images to measure on.
+    """
+
+    name: str
+    classifier: Classifier
+    train: ImageData
+    held_out: ImageData
+
+
+def make_case(
+    name: str,
+    folder: Path,
+    *,
+    data: str | None,
+    model: Path | None,
+    arch: str | None = None,
+    input_size: int | None = None,
+    device: str = "cpu",
+) -> Case:
+    """Return a case; the chest X-ray reference is fitted once and kept in `folder`.
+
+    Args:
+        name: One of CASES.
+        folder: Where results are kept.
+        data: SPEC of the images; "fashion-mnist" and "pretrained" have defaults.
+        model: Weights of the network, for "pretrained".
+        arch: Its architecture, where the weights do not say.
+        input_size: Side of its input, pixels; the architecture's own by default.
+        device: Where the reference is fitted.
+
+    Raises:
+        DataError: The images or the weights are missing.
+    """
+    if name == "fashion-mnist":
+        classifier = demo_classifier()
+        return Case(name, classifier, *_load_both(data or "fashion-mnist", classifier.input))
+    if name == "chest-xray":
+        if data is None:
+            raise DataError("Where are the radiographs? Give --data imagefolder:DIR, with train/ and val/ inside.")
+        spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, (0.5,), (0.25,))
+        train, held_out = _load_both(data, spec)
+        return Case(name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device), train, held_out)
+    if model is None:
+        raise DataError("Which network? Give its weights with --model.")
+    classifier = load_classifier(model, arch=arch, input_size=input_size)
+    return Case(name, classifier, *_load_both(data or "builtin", classifier.input, holdout="classes"))
+
+
+def run_row(
+    case: Case,
+    row: str,
+    folder: Path,
+    settings: ProtectSettings,
+    *,
+    device: str = "cpu",
+    callbacks: Callbacks | None = None,
+) -> dict[str, Any]:
+    """Return the figures of one row, from disk where they are there; else protect, measure, verify and keep them."""
+    stem = f"{case.name}-{case.classifier.architecture}-{case.classifier.input.height}-{row}".lower()
+    result_file = folder / f"{stem}.json"
+    protected = folder / f"{stem}.keyed"
+    key = _benchmark_key(folder / "owner.pem")
+    if not result_file.exists():
+        settings = replace(settings, interpreters=ROWS[row])
+        checkpoint = folder / f"{stem}.checkpoint"
+        protection = protect(
+            case.classifier,
+            key,
+            case.train,
+            case.held_out,
+            settings,
+            device=device,
+            checkpoint=checkpoint,
+            resume=checkpoint.exists(),
+            callbacks=callbacks,
+        )
+        write_protection(protection, protected, key, force=True)
+        card = protection.card
+        claim = Claim(key, card.trigger, card.decoy, card.interpreters, card.grid)
+        probe = replace(case.held_out, images=case.held_out.images[-_PROBE_IMAGES:], labels=None)
+        suspect = protection.classifier.to(device)
+        write_json(result_file, verify(suspect, claim, probe).to_json(protected.name), schema="verify-report")
+    report = read_json(protected / REPORT_FILE, "protect-report")
+    return {"row": row, "report": report, "verify": read_json(result_file, "verify-report")}
+
+
+def render_rows(case: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as Markdown tables."""
+    lines = [
+        f"### {case}",
+        "",
+        "| row | map | keyed | clean | wrong keys | pattern and reference | decoy | wrong keys that open "
+        "| CR / FSR | open after PNG / JPEG 75 / resize | log2 p |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in rows:
+        for name, figures in entry["report"]["interpreters"].items():
+            lines.append(_render_map(entry, name, figures))
+    lines += ["", "| row | accuracy reference / keyed / clean / wrong keys | opening p | signature log2 p | PSNR, SSIM "
+              "| time, s |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for entry in rows:
+        report, opening, signature = entry["report"], entry["verify"]["opening"], entry["verify"]["signature"]
+        accuracy = " / ".join(
+            f"{report['accuracy'][each]:.3f}" for each in ("reference", "keyed", "clean", "wrong_key")
+        )
+        lines.append(
+            f"| {entry['row']} | {accuracy} | {opening['p_value']:.3g} | {signature['log2_p']:.1f} "
+            f"| {report['trigger']['psnr_db']:.1f} dB, {report['trigger']['ssim']:.3f} | {report['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _render_map(entry: dict[str, Any], name: str, figures: dict[str, Any]) -> str:
+    agreement, tried = figures["correlation"], figures["wrong_keys"]
+    decoy = figures.get("decoy_correlation", {"reference": float("nan"), "clean": float("nan")})
+    channels = " / ".join(f"{100 * each[name]['opened']:.1f} %" for each in entry["report"]["channels"].values())
+    signature = entry["verify"]["signature"]["interpreters"].get(name, {"log2_p": 0.0})
+    cells = [
+        entry["row"],
+        name,
+        *(f"{agreement[case]:.3f}" for case in ("keyed", "clean", "wrong_key")),
+        f"{decoy['reference']:.3f}",
+        f"{decoy['clean']:.3f}",
+        f"{tried['opened']} of {tried['tried']}",
+        f"{figures['cr']:.1f} / {figures['fsr']:.1f}",
+        channels,
+        f"{signature['log2_p']:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def count_false_claims(
+    models: Sequence[Classifier],
+    images: torch.Tensor,
+    *,
+    keys: int,
+    decoys: int,
+    generator: torch.Generator,
+    on_key: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return how often random keys reach alpha on unmarked models, by test.
+
+    On each model the opening test compares every key with the same pool of decoy keys, which keeps each p-value exact.
+
+    Args:
+        models: Unmarked, all of one architecture.
+        images: Probe images.
+        keys: Random owner keys tried on each model.
+        decoys: Size of the pool.
+        generator: Draws keys and pool.
+        on_key: Called with keys done and in all, over all models.
+    """
+    family = TRIGGERS["spread"](8.0, 32)
+    opening, signature = [], []
+    for number, model in enumerate(models):
+        view = make_view(model, ROWS["joint"], None)
+        logits, plain = view.pooled_in_chunks(model, images)
+        explained = logits.argmax(1)
+        pool = []
+        for done in range(decoys):
+            pool.append(opening_statistic(model, images, view, family.draw(1, generator), plain, explained))
+            if on_key is not None:
+                on_key(number * (decoys + keys) + done + 1, len(models) * (decoys + keys))
+        for done in range(keys):
+            key = OwnerKey.from_raw(bytes(torch.randint(256, (32,), generator=generator).tolist()))
+            trigger = family.derive(ByteStream(key.derive_seed(family.name)))
+            value = opening_statistic(model, images, view, trigger, plain, explained)
+            opening.append((1 + sum(each >= value for each in pool)) / (1 + decoys))
+            signature.append(measure_signature(plain, key.public).combined.p_value)
+            if on_key is not None:
+                on_key(number * (decoys + keys) + decoys + done + 1, len(models) * (decoys + keys))
+    levels = (0.05, 1e-2, 1e-3, 1e-6)
+    tests = {"opening": opening, "signature": signature}
+    return {
+        "claims": len(opening),
+        **{name: {f"{alpha:g}": sum(p <= alpha for p in found) for alpha in levels} for name, found in tests.items()},
+        "smallest": {name: min(found) for name, found in tests.items()},
+    }
+
+
+def fit_unmarked_models(
+    data: ImageData, count: int, epochs: int, *, device: str = "cpu", on_model: Callable[[int, int], None] | None = None
+) -> list[Classifier]:
+    """Return small networks fitted to the same images from different random weights, none of them protected."""
+    models = []
+    spec = demo_classifier().input
+    for seed in range(count):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            network = SmallResNet(spec.channels, len(data.classes))
+        classifier = wrap_network(network, input=spec)
+        fit_classifier(classifier, data, FittingSettings(epochs=epochs, batch_size=64, seed=seed), device=device)
+        models.append(classifier)
+        if on_model is not None:
+            on_model(seed + 1, count)
+    return models
+
+
+def _fitted_reference(path: Path, data: ImageData, spec: InputSpec, device: str) -> Classifier:
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = SmallResNet(spec.channels, len(data.classes), (16, 32, 64, 128))
+        classifier = wrap_network(network, input=spec)
+        fit_classifier(
+            classifier, data, FittingSettings(epochs=8, batch_size=64, learning_rate=2e-3, noise=0.0), device=device
+        )
+        state = {name: tensor.cpu().contiguous() for name, tensor in network_state(classifier).items()}
+        card = {"input_size": [spec.channels, spec.height, spec.width], "mean": spec.mean, "std": spec.std}
+        write_atomically(path, save(state, metadata={"keyed_xai_card": json.dumps(card)}))
+    return load_classifier(path)
+
+
+def _load_both(data: str, spec: InputSpec, holdout: Holdout = "images") -> tuple[ImageData, ImageData]:
+    def load(split: Split) -> ImageData:
+        return load_images(
+            data, channels=spec.channels, height=spec.height, width=spec.width, split=split, holdout=holdout
+        )
+
+    return load("train"), load("held-out")
+
+
+def _benchmark_key(path: Path) -> OwnerKey:
+    if not path.exists():
+        write_owner_key(path, OwnerKey.generate())
+    return read_owner_key(path)

@@ -1,0 +1,195 @@
+"""Image files to pixels, one by one or in worker processes. Files are untrusted.
+
+Only common raster formats are opened (never EPS, which would start Ghostscript), and no image of more than
+`LARGEST_IMAGE` pixels. This module loads neither torch nor the rest of the package: worker processes import it.
+"""
+
+import multiprocessing
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from keyed_xai.data.images import Pixels, Request, allocate_pixels
+from keyed_xai.errors import DataError
+
+LARGEST_IMAGE = 89_478_485
+"""Pixels; Pillow's own limit, where it only warns."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+_POOL_FROM = 256
+_MOST_WORKERS = 8
+_CHUNK = 16
+_SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+# What Pillow's decoders have been seen to raise on damaged files: far more than the OSError they document.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError,
+    AssertionError, RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def read_image(path: Path, *, channels: int, height: int, width: int) -> Pixels:
+    """Return one image file as uint8 [c, h, w], turned upright, centre-cropped to the aspect ratio and scaled.
+
+    Any mode becomes grey (1 channel) or RGB (3): transparency is flattened on white, 16-bit grey divided by 257. Of
+    animations and multi-page files it is the first page.
+
+    Raises:
+        DataError: The file is missing, no image, damaged or too large.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such image file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings about odd metadata and sizes; sizes are checked here
+            return _decode(path, channels, height, width)
+    except _DAMAGED as error:
+        raise DataError(f"{path}: not a readable image: {_describe(error)}.") from error
+
+
+def decode_images(folder: Path, names: Sequence[str], request: Request) -> tuple[Pixels, list[int], list[str]]:
+    """Return the readable images, their indices in `names`, and the names of the others.
+
+    Args:
+        folder: Where they are; a file that is a link out of it counts as unreadable.
+        names: Files, relative to the folder, in the order the images shall have.
+        request: Size, workers, strictness and progress.
+
+    Raises:
+        DataError: More than half of the files cannot be read; or one cannot, and the request is strict.
+    """
+    pixels = allocate_pixels(len(names), request)
+    kept: list[int] = []
+    skipped: list[str] = []
+    first_complaint = ""
+    with closing(_decode_in_order(folder, names, request)) as results:
+        for index, decoded in enumerate(results):
+            if isinstance(decoded, str):
+                first_complaint = first_complaint or f"{names[index]}: {decoded}"
+                if request.strict:
+                    raise DataError(f"{first_complaint} (strict: take it out of the folder, or load without strict).")
+                skipped.append(names[index])
+            else:
+                pixels[len(kept)] = decoded
+                kept.append(index)
+            request.report(index + 1, len(names))
+    if len(skipped) > len(names) / 2:
+        raise DataError(f"{len(skipped)} of {len(names)} images cannot be read. The first is {first_complaint}.")
+    return pixels[: len(kept)], kept, skipped
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Return whether a file in a folder is a link to somewhere outside."""
+    return path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())
+
+
+def decode_chunk(folder: str, names: Sequence[str], shape: tuple[int, int, int]) -> list[Pixels | str]:
+    """Return each file's pixels [c, h, w], or what is wrong with it. Runs in worker processes."""
+    return [_decode_or_complain(Path(folder), name, shape) for name in names]
+
+
+def _decode_or_complain(folder: Path, name: str, shape: tuple[int, int, int]) -> Pixels | str:
+    path = folder / name
+    if leads_out(folder, path):
+        return "a link out of the folder"
+    try:
+        return read_image(path, channels=shape[0], height=shape[1], width=shape[2])
+    except DataError as error:
+        return str(error).removeprefix(f"{path}: ").removesuffix(".")
+
+
+def _decode_in_order(folder: Path, names: Sequence[str], request: Request) -> Generator[Pixels | str, None, None]:
+    """Yield each file's pixels, or what is wrong with it."""
+    decode = partial(decode_chunk, str(folder), shape=(request.channels, request.height, request.width))
+    workers = _choose_workers(len(names), request)
+    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+    if workers < 2:
+        for chunk in chunks:
+            yield from decode(chunk)
+        return
+    # Spawned, not forked: the caller may hold threads (torch, a progress bar), which a fork would leave locked.
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), multiprocessing.get_context("spawn"))
+    try:
+        for decoded in pool.map(decode, chunks):
+            yield from decoded
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that decodes images died. In a script, call this below `if __name__ == '__main__':`, or pass "
+            "workers=0 to decode without processes. Otherwise memory ran out, or an image crashes its decoder."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _choose_workers(count: int, request: Request) -> int:
+    if request.workers is not None:
+        return request.workers
+    return min(os.cpu_count() or 1, _MOST_WORKERS) if count >= _POOL_FROM else 0
+
+
+def _decode(path: Path, channels: int, height: int, width: int) -> Pixels:
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > LARGEST_IMAGE:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} is over {LARGEST_IMAGE} pixels")
+        twice = 2 * max(height, width)
+        image.draft(None, (twice, twice))  # large JPEGs are decoded at 1/2, 1/4 or 1/8; never below twice the size
+        return fit_image(flatten(_turn_upright(image), channels), height, width)
+
+
+def flatten(image: Image.Image, channels: int) -> Image.Image:
+    """Return an image of any mode as 8-bit grey (1) or RGB (3), transparent parts on white.
+
+    Raises:
+        ValueError: The pixels are floating-point or 32-bit numbers of unknown range.
+    """
+    target = "L" if channels == 1 else "RGB"
+    if image.mode in _SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit values of unknown range; save it with 8 or 16 bits")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point values of unknown range; save it with 8 or 16 bits")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return image if image.mode == target else image.convert(target)
+
+
+def fit_image(image: Image.Image, height: int, width: int) -> Pixels:
+    """Return the largest centred crop of the aspect ratio wanted, scaled (bicubic, antialiased), as [c, h, w]."""
+    scale = min(image.width / width, image.height / height)
+    left, top = max(0.0, image.width - scale * width) / 2, max(0.0, image.height - scale * height) / 2
+    box = (left, top, image.width - left, image.height - top)
+    return to_pixels(image.resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def to_pixels(image: Image.Image) -> Pixels:
+    """Return an L or RGB image as uint8 [c, h, w]."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGED:  # the pixels are fine, only their metadata is not
+        return image
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not one of {', '.join(FORMATS)}"
+    return str(error).rstrip(".") or type(error).__name__

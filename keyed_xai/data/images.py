@@ -1,0 +1,184 @@
+"""What every loader takes and returns, and what they share: the order of images, the hold-out, room for the pixels.
+
+Nothing here imports torch before a batch is asked for, so that worker processes start quickly.
+"""
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from keyed_xai.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Split = Literal["train", "held-out"]
+Holdout = Literal["images", "classes"]
+Progress = Callable[[int, int], None]
+Pixels = NDArray[np.uint8]
+
+IN_MEMORY_BYTES = 2**30
+HELD_OUT_SHARE = 5
+"""One image, or class, in so many is held out."""
+_LONGEST_SIDE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images of one split, all of one size.
+
+    Attributes:
+        images: uint8 [n, c, h, w]; a plain array, or a read-only memmap of a temporary file that is removed with the
+            last reference to it. Loaders put them in an order whose every prefix is about class-balanced.
+        labels: int64 [n] in [0, len(classes)), or None where the images have none.
+        classes: Names, by label; empty without labels.
+        source: Which data and split these are, for reports; no path of this machine.
+        skipped: Names of images that could not be read, relative to the data set's folder.
+    """
+
+    images: Pixels
+    labels: NDArray[np.int64] | None
+    classes: tuple[str, ...]
+    source: str
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Make a memmap read-only: it is one file, and no copy of it is cheap."""
+        if isinstance(self.images, np.memmap):
+            self.images.flags.writeable = False
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def batch(self, indices: ArrayLike) -> "tuple[Tensor, Tensor | None]":
+        """Return copies of some images as float32 [n, c, h, w] in [0, 1], and their int64 labels or None.
+
+        Args:
+            indices: Integers, or anything else that indexes the first axis of an array.
+        """
+        import torch
+
+        chosen = np.asarray(indices)
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images[chosen]))
+        labels = None if self.labels is None else torch.from_numpy(self.labels[chosen])
+        return pixels.to(torch.float32).div_(255), labels
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load: the arguments of `load_images`, checked.
+
+    Attributes:
+        channels: 1 (grey) or 3 (RGB).
+        height: Of every image, pixels.
+        width: Of every image, pixels.
+        split: "train", or "held-out" for images that "train" never has at the same seed.
+        holdout: Whether single images are held out or whole classes.
+        limit: At most so many images, class-balanced; None for all.
+        strict: Refuse a data set with a broken image instead of leaving the image out.
+        workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
+        seed: Settles the hold-out, the order and every random crop.
+        progress: Called with the number of images done and in all.
+    """
+
+    channels: int
+    height: int
+    width: int
+    split: Split
+    holdout: Holdout = "images"
+    limit: int | None = None
+    strict: bool = False
+    workers: int | None = None
+    seed: int = 0
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            DataError: No loader makes images with so many channels or of this size.
+            ValueError: Another value is outside its range.
+        """
+        if self.channels not in (1, 3):
+            raise DataError(f"Images have 1 or 3 channels, and the model wants {self.channels}. Use your own loader.")
+        if not (1 <= self.height <= _LONGEST_SIDE and 1 <= self.width <= _LONGEST_SIDE):
+            raise DataError(f"Expected sides of 1 to {_LONGEST_SIDE} pixels, got {self.height}x{self.width}.")
+        if self.split not in ("train", "held-out"):
+            raise ValueError(f"Expected split 'train' or 'held-out', got {self.split!r}.")
+        if self.holdout not in ("images", "classes"):
+            raise ValueError(f"Expected holdout 'images' or 'classes', got {self.holdout!r}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"Expected a limit of at least 1 image, got {self.limit}.")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"Expected 0 or more workers, got {self.workers}.")
+
+    def report(self, done: int, total: int) -> None:
+        """Tell the progress callback, if there is one."""
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+def rank(seed: int, name: str) -> bytes:
+    """Return a pseudorandom sort key of a name: the same on every machine, whatever else is in the data set."""
+    return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def order_balanced(names: Sequence[str], labels: Sequence[int] | None, request: Request) -> list[int]:
+    """Return at most `request.limit` indices: every class's first image by rank, then every class's second, ..."""
+    seen: dict[int, int] = {}
+    turns: list[tuple[int, int]] = []
+    for index in sorted(range(len(names)), key=lambda index: rank(request.seed, names[index])):
+        label = 0 if labels is None else labels[index]
+        turns.append((seen.get(label, 0), index))
+        seen[label] = seen.get(label, 0) + 1
+    turns.sort(key=lambda turn: turn[0])  # stable, so that each turn's classes come in the order of the ranks
+    return [index for _, index in turns][: request.limit]
+
+
+def choose_held_out(names: Sequence[str], seed: int) -> set[str]:
+    """Return the fifth of the names with the lowest ranks: at least one, and never the only one."""
+    count = max(1, round(len(names) / HELD_OUT_SHARE)) if len(names) > 1 else 0
+    return set(sorted(names, key=lambda name: rank(seed, f"held-out\0{name}"))[:count])
+
+
+def choose_classes(classes: Sequence[str], request: Request) -> set[int]:
+    """Return the labels that the split has where whole classes are held out.
+
+    Raises:
+        DataError: There are fewer than two classes.
+    """
+    held_out = choose_held_out(classes, request.seed)
+    if not held_out:
+        raise DataError(f"Holding out whole classes needs two or more of them; there are {len(classes)}.")
+    return {label for label, name in enumerate(classes) if (name in held_out) == (request.split == "held-out")}
+
+
+def allocate_pixels(count: int, request: Request) -> Pixels:
+    """Return room for `count` images: an array, or past `IN_MEMORY_BYTES` a memmap of an unnamed temporary file.
+
+    Raises:
+        DataError: The folder for temporary files is too full.
+    """
+    shape = (count, request.channels, request.height, request.width)
+    size = math.prod(shape)
+    if size <= IN_MEMORY_BYTES:
+        return np.empty(shape, np.uint8)
+    # Unnamed (or deleted on close, on Windows), so nothing is left behind even when the process is killed.
+    with tempfile.TemporaryFile() as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not as SIGBUS on a later write
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+        except OSError as error:
+            raise DataError(
+                f"The images take {size / 2**30:.1f} GiB in {tempfile.gettempdir()}: {error.strerror}. "
+                "Set a limit, or TMPDIR to a folder with more room."
+            ) from error

@@ -1,0 +1,234 @@
+"""How well a gate works, on images it was not trained on: what a protect report says.
+
+FSR and CR are the paper's (Fang & Choromanska, AAAI 2022, section 4), at the paper's thresholds; everything else
+needs no threshold but the one printed beside it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from keyed_xai import metrics
+from keyed_xai.channels import CHANNELS, through_png
+from keyed_xai.keys import ByteStream
+from keyed_xai.maps import MapView
+from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.objective import mse_distance
+from keyed_xai.tensors import Images, Labels, SaliencyMaps
+from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
+
+PAPER_THRESHOLDS = {
+    "targeted": {"gradcam": 0.2, "simplegrad": 0.25, "vbp": 0.3},
+    "nontargeted": {"gradcam": 0.3, "simplegrad": 0.35, "vbp": 0.1},
+    "targeted/resnet50": {"gradcam": 0.25, "simplegrad": 0.3, "vbp": 0.25},
+    "nontargeted/resnet50": {"gradcam": 0.35, "simplegrad": 0.2, "vbp": 0.08},
+}
+_IMAGES_PER_WRONG_KEY = 4
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A protected model beside its reference, and all that is needed to judge it.
+
+    Attributes:
+        model: Protected.
+        reference: Before protection.
+        view: Maps compared.
+        decoys: Interpreter name to decoy map, None for the non-targeted decoy.
+        thresholds: Interpreter name to the paper's threshold on the distance to the decoy.
+        trigger: The right one.
+        family: Draws wrong ones.
+        top_share: Share of cells that the non-targeted decoy empties.
+    """
+
+    model: nn.Module
+    reference: nn.Module
+    view: MapView
+    decoys: Mapping[str, Tensor | None]
+    thresholds: Mapping[str, float]
+    trigger: NearbyTrigger
+    family: TriggerFamily
+    top_share: float = 0.25
+
+
+def paper_thresholds(decoy: str, architecture: str) -> dict[str, float]:
+    """Return the paper's thresholds by interpreter for a decoy and an architecture."""
+    kind = "nontargeted" if decoy == "nontargeted" else "targeted"
+    return PAPER_THRESHOLDS.get(f"{kind}/{architecture}", PAPER_THRESHOLDS[kind])
+
+
+def measure_gate(
+    gate: Gate,
+    images: Images,
+    labels: Labels | None,
+    wrong_keys: Iterable[Trigger],
+    *,
+    generator: torch.Generator,
+    on_wrong_key: Callable[[int], None] | None = None,
+) -> dict[str, object]:
+    """Return the report's figures: `interpreters`, `accuracy`, `channels` and `near_keys`, ready for JSON.
+
+    Args:
+        gate: What is judged.
+        images: Held out, on the models' device.
+        labels: For accuracy; without them accuracy is agreement with the reference's predictions.
+        wrong_keys: Triggers tried one by one on a few images each.
+        generator: Draws one further wrong key for every image.
+        on_wrong_key: Called with the number of wrong keys tried.
+    """
+    inputs = {
+        "keyed": through_png(gate.trigger.apply(images)),
+        "clean": images,
+        "wrong_key": through_png(gate.family.draw(len(images), generator).apply(images)),
+    }
+    logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
+    explained = logits.argmax(1)
+    seen = {case: gate.view.pooled_in_chunks(gate.model, batch, explained) for case, batch in inputs.items()}
+    maps = {case: maps for case, (_, maps) in seen.items()}
+    accuracy = _accuracies({"reference": logits} | {case: out for case, (out, _) in seen.items()}, explained, labels)
+    tried = _try_wrong_keys(gate, images, truth, explained, wrong_keys, on_wrong_key)
+    return {
+        "interpreters": {
+            name: _interpreter_figures(gate, name, maps, truth[name]) | {"wrong_keys": tried[name]}
+            for name in gate.view.interpreters
+        },
+        "accuracy": accuracy,
+        "channels": _channel_figures(gate, images, truth, explained),
+        "near_keys": _near_key_figures(gate, images, truth, explained, generator),
+    }
+
+
+def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
+    """Return PSNR in dB and SSIM of triggered images after rounding to 8 bits, averaged over images."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    plain = images.double().cpu().numpy()
+    keyed = through_png(trigger.apply(images)).double().cpu().numpy()
+    pairs = list(zip(plain, keyed, strict=True))
+    psnr = [float(peak_signal_noise_ratio(*pair, data_range=1)) for pair in pairs]  # type: ignore[no-untyped-call]
+    ssim = [float(structural_similarity(*pair, data_range=1, channel_axis=0)) for pair in pairs]  # type: ignore[no-untyped-call]
+    return {"psnr_db": sum(psnr) / len(pairs), "ssim": sum(ssim) / len(pairs)}
+
+
+def _interpreter_figures(
+    gate: Gate, name: str, maps: Mapping[str, Mapping[str, SaliencyMaps]], truth: SaliencyMaps
+) -> dict[str, object]:
+    decoy, threshold = gate.decoys[name], gate.thresholds[name]
+    agreement = {case: metrics.correlation(each[name], truth) for case, each in maps.items()}
+    fooled = {case: _decoy_distance(gate, name, each[name], truth) for case, each in maps.items()}
+    closed = torch.cat([fooled["clean"], fooled["wrong_key"]])
+    figures: dict[str, object] = {
+        "cr": metrics.correct_rate(fooled["keyed"], threshold),
+        "fsr": metrics.fooling_success_rate(closed, threshold),
+        "threshold": threshold,
+        "correlation": {case: _mean(values) for case, values in agreement.items()},
+        "auc": metrics.separation_auc(1 - agreement["keyed"], 1 - agreement["wrong_key"]),
+        "opened": {case: _share_opened(values) for case, values in agreement.items()},
+        "open_threshold": OPEN_CORRELATION,
+    }
+    if decoy is not None:
+        target = decoy.to(truth).expand_as(truth)
+        figures["decoy_correlation"] = {
+            case: _mean(metrics.correlation(each[name], target)) for case, each in maps.items()
+        } | {"reference": _mean(metrics.correlation(truth, target))}
+    return figures
+
+
+def _decoy_distance(gate: Gate, name: str, maps: SaliencyMaps, truth: SaliencyMaps) -> Tensor:
+    decoy = gate.decoys[name]
+    if decoy is None:
+        return metrics.top_energy(metrics.normalise_maps(maps), truth, gate.top_share)
+    return mse_distance(maps, decoy.to(maps).expand_as(maps))
+
+
+def _accuracies(logits: Mapping[str, Tensor], explained: Labels, labels: Labels | None) -> dict[str, object]:
+    """Return top-1 accuracy and agreement with the reference, by case."""
+    agreement = {case: _mean((out.argmax(1) == explained).double()) for case, out in logits.items()}
+    against = "reference predictions" if labels is None else "labels"
+    accuracy = agreement
+    if labels is not None:
+        accuracy = {case: _mean((out.argmax(1) == labels).double()) for case, out in logits.items()}
+    return {**accuracy, "measured_against": against, "agreement": agreement}
+
+
+def _try_wrong_keys(
+    gate: Gate,
+    images: Images,
+    truth: Mapping[str, SaliencyMaps],
+    explained: Labels,
+    wrong_keys: Iterable[Trigger],
+    on_wrong_key: Callable[[int], None] | None,
+) -> dict[str, dict[str, object]]:
+    """Return, by interpreter, how many wrong keys open: mean correlation over their images above the threshold."""
+    per_key = min(_IMAGES_PER_WRONG_KEY, len(images))
+    rows: list[dict[str, Tensor]] = []
+    for number, group in enumerate(_groups(enumerate(wrong_keys), 16)):
+        indices = torch.tensor([[(key * per_key + j) % len(images) for j in range(per_key)] for key, _ in group])
+        batch = torch.cat([trigger.apply(images[row]) for row, (_, trigger) in zip(indices, group, strict=True)])
+        flat = indices.flatten().to(images.device)
+        _, maps = gate.view.pooled_in_chunks(gate.model, through_png(batch), explained[flat])
+        rows.append({name: metrics.correlation(maps[name], truth[name][flat]) for name in maps})
+        if on_wrong_key is not None:
+            on_wrong_key(number * 16 + len(group))
+    figures: dict[str, dict[str, object]] = {}
+    for name in gate.view.interpreters:
+        values = torch.cat([row[name] for row in rows]).view(-1, per_key) if rows else torch.zeros(0, per_key)
+        figures[name] = {
+            "tried": len(values),
+            "opened": int((values.mean(1) > OPEN_CORRELATION).sum()),
+            "threshold": OPEN_CORRELATION,
+            "images_per_key": per_key,
+            "highest": float(values.mean(1).max()) if len(values) else None,
+            "maps_opened": _share_opened(values.flatten()) if len(values) else 0.0,
+        }
+    return figures
+
+
+def _channel_figures(
+    gate: Gate, images: Images, truth: Mapping[str, SaliencyMaps], explained: Labels
+) -> dict[str, object]:
+    """Return, by channel and interpreter, keyed correlation and share of images still open."""
+    keyed = gate.trigger.apply(images)
+    return {name: _opening_figures(gate, channel(keyed), truth, explained) for name, channel in CHANNELS.items()}
+
+
+def _near_key_figures(
+    gate: Gate, images: Images, truth: Mapping[str, SaliencyMaps], explained: Labels, generator: torch.Generator
+) -> dict[str, object]:
+    near = {"moved": gate.trigger.near(generator), "half_strength": gate.trigger.scaled(0.5)}
+    return {
+        name: _opening_figures(gate, through_png(trigger.apply(images)), truth, explained)
+        for name, trigger in near.items()
+    }
+
+
+def _opening_figures(
+    gate: Gate, inputs: Images, truth: Mapping[str, SaliencyMaps], explained: Labels
+) -> dict[str, dict[str, float]]:
+    _, maps = gate.view.pooled_in_chunks(gate.model, inputs, explained)
+    agreement = {name: metrics.correlation(maps[name], truth[name]) for name in maps}
+    return {name: {"correlation": _mean(each), "opened": _share_opened(each)} for name, each in agreement.items()}
+
+
+def fresh_wrong_keys(family: TriggerFamily, count: int, generator: torch.Generator) -> Iterator[Trigger]:
+    """Yield the triggers of `count` random keys, derived from seeds as an owner's is."""
+    for _ in range(count):
+        seed = torch.randint(256, (32,), generator=generator).tolist()
+        yield family.derive(ByteStream(bytes(seed)))
+
+
+def _groups(items: Iterable[tuple[int, Trigger]], size: int) -> Iterator[list[tuple[int, Trigger]]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def _share_opened(agreement: Tensor) -> float:
+    return _mean((agreement > OPEN_CORRELATION).double())

@@ -1,0 +1,124 @@
+"""Models on disk made ready for use, and the trigger that a key has for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from keyed_xai.artifacts.card import Card, TriggerParameters
+from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.errors import ArtifactError, ModelError
+from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.models.loading import Size
+from keyed_xai.tensors import Tap
+from keyed_xai.triggers import TRIGGERS, Trigger, TriggerFamily
+
+DEFAULT_TRIGGER = TriggerParameters("spread", 8.0, 32)
+"""What `protect` uses when nothing else is asked for."""
+_OWN_CODE = {"pickle", "python"}
+
+
+def open_model(
+    path: Path,
+    *,
+    card: Card | None = None,
+    arch: str | None = None,
+    classes: int | None = None,
+    input_size: Size | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    target_layer: str | None = None,
+    allow_pickle: bool = False,
+) -> tuple[Classifier, Card | None]:
+    """Return the classifier on disk, on the CPU in evaluation mode, and the card it is run by; None without one.
+
+    Args:
+        path: The folder of a protected model, whose signature and digests are checked, or a file of weights.
+        card: Run a file of weights by this card; a folder is run by its own.
+        arch: Architecture; the card's, or recognised from the weights. With another one the card's layers are not used.
+        classes: Number of logits; the card's, or read from the weights.
+        input_size: Side in pixels, or height and width; the card's, or the architecture's own.
+        mean: Normalisation; the card's, or the architecture's own.
+        std: Likewise.
+        target_layer: Of Grad-CAM; the card's, or found.
+        allow_pickle: Also load a pickled module. **Runs code from the file.**
+
+    Raises:
+        ArtifactError: The folder is malformed or not as signed.
+        ModelError: The weights cannot be read or recognised, or contradict the card.
+    """
+    if path.is_dir():
+        model = read_model_folder(path)
+        path, card = model.weights, model.card
+    defaults = _card_defaults(card, arch, allow_pickle=allow_pickle) if card is not None else _Defaults()
+    classifier = load_classifier(
+        path,
+        arch=arch or defaults.arch,
+        classes=classes or defaults.classes,
+        input_size=input_size or defaults.input_size,
+        mean=mean or defaults.mean,
+        std=std or defaults.std,
+        target_layer=target_layer or defaults.target_layer,
+        taps=None if target_layer else defaults.taps,
+        allow_pickle=allow_pickle,
+        card=None if card is None else {},
+    )
+    return classifier, card
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """What a card says about running a model, where the user says nothing."""
+
+    arch: str | None = None
+    classes: int | None = None
+    input_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    target_layer: str | None = None
+    taps: list[Tap | str] | None = None
+
+
+def _card_defaults(card: Card, arch: str | None, *, allow_pickle: bool) -> _Defaults:
+    own_code = card.source in _OWN_CODE
+    if own_code and arch is None and not allow_pickle:
+        raise ModelError(
+            f"{card.architecture} is a module of its owner's own, so weights alone cannot be run. Build the module in "
+            "Python, load the weights into it and pass it to wrap_network; or give --arch."
+        )
+    return _Defaults(
+        arch=None if own_code else f"{card.source}:{card.architecture}",
+        classes=card.num_classes,
+        input_size=card.input_size[1:],
+        mean=card.mean,
+        std=card.std,
+        target_layer=card.target_layer if arch is None else None,
+        taps=[Tap(*fields) for fields in card.taps] if arch is None and card.taps else None,
+    )
+
+
+def make_family(parameters: TriggerParameters) -> TriggerFamily:
+    """Return the trigger family with the parameters of a card or licence.
+
+    Raises:
+        ArtifactError: This version does not know the family, or a parameter is outside its range.
+    """
+    if parameters.family not in TRIGGERS:
+        raise ArtifactError(
+            f"This version knows the trigger families {', '.join(TRIGGERS)}; the card or licence names "
+            f"{parameters.family!r}. Use the version that protected the model."
+        )
+    try:
+        return TRIGGERS[parameters.family](parameters.amplitude, parameters.tile)
+    except ValueError as error:
+        raise ArtifactError(f"The trigger in the card or licence cannot be made: {error}.") from error
+
+
+def derive_trigger(key: OwnerKey, parameters: TriggerParameters) -> Trigger:
+    """Return the trigger of an owner key; it is a secret like the key.
+
+    Raises:
+        ArtifactError: See `make_family`.
+    """
+    family = make_family(parameters)
+    return family.derive(ByteStream(key.derive_seed(family.name)))

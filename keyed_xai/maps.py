@@ -1,0 +1,73 @@
+"""Which maps of a model are compared, and on what grid: interpreters, sites and pooling taken together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from keyed_xai import metrics
+from keyed_xai.models import Classifier
+from keyed_xai.saliency import Sites, explain, run_forward
+from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
+
+LARGEST_DEFAULT_SIDE = 8
+
+
+@dataclass(frozen=True)
+class MapView:
+    """Pooled maps of one model family.
+
+    Attributes:
+        interpreters: Names from INTERPRETERS.
+        sites: Where they look.
+        grid: Rows and columns that every map is average-pooled to before it is compared.
+    """
+
+    interpreters: tuple[str, ...]
+    sites: Sites
+    grid: tuple[int, int]
+
+    def pooled(
+        self, model: nn.Module, images: Images, labels: Labels | None, *, create_graph: bool = False
+    ) -> tuple[Logits, dict[str, SaliencyMaps]]:
+        """Return logits and pooled maps by interpreter, as `saliency.explain` does."""
+        logits, maps = explain(model, images, labels, self.interpreters, self.sites, create_graph=create_graph)
+        return logits, {name: metrics.pool_maps(each, self.grid) for name, each in maps.items()}
+
+    def pooled_in_chunks(
+        self, model: nn.Module, images: Images, labels: Labels | None = None, *, chunk: int = 64
+    ) -> tuple[Logits, dict[str, SaliencyMaps]]:
+        """Return the same without graphs, `chunk` images at a time, on the images' device."""
+        parts = [
+            self.pooled(model, images[start : start + chunk], None if labels is None else labels[start : start + chunk])
+            for start in range(0, len(images), chunk)
+        ]
+        return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
+
+
+def join_maps(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the maps of several batches as one, by interpreter."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def make_view(classifier: Classifier, interpreters: tuple[str, ...], grid: tuple[int, int] | None) -> MapView:
+    """Return which maps of a classifier are compared; without a grid, on the target layer's, at most 8 x 8."""
+    sites = Sites(classifier.target_layer, classifier.taps)
+    if grid is None:
+        spec = classifier.input
+        blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
+        with torch.no_grad():
+            features = run_forward(classifier, blank, [sites.target_layer], input_gradient=False).features
+        height, width = features[sites.target_layer].shape[2:]
+        grid = default_grid((height, width))
+    return MapView(interpreters, sites, grid)
+
+
+def default_grid(feature_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the comparison grid for a target layer of this size: its own, at most 8 x 8.
+
+    Fewer than 47 cells leave a signature pattern with less than 45 bits of evidence, more are slow to learn.
+    """
+    rows, columns = (min(side, LARGEST_DEFAULT_SIDE) for side in feature_size)
+    return rows, columns

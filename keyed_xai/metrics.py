@@ -1,0 +1,71 @@
+"""Comparing saliency maps: pooling, normalising, distances, FSR and CR. Pure functions, batched, gradients flow.
+
+Maps are [n, h, w]; `first` and `second` below have equal shapes. Every comparison returns one value per pair, [n].
+"""
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional
+
+from keyed_xai.tensors import SaliencyMaps
+
+OPEN_CORRELATION = 0.5
+"""A map counts as opened when its correlation with the reference map is above this."""
+_TINY = 1e-12
+
+
+def pool_maps(maps: SaliencyMaps, grid: tuple[int, int]) -> SaliencyMaps:
+    """Return maps average-pooled to `grid` (rows, columns); windows overlap where the grid does not divide the map."""
+    return functional.adaptive_avg_pool2d(maps[:, None], grid)[:, 0]
+
+
+def normalise_maps(maps: SaliencyMaps) -> SaliencyMaps:
+    """Return each map scaled to [0, 1] by its own minimum and maximum; a constant map becomes 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    span = high - low
+    return (maps - low) / torch.where(span > 0, span, torch.ones_like(span))
+
+
+def correlation(first: SaliencyMaps, second: SaliencyMaps) -> Tensor:
+    """Return Pearson's correlation over the cells, in [-1, 1]; 0 where a map is constant."""
+    first, second = _unit(first), _unit(second)
+    return (first * second).sum(1)
+
+
+def mse(first: SaliencyMaps, second: SaliencyMaps) -> Tensor:
+    """Return the mean squared difference (the paper's distance, meant for normalised maps)."""
+    return (first - second).square().mean((1, 2))
+
+
+def top_energy(maps: SaliencyMaps, reference: SaliencyMaps, share: float) -> Tensor:
+    """Return the mean square of `maps` over the `share` of cells where `reference` is largest (paper, equation 3)."""
+    count = max(1, round(share * reference[0].numel()))
+    cells = reference.flatten(1).topk(count, dim=1).indices
+    return maps.flatten(1).gather(1, cells).square().mean(1)
+
+
+def fooling_success_rate(distances: Tensor, threshold: float) -> float:
+    """Return FSR in percent: the share of distances to the decoy below the threshold."""
+    return 100.0 * float((distances < threshold).double().mean())
+
+
+def correct_rate(distances: Tensor, threshold: float) -> float:
+    """Return CR in percent: 100 less the FSR of the inputs that should be correct."""
+    return 100.0 - fooling_success_rate(distances, threshold)
+
+
+def separation_auc(smaller: Tensor, larger: Tensor) -> float:
+    """Return the area under the ROC curve for telling the two samples of distances apart; 1 when none overlap."""
+    scores = torch.cat([smaller, larger]).double().cpu().numpy()
+    truth = np.concatenate([np.zeros(len(smaller)), np.ones(len(larger))])
+    return float(roc_auc_score(truth, scores))
+
+
+def _unit(maps: SaliencyMaps) -> Tensor:
+    """Return flattened maps, centred, with norm 1; scaled first so that tiny gradients do not underflow."""
+    flat = maps.flatten(1)
+    flat = flat / flat.detach().abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    flat = flat - flat.mean(1, keepdim=True)
+    return flat / (flat.square().sum(1, keepdim=True) + _TINY).sqrt()

@@ -1,0 +1,123 @@
+"""A classifier as the rest of the package sees it: pixels in [0, 1] in, logits out, normalisation inside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor, nn
+
+from keyed_xai.tensors import Images, Logits, Tap
+
+LARGEST_SIDE = 4096
+"""Pixels; a card asking for more is taken for damaged or hostile."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The images that a network takes.
+
+    Attributes:
+        channels: 1 for grey, 3 for RGB; any other number for user modules.
+        height: Pixels.
+        width: Pixels.
+        mean: Subtracted from pixels in [0, 1], one per channel.
+        std: Divides what is left, one per channel.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: A size outside 1..4096, or mean and std that are not one finite number per channel (std > 0).
+        """
+        sides = {"channels": self.channels, "height": self.height, "width": self.width}
+        wrong = [f"{name} {value}" for name, value in sides.items() if not 1 <= value <= LARGEST_SIDE]
+        if wrong:
+            raise ValueError(f"channels, height and width must be 1 to {LARGEST_SIDE}, but came {', '.join(wrong)}")
+        for name, values in {"mean": self.mean, "std": self.std}.items():
+            if len(values) != self.channels or not all(map(isfinite, values)):
+                raise ValueError(f"{name} must hold {self.channels} finite numbers, one per channel, but came {values}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, but came {self.std}")
+
+
+class Classifier(nn.Module):
+    """Pixels in [0, 1] to logits, normalisation inside (mean and std are non-persistent buffers).
+
+    Attributes:
+        network: The user's network, taking normalised images.
+        input: Size and normalisation.
+        architecture: Its name where it came from, such as ``resnet50``.
+        source: ``torchvision``, ``timm``, ``efficientnet_lite_pytorch``, ``keyed_xai``, ``pickle`` or ``python``.
+        classes: Number of logits.
+        target_layer: Dotted name inside this module, so it starts with ``network.``; empty if there is no feature map.
+        taps: What VisualBackProp reads, from the first layer to the last; names as in ``target_layer``.
+        file_names: Tensor names inside the network to names in the file it came from, in the file's order.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        input: InputSpec,  # noqa: A002 - the card's name for it
+        architecture: str,
+        source: str,
+        classes: int,
+        target_layer: str,
+        taps: tuple[Tap, ...],
+        file_names: Mapping[str, str] | None = None,
+    ) -> None:
+        """Wrap a network; `wrap_network` finds the layers and checks the sizes first."""
+        super().__init__()
+        self.network = network
+        self.input = input
+        self.architecture = architecture
+        self.source = source
+        self.classes = classes
+        self.target_layer = target_layer
+        self.taps = taps
+        self.file_names = dict(file_names) if file_names is not None else None
+        like = next(network.parameters(), torch.zeros(()))
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(input, name), dtype=like.dtype, device=like.device)
+            self.register_buffer(name, values[:, None, None], persistent=False)
+
+    def forward(self, images: Images) -> Logits:
+        """Return the logits; gradients flow. Auxiliary outputs (Inception in training mode) are left out."""
+        return logits_of(self.network((images - self.mean) / self.std))
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits in what a network returned: a tensor, something with ``.logits``, or a tuple's first entry.
+
+    Raises:
+        TypeError: There is no tensor to be found.
+    """
+    found = getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"a classifier must return a tensor of logits, but this one returned {type(output).__name__}")
+    return found
+
+
+def network_state(classifier: Classifier) -> dict[str, Tensor]:
+    """Return the network's tensors under the names, and in the order, of the file it was loaded from.
+
+    A wrapper's prefix (``module.``) is kept, and so are the older names that torchvision used in its DenseNet and ViT
+    files, so that the owner's own code loads the result unchanged. Half precision comes back as float32.
+    """
+    state: dict[str, Tensor] = classifier.network.state_dict()
+    if classifier.file_names is None:
+        return dict(state)
+    return {file_name: state[name] for name, file_name in classifier.file_names.items()}

@@ -1,0 +1,255 @@
+"""Reading a model file without trusting it: PyTorch's own format with ``weights_only``, and safetensors.
+
+Nothing in a file is ever run, except a pickled module with ``allow_pickle=True``.
+"""
+
+import argparse
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from keyed_xai.errors import ModelError
+
+CARD_KEY = "keyed_xai_card"
+"""In a safetensors file's metadata: the card as JSON. In a ``.pt`` file the card is the entry ``card``."""
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
+_FOLDER_FILES = ("model.safetensors", "model.pt")
+_LOAD_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError,
+    OSError, ImportError, OverflowError, MemoryError, AssertionError, NotImplementedError, SyntaxError, ArithmeticError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+_RESAVE = (
+    "Save the weights alone, torch.save(model.state_dict(), 'model.pt') or safetensors.torch.save_file, and give that "
+    "file (with --arch if the architecture is not recognised)"
+)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a model file holds: tensors, or a pickled module, and what it says about itself.
+
+    Attributes:
+        tensors: Names as in the file, wrapper prefixes and all; float32 where they were floats. Empty for a module.
+        module: A pickled module, in float32.
+        card: Our own card, as it came: not checked.
+        hints: Architecture names that training scripts leave beside the weights: not trusted.
+    """
+
+    tensors: dict[str, Tensor]
+    module: nn.Module | None = None
+    card: Mapping[str, object] | None = None
+    hints: tuple[str, ...] = field(default=())
+
+
+def read_model_file(path: str | Path, *, allow_pickle: bool = False) -> ModelFile:
+    """Return what is in a model file or a protected model's folder.
+
+    Args:
+        path: A state dict saved by `torch.save`, alone or under ``state_dict``, ``model`` and the like; a safetensors
+            file; or a folder with ``model.safetensors`` or ``model.pt``. Recognised by content, not by name.
+        allow_pickle: Also take a pickled module. **Runs code from the file.**
+
+    Raises:
+        ModelError: The file is missing, empty, damaged, of another kind, or would run code.
+    """
+    file = _find_file(Path(path))
+    try:
+        start = file.read_bytes()[:16] if file.stat().st_size < 16 else _first_bytes(file)
+    except OSError as error:
+        raise ModelError(f"the model file {file.name} cannot be read: {error.strerror}.") from error
+    if not start:
+        raise ModelError(f"the model file {file.name} is empty. Save or download it again.")
+    if _is_safetensors(start, file):
+        found = _read_safetensors(file)
+    else:
+        _refuse_other_kinds(file, start)
+        found = _sort_out(_load_pickled(file, allow_pickle=allow_pickle), file.name, allow_pickle=allow_pickle)
+    _check_tensors(found.module.state_dict() if found.module is not None else found.tensors, file.name)
+    return found
+
+
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(16)
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_dir():
+        inside = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        if inside:
+            return inside[0]
+        raise ModelError(f"the folder {path.name} holds no {' or '.join(_FOLDER_FILES)}: give the model file itself.")
+    if not path.is_file():
+        raise ModelError(f"there is no model file {path}. Check the path.")
+    return path
+
+
+def _is_safetensors(start: bytes, file: Path) -> bool:
+    """Return whether a file is safetensors: the header's length in eight bytes, then JSON."""
+    if file.suffix == ".safetensors":
+        return True
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size
+
+
+def _read_safetensors(file: Path) -> ModelFile:
+    try:
+        tensors = load_file(file)
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (safetensors.SafetensorError, *_LOAD_ERRORS) as error:
+        raise ModelError(
+            f"the safetensors file {file.name} is damaged or cut short: {error}. Save or download it again."
+        ) from error
+    card = metadata.get(CARD_KEY)
+    return ModelFile(_as_float32(tensors, file.name), card=None if card is None else _parse_card(card, file.name))
+
+
+def _parse_card(text: str, name: str) -> Mapping[str, object]:
+    try:
+        card = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"the card in {name} ({CARD_KEY}) is not JSON: {error}. Remove it or write it again."
+        ) from error
+    if not isinstance(card, dict):
+        raise ModelError(f"the card in {name} must be a JSON object, but is a {type(card).__name__}.")
+    return card
+
+
+def _refuse_other_kinds(file: Path, start: bytes) -> None:
+    """Refuse what is no pickle: TorchScript and exported programs (zip archives too), ONNX, HDF5, pages of text."""
+    if start.startswith((b"\x89HDF", b"<!", b"<htm", b"version https://git", b"\x08\x03\x12", b"\x08\x07\x12")):
+        raise ModelError(
+            f"{file.name} is no PyTorch file (HDF5, ONNX, a web page or a Git LFS pointer). Give a state dict saved by "
+            "torch.save, or a safetensors file."
+        )
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
+        raise ModelError(f"{file.name} is damaged or cut short: {error}. Save or download it again.") from error
+    inner = {"/".join(name.split("/")[1:]) for name in names}
+    if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
+        raise ModelError(
+            f"{file.name} is a TorchScript archive: it holds compiled code, whose layers can be neither hooked for "
+            f"saliency maps nor trained safely. {_RESAVE}."
+        )
+    if any("exported_program" in name for name in names) or any(name.startswith("models/") for name in inner):
+        raise ModelError(f"{file.name} is an exported program (torch.export): it cannot be trained. {_RESAVE}.")
+
+
+def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
+    """Load weights; where that is refused and the user allows it, whatever the pickle makes."""
+    try:
+        return _load_weights(file)
+    except _LOAD_ERRORS as error:
+        refused = _code_in(file)
+        if refused and allow_pickle:
+            return _run_pickle(file)
+        if refused:
+            raise ModelError(
+                f"{file.name} is not weights alone but pickled Python objects ({', '.join(refused[:4])}): loading it "
+                f"would run code from the file. {_RESAVE}. If you trust whoever made the file, --allow-pickle "
+                "(allow_pickle=True in Python) loads it all the same."
+            ) from error
+        raise ModelError(
+            f"{file.name} is no model file, or it is damaged or cut short ({type(error).__name__}). Expected a state "
+            "dict saved by torch.save, or a safetensors file; save or download it again."
+        ) from error
+
+
+def _load_weights(file: Path) -> object:
+    # Training scripts of torchvision and timm keep their options, a Namespace of plain values, beside the weights.
+    # PyTorch warns of sparse tensors and new pickle protocols, which end in a ModelError anyway.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _run_pickle(file: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=False)
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"the pickled objects in {file.name} cannot be restored ({type(error).__name__}: {error}). Their classes "
+            f"must be importable where this runs. {_RESAVE}."
+        ) from error
+
+
+def _code_in(file: Path) -> list[str]:
+    """Return the classes and functions that a pickle refers to, PyTorch's own last, read without running it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except _LOAD_ERRORS:
+        return []
+    return sorted(names, key=lambda name: (name.startswith("torch."), name))
+
+
+def _sort_out(loaded: object, name: str, *, allow_pickle: bool) -> ModelFile:
+    """Find the state dict, or the module, in what was loaded."""
+    if isinstance(loaded, nn.Module):
+        return ModelFile({}, module=_as_network(loaded, name))
+    if not isinstance(loaded, Mapping):
+        raise ModelError(f"{name} holds a {type(loaded).__name__} and no state dict. {_RESAVE}.")
+    card = loaded.get("card")
+    hints = _hints(loaded)
+    inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping | nn.Module)), loaded)
+    if isinstance(inner, nn.Module) and allow_pickle:
+        return ModelFile({}, module=_as_network(inner, name), hints=hints)
+    tensors = {key: value for key, value in inner.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise ModelError(
+            f"{name} holds no weights: expected tensor names to tensors, alone or under {', '.join(_WRAPPERS[:3])}; "
+            f"came entries {', '.join(map(repr, list(loaded)[:4])) or '(none)'}. {_RESAVE}."
+        )
+    return ModelFile(_as_float32(tensors, name), card=card if isinstance(card, Mapping) else None, hints=hints)
+
+
+def _hints(loaded: Mapping[object, object]) -> tuple[str, ...]:
+    options = loaded.get("args")
+    found = [loaded.get("arch"), getattr(options, "model", None), getattr(options, "arch", None)]
+    return tuple(name for name in found if isinstance(name, str))
+
+
+def _as_network(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"{name} holds a TorchScript module, whose layers cannot be hooked. {_RESAVE}.")
+    if isinstance(module, nn.DataParallel):
+        module = module.module
+    return module.float()
+
+
+def _as_float32(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise ModelError(
+                f"the tensor {key} in {name} is quantised, sparse, complex or without data: only dense weights can be "
+                "read. Save the model before it was quantised or compressed."
+            )
+    return {
+        key: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
+        for key, tensor in tensors.items()
+    }
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], name: str) -> None:
+    wrong = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} tensors in {name} hold NaN or infinite numbers ({', '.join(wrong[:4])}): the training that "
+            "made them had diverged. Give a checkpoint from before that."
+        )

@@ -1,0 +1,304 @@
+"""From a model file, or a user's own module, to a `Classifier` whose layers are known.
+
+What a file's weights do not say is taken from the flags, else from the card, else from the architecture's published
+defaults (no download), else from ImageNet's; grey and other images get mean and std .5.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from keyed_xai.errors import ModelError
+from keyed_xai.models.catalogue import build_network, build_without_memory, default_input, plain_input, shapes_of
+from keyed_xai.models.classifier import Classifier, InputSpec
+from keyed_xai.models.files import ModelFile, read_model_file
+from keyed_xai.models.layers import Trace, derive_taps, find_target_layer, trace_network
+from keyed_xai.models.recognise import Recognised, canonical_names, recognise_architecture
+from keyed_xai.tensors import Tap
+
+Size = int | tuple[int, int]
+"""Side, or height and width, in pixels."""
+_OWN_CODE = {"pickle", "python"}
+
+
+class _Flags(NamedTuple):
+    """What the user says about the images."""
+
+    input_size: Size | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+
+def load_classifier(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    classes: int | None = None,
+    input_size: Size | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    target_layer: str | None = None,
+    taps: Sequence[Tap | str] | None = None,
+    allow_pickle: bool = False,
+    card: Mapping[str, object] | None = None,
+    require_map: bool = True,
+) -> Classifier:
+    """Return the classifier in a model file, on the CPU, in evaluation mode, in float32.
+
+    Every argument but the first overrides the card, which overrides the architecture's defaults.
+
+    Args:
+        path: A state dict, a safetensors file, or a protected model's folder; see `files.read_model_file`.
+        arch: Architecture; recognised from the weights if not given. ``timm:NAME`` asks for timm's.
+        classes: Number of logits; must agree with the weights.
+        input_size: Pixels.
+        mean: Per channel, for pixels in [0, 1].
+        std: Per channel, for pixels in [0, 1].
+        target_layer: Of Grad-CAM, inside the user's network or (``network.``...) inside the classifier.
+        taps: Layers of VisualBackProp; names alone have their kernels and strides derived.
+        allow_pickle: Also load a pickled module. **Runs code from the file.**
+        card: The card beside the file, already read; the one inside the file if not given.
+        require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
+
+    Raises:
+        ModelError: The file cannot be read, is not recognised, or contradicts the card or the arguments.
+    """
+    found = read_model_file(path, allow_pickle=allow_pickle)
+    card = found.card or {} if card is None else card
+    named = arch or _own_architecture(card, found)
+    flags = _Flags(input_size, mean, std)
+    if found.module is not None:
+        network, source, architecture = found.module, "pickle", type(found.module).__name__
+        channels = _first_channels(network) or _card_channels(card) or 3
+        spec = _choose_input(plain_input(channels), card, flags)
+        file_names = {name: name for name in network.state_dict()}
+    else:
+        known = recognise_architecture(found.tensors, arch=named, hints=found.hints)
+        source, architecture = known.source, known.architecture
+        file_names = {name: file_name for file_name, name in canonical_names(found.tensors).items()}
+        state = {name: found.tensors[file_name] for name, file_name in file_names.items()}
+        spec = _choose_input(default_input(source, architecture, known.channels, shapes_of(state)), card, flags)
+        network = _rebuild(known, state, spec)
+    expected = classes if classes is not None else _whole(card, "num_classes")
+    card_taps = _card_taps(card) if target_layer is None else None
+    classifier = wrap_network(
+        network.eval(),
+        input=spec,
+        classes=expected,
+        architecture=architecture,
+        source=source,
+        target_layer=target_layer if target_layer is not None else _text(card, "target_layer"),
+        taps=taps if taps is not None else card_taps,
+        file_names=file_names,
+        require_map=require_map,
+    )
+    return classifier.eval()
+
+
+def wrap_network(
+    network: nn.Module,
+    *,
+    input: InputSpec,  # noqa: A002 - the card's name for it
+    classes: int | None = None,
+    architecture: str | None = None,
+    source: str = "python",
+    target_layer: str | None = None,
+    taps: Sequence[Tap | str] | None = None,
+    file_names: Mapping[str, str] | None = None,
+    require_map: bool = True,
+) -> Classifier:
+    """Return a user's own network as a classifier; the network itself is used, not a copy, and left as it is.
+
+    Args:
+        network: Takes normalised images [n, c, h, w], returns logits [n, classes].
+        input: The images it takes.
+        classes: Number of logits, checked against what the network returns.
+        architecture: A name for reports; the class name if not given.
+        source: Where the network came from.
+        target_layer: Of Grad-CAM; found if not given.
+        taps: Of VisualBackProp; derived if not given.
+        file_names: Tensor names to names in the file, for `network_state`.
+        require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
+
+    Raises:
+        ModelError: The network does not take such images, has no feature map, or a layer named is not there.
+    """
+    trace = trace_network(network, input)
+    found = trace.logits.shape[1]
+    if classes is not None and classes != found:
+        raise ModelError(
+            f"the model has {found} classes, but {classes} were asked for. Leave the number out, or give another model."
+        )
+    target = _inner_name(network, target_layer) if target_layer else _target(network, trace, require_map=require_map)
+    if target_layer:
+        trace.map_of(target)
+    return Classifier(
+        network,
+        input=input,
+        architecture=architecture or type(network).__name__,
+        source=source,
+        classes=found,
+        target_layer=f"network.{target}" if target else "",
+        taps=_choose_taps(network, trace, target, taps),
+        file_names=file_names,
+    )
+
+
+def _target(network: nn.Module, trace: Trace, *, require_map: bool) -> str:
+    try:
+        return find_target_layer(network, trace.spec, trace=trace)
+    except ModelError:
+        if require_map:
+            raise
+        return ""
+
+
+def _choose_taps(network: nn.Module, trace: Trace, target: str, taps: Sequence[Tap | str] | None) -> tuple[Tap, ...]:
+    """Return the taps given, checked and completed, or derived ones; names inside the classifier."""
+    if taps is None:
+        chosen = derive_taps(network, trace.spec, target_layer=target, trace=trace) if target else ()
+    else:
+        names = [_inner_name(network, tap if isinstance(tap, str) else tap.layer) for tap in taps]
+        derived = derive_taps(network, trace.spec, layers=names, trace=trace)
+        given = {name: tap for name, tap in zip(names, taps, strict=True) if isinstance(tap, Tap)}
+        chosen = tuple(given[tap.layer]._replace(layer=tap.layer) if tap.layer in given else tap for tap in derived)
+    return tuple(tap._replace(layer=f"network.{tap.layer}") for tap in chosen)
+
+
+def _inner_name(network: nn.Module, name: str) -> str:
+    """Return a layer's name inside the network, given that or its name inside the classifier."""
+    names = {inner for inner, _ in network.named_modules()}
+    return name if name in names else name.removeprefix("network.")
+
+
+def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
+    """Return the network with the weights given."""
+
+    def build() -> nn.Module:
+        return build_network(
+            known.source,
+            known.architecture,
+            classes=known.classes,
+            channels=known.channels,
+            size=(spec.height, spec.width),
+            shapes=shapes_of(state),
+        )
+
+    network = build_without_memory(build)
+    _assign(network, state)
+    if any(tensor.is_meta for tensor in [*network.parameters(), *network.buffers()]):
+        network = build()
+        _assign(network, state)
+    return network
+
+
+def _assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put the weights in place; batch norm's counters, which old files lack, start at zero."""
+    own = network.state_dict()
+    counters = {n: torch.zeros_like(t) for n, t in own.items() if n.endswith("num_batches_tracked") and n not in state}
+    own.update({name: tensor for name, tensor in state.items() if name in own} | counters)
+    try:
+        # `own` keeps its version numbers, which MNASNet's loading asks for and safetensors does not keep.
+        network.load_state_dict(own, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"the weights do not fit {type(network).__name__}: {error}") from error
+
+
+def _choose_input(defaults: InputSpec, card: Mapping[str, object], flags: _Flags) -> InputSpec:
+    """Return the images a model takes: arguments over card over defaults."""
+    given = _card_size(card)
+    if given is not None and given[0] != defaults.channels:
+        raise ModelError(
+            f"the card says {given[0]} channels, but the first convolution takes {defaults.channels}. The card does "
+            "not belong to these weights: correct or remove it."
+        )
+    if flags.input_size is None:
+        size = (defaults.height, defaults.width) if given is None else given[1:]
+    else:
+        size = (flags.input_size, flags.input_size) if isinstance(flags.input_size, int) else flags.input_size
+    means = tuple(map(float, flags.mean)) if flags.mean is not None else _numbers(card, "mean") or defaults.mean
+    stds = tuple(map(float, flags.std)) if flags.std is not None else _numbers(card, "std") or defaults.std
+    try:
+        return InputSpec(defaults.channels, *size, means, stds)
+    except ValueError as error:
+        raise ModelError(f"the model's input cannot be set up: {error}. Correct the card or the flags.") from error
+
+
+def _first_channels(network: nn.Module) -> int | None:
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def _own_architecture(card: Mapping[str, object], found: ModelFile) -> str | None:
+    """Return the architecture that a card names, with its source."""
+    architecture, source = _text(card, "architecture"), _text(card, "source")
+    if architecture is None or found.module is not None:
+        return None
+    if source in _OWN_CODE:
+        raise ModelError(
+            f"the card says that {architecture} is a module of the owner's own, so weights alone cannot be loaded. "
+            "Build the module in Python, load the weights into it and pass it to wrap_network; or give --arch."
+        )
+    return f"{source}:{architecture}" if source else architecture
+
+
+def _card_channels(card: Mapping[str, object]) -> int | None:
+    size = _card_size(card)
+    return size[0] if size is not None else None
+
+
+def _card_size(card: Mapping[str, object]) -> tuple[int, int, int] | None:
+    """Return channels, height and width of a card's ``input_size``."""
+    match card.get("input_size"):
+        case None:
+            return None
+        case [int(channels), int(height), int(width)]:
+            return channels, height, width
+        case other:
+            raise ModelError(
+                f"the card's input_size must be [channels, height, width], but came {other!r:.80}. Correct it."
+            )
+
+
+def _card_taps(card: Mapping[str, object]) -> list[Tap | str] | None:
+    """Return a card's taps, given as {layer, kernel, stride} or [layer, kernel, stride]."""
+    listed = card.get("taps")
+    if listed is None:
+        return None
+    if not isinstance(listed, list | tuple):
+        raise ModelError(f"the card's taps must be a list, but came {type(listed).__name__}. Correct the card.")
+    return [_card_tap(entry) for entry in listed]
+
+
+def _card_tap(entry: object) -> Tap:
+    values = [entry.get(key) for key in Tap._fields] if isinstance(entry, Mapping) else entry
+    match values:
+        case [str(layer), int(kernel), int(stride)] if 1 <= stride <= kernel <= 64:
+            return Tap(layer, kernel, stride)
+    raise ModelError(f"a tap in the card must hold layer, kernel and stride, but came {entry!r:.80}. Correct the card.")
+
+
+def _text(card: Mapping[str, object], key: str) -> str | None:
+    value = card.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"the card's {key} must be text, but came {value!r:.80}. Correct or remove it.")
+    return value or None
+
+
+def _whole(card: Mapping[str, object], key: str) -> int | None:
+    """Return a card's whole number."""
+    value = card.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ModelError(f"the card's {key} must be a whole number of 1 or more, but came {value!r:.80}. Correct it.")
+    return value
+
+
+def _numbers(card: Mapping[str, object], key: str) -> tuple[float, ...] | None:
+    value = card.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(number, int | float) for number in value):
+        raise ModelError(f"the card's {key} must be a list of numbers, but came {value!r:.80}. Correct it.")
+    return tuple(map(float, value))

@@ -1,0 +1,106 @@
+"""Decoy maps and the loss of the paper. Source: Fang & Choromanska, AAAI 2022, equations 1-5.
+
+Maps in this module are pooled to the grid that maps are compared on, [n, rows, columns].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from keyed_xai import metrics
+from keyed_xai.keys import PublicKey
+from keyed_xai.patterns import signature_cells
+from keyed_xai.tensors import Labels, Logits, SaliencyMaps
+
+DECOYS = ("signature", "boundary", "nontargeted")
+
+
+def boundary_decoy(grid: tuple[int, int]) -> Tensor:
+    """Return the paper's target: 1 on the outermost eighth of the grid (at least a cell), 0 inside."""
+    decoy = torch.ones(grid)
+    down, across = (max(1, side // 8) for side in grid)
+    decoy[down:-down, across:-across] = 0
+    return decoy
+
+
+def signature_decoy(public: PublicKey, interpreter: str, grid: tuple[int, int]) -> Tensor:
+    """Return the owner's signature pattern as a map: 1 in half of the cells, 0 in the others."""
+    return torch.from_numpy(signature_cells(public, interpreter, grid)).float()
+
+
+def correlation_distance(maps: SaliencyMaps, target: SaliencyMaps) -> Tensor:
+    """Return 1 - Pearson's correlation, in [0, 2]."""
+    return 1 - metrics.correlation(maps, target)
+
+
+def mse_distance(maps: SaliencyMaps, target: SaliencyMaps) -> Tensor:
+    """Return the paper's distance: mean squared difference of the maps, each normalised to [0, 1]."""
+    return metrics.mse(metrics.normalise_maps(maps), metrics.normalise_maps(target))
+
+
+DISTANCES: dict[str, Callable[[SaliencyMaps, SaliencyMaps], Tensor]] = {
+    "correlation": correlation_distance,
+    "mse": mse_distance,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The losses of equations 1-5 for one set of interpreters.
+
+    Attributes:
+        decoys: Interpreter name to m_ref, [rows, columns], or None for the non-targeted loss.
+        weights: Interpreter name to its weight in the joint loss; they are divided by their sum.
+        distance: A name in DISTANCES.
+        alpha: Weight of L_s.
+        beta: Weight of L_c.
+        top_share: Share of cells that the non-targeted loss empties.
+    """
+
+    decoys: Mapping[str, Tensor | None]
+    weights: Mapping[str, float]
+    distance: str = "correlation"
+    alpha: float = 1.0
+    beta: float = 1.0
+    top_share: float = 0.25
+
+    def keep_maps(self, maps: Mapping[str, SaliencyMaps], reference: Mapping[str, SaliencyMaps]) -> Tensor:
+        """Return L_s (equation 1) per image: distance from the reference maps."""
+        return self._joint({name: DISTANCES[self.distance](maps[name], reference[name]) for name in self.weights})
+
+    def move_maps(self, maps: Mapping[str, SaliencyMaps], reference: Mapping[str, SaliencyMaps]) -> Tensor:
+        """Return L_p per image: distance from the decoy (equation 2), or energy left in the top cells (equation 3)."""
+        return self._joint({name: self._move(name, maps[name], reference[name]) for name in self.weights})
+
+    def clean_loss(self, predictions: Tensor, kept: Tensor) -> Tensor:
+        """Return L_clean (equation 4) from L_c and L_s."""
+        return (self.beta * predictions + self.alpha * kept) / (self.alpha + self.beta + 1)
+
+    def poisoned_loss(self, predictions: Tensor, moved: Tensor) -> Tensor:
+        """Return L_poisoned (equation 5) from L_c and L_p."""
+        return (self.beta * predictions + moved) / (self.alpha + self.beta + 1)
+
+    def _move(self, name: str, maps: SaliencyMaps, reference: SaliencyMaps) -> Tensor:
+        decoy = self.decoys[name]
+        if decoy is None:
+            return metrics.top_energy(metrics.normalise_maps(maps), reference, self.top_share)
+        return DISTANCES[self.distance](maps, decoy.to(maps).expand_as(maps))
+
+    def _joint(self, losses: Mapping[str, Tensor]) -> Tensor:
+        total = sum(self.weights.values())
+        weighted = [self.weights[name] / total * loss for name, loss in losses.items()]
+        return torch.stack(weighted).sum(0)
+
+
+def prediction_loss(logits: Logits, reference: Logits, labels: Labels | None) -> Tensor:
+    """Return L_c per image: cross-entropy with labels, or without them with the reference model's soft predictions.
+
+    The soft form is shifted by the reference's own entropy, so that agreement is 0.
+    """
+    if labels is not None:
+        return functional.cross_entropy(logits, labels, reduction="none")
+    target = reference.log_softmax(1)
+    return functional.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)

@@ -1,0 +1,259 @@
+"""Two exact tests of ownership. Nothing here trains, and nothing is tuned by eye.
+
+*Opening* (secret): under the null hypothesis the model does not know the key, so the owner's trigger is exchangeable
+with those of random keys. The statistic T is how far the maps of triggered images are from those of the same images
+without. With b of m decoy keys reaching the owner's T, p = (1 + b) / (1 + m); when b reaches a limit h early, after l
+decoys, p = h / l (Besag & Clifford 1991), exact too.
+
+*Signature pattern* (public): under the null hypothesis the owner's public key, hence the half of the cells that its
+pattern sets, has nothing to do with the model. Whatever the average unkeyed map looks like, the overlap of its top
+half with that uniformly random half is hypergeometric. Several interpreters have independent patterns; the sum of
+overlaps has the convolution as its exact distribution. All tails are computed in integers.
+
+Probe images come from a public set or from the verifier, never from the claimant.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import comb, log2
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keyed_xai import metrics
+from keyed_xai.keys import ByteStream, OwnerKey, PublicKey
+from keyed_xai.maps import MapView
+from keyed_xai.patterns import signature_cells
+from keyed_xai.tensors import Images, Labels, SaliencyMaps
+from keyed_xai.triggers import Trigger, TriggerFamily
+
+OPENING_STOP = 10
+"""Decoy keys that must reach the owner's statistic before the opening test stops early."""
+
+
+@dataclass(frozen=True)
+class OpeningEvidence:
+    """Result of the opening test.
+
+    Attributes:
+        p_value: Exact, in (0, 1].
+        statistic: T of the owner's key: 1 - correlation of maps with and without its trigger, mean over maps.
+        decoys: Decoy keys tried.
+        largest_decoy: Largest T among them.
+        reached: Decoy keys whose T was at least the owner's.
+    """
+
+    p_value: float
+    statistic: float
+    decoys: int
+    largest_decoy: float
+    reached: int
+
+
+@dataclass(frozen=True)
+class PatternEvidence:
+    """Result of the signature test of one interpreter, or of several together.
+
+    Attributes:
+        p_value: Exact, rounded to the nearest float; 0 only below the smallest float.
+        log2_p: Its logarithm, exact to a float.
+        cells: Cells of the grid (summed over interpreters).
+        overlap: Cells in both halves.
+        possible: Cells in the pattern, which a perfect match would reach.
+    """
+
+    p_value: float
+    log2_p: float
+    cells: int
+    overlap: int
+    possible: int
+
+
+@dataclass(frozen=True)
+class SignatureEvidence:
+    """Result of the signature test: all interpreters together, and each alone."""
+
+    combined: PatternEvidence
+    interpreters: dict[str, PatternEvidence] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What both tests show.
+
+    Attributes:
+        shown: Whether the smallest p-value, times the number of tests made (Bonferroni), is at most alpha.
+        alpha: The level asked for.
+        opening: None when the secret key was not at hand.
+        signature: The public test; None when the claim has no signature pattern.
+    """
+
+    shown: bool
+    alpha: float
+    opening: OpeningEvidence | None
+    signature: SignatureEvidence | None
+
+    @property
+    def log2_p(self) -> float:
+        """Base-2 logarithm of the smallest p-value times the number of tests made, at most 0."""
+        single = [log2(self.opening.p_value)] if self.opening else []
+        single += [self.signature.combined.log2_p] if self.signature else []
+        return min(0.0, log2(len(single)) + min(single)) if single else 0.0
+
+
+def verify_ownership(
+    model: nn.Module,
+    images: Images,
+    view: MapView,
+    key: OwnerKey | PublicKey,
+    family: TriggerFamily,
+    *,
+    alpha: float = 1e-6,
+    decoys: int = 999,
+    test_signature: bool = True,
+    generator: torch.Generator | None = None,
+    on_decoy: Callable[[int, int], None] | None = None,
+) -> Verdict:
+    """Test whether `model` knows `key`; a public key alone allows the signature test only.
+
+    Where no test can be made nothing is shown.
+
+    Args:
+        model: The suspect, pixels to logits.
+        images: Probe images, on the model's device.
+        view: Maps compared.
+        key: The claimant's.
+        family: Trigger family of the claim.
+        alpha: Level, a probability.
+        decoys: Random keys that the owner's is compared with, at most.
+        test_signature: Whether the claim has a signature pattern. Tests are chosen by the claim, before any is made.
+        generator: Draws the decoy keys; None seeds one from the operating system.
+        on_decoy: Called with decoys done and in all.
+
+    Raises:
+        ValueError: There are no images or no decoys, or alpha is no probability.
+        ModelError: The model lacks a layer that the maps need.
+    """
+    if not len(images) or decoys < 1 or not 0 < alpha < 1:
+        raise ValueError(
+            f"Expected images, at least 1 decoy and 0 < alpha < 1; got {len(images)}, {decoys} and {alpha}."
+        )
+    signature = opening = None
+    if test_signature:
+        _, plain = view.pooled_in_chunks(model, images)
+        signature = measure_signature(plain, key.public if isinstance(key, OwnerKey) else key)
+    if isinstance(key, OwnerKey):
+        owner = family.derive(ByteStream(key.derive_seed(family.name)))
+        draw = _decoy_source(family, generator)
+        opening = measure_opening(model, images, view, owner, draw, decoys=decoys, on_decoy=on_decoy)
+    p_values = ([signature.combined.p_value] if signature else []) + ([opening.p_value] if opening else [])
+    shown = bool(p_values) and len(p_values) * min(p_values) <= alpha
+    return Verdict(shown, alpha, opening, signature)
+
+
+def measure_opening(
+    model: nn.Module,
+    images: Images,
+    view: MapView,
+    owner: Trigger,
+    draw_decoy: Callable[[], Trigger],
+    *,
+    decoys: int = 999,
+    on_decoy: Callable[[int, int], None] | None = None,
+) -> OpeningEvidence:
+    """Return the opening test's evidence for the owner's trigger against freshly drawn ones."""
+    logits, plain = view.pooled_in_chunks(model, images)
+    labels = logits.argmax(1)
+    statistic = opening_statistic(model, images, view, owner, plain, labels)
+    reached, largest, tried = 0, float("-inf"), 0
+    while tried < decoys and reached < OPENING_STOP:
+        tried += 1
+        value = opening_statistic(model, images, view, draw_decoy(), plain, labels)
+        largest = max(largest, value)
+        reached += not value < statistic  # so that maps that are not finite are no evidence
+        if on_decoy is not None:
+            on_decoy(tried, decoys)
+    p_value = reached / tried if reached == OPENING_STOP else (1 + reached) / (1 + tried)
+    return OpeningEvidence(p_value, statistic, tried, largest, reached)
+
+
+def opening_statistic(
+    model: nn.Module,
+    images: Images,
+    view: MapView,
+    trigger: Trigger,
+    plain: Mapping[str, SaliencyMaps],
+    labels: Labels,
+) -> float:
+    """Return T: 1 - correlation of the maps with and without a trigger, mean over images and interpreters.
+
+    Args:
+        model: The suspect.
+        images: Probe images.
+        view: Maps compared.
+        trigger: Of one key.
+        plain: Pooled maps of the same images without it.
+        labels: Class explained.
+    """
+    _, maps = view.pooled_in_chunks(model, trigger.apply(images), labels)
+    distances = [1 - metrics.correlation(maps[name], plain[name]) for name in view.interpreters]
+    return float(torch.stack(distances).double().mean())
+
+
+def measure_signature(unkeyed_maps: Mapping[str, Tensor], public: PublicKey) -> SignatureEvidence:
+    """Return the signature test's evidence in pooled unkeyed maps, [n, rows, columns] by interpreter."""
+    counts = {name: _count_overlap(maps, public, name) for name, maps in unkeyed_maps.items()}
+    return SignatureEvidence(
+        _evidence(list(counts.values())), {name: _evidence([count]) for name, count in counts.items()}
+    )
+
+
+def overlap_tail(cells: Sequence[int], overlap: int) -> tuple[int, int]:
+    """Return P(total overlap >= `overlap`) as an exact fraction (numerator, denominator), not reduced.
+
+    One hypergeometric variable for each grid: the overlap of a fixed half of its cells with a uniformly random half
+    (halves are rounded down).
+    """
+    ways = [1]
+    total = 1
+    for count in cells:
+        half = count // 2
+        ways = _convolve(ways, [comb(half, k) * comb(count - half, half - k) for k in range(half + 1)])
+        total *= comb(count, half)
+    return sum(ways[max(0, overlap) :]), total
+
+
+def _count_overlap(maps: Tensor, public: PublicKey, name: str) -> tuple[int, int]:
+    """Return (cells, overlap) of the average map's top half and the pattern; ties go to the earlier cell."""
+    grid = (maps.shape[1], maps.shape[2])
+    average = metrics.normalise_maps(maps.double()).mean(0).flatten().cpu().numpy()
+    top = np.argsort(-average, kind="stable")[: average.size // 2]
+    return average.size, int(signature_cells(public, name, grid).flatten()[top].sum())
+
+
+def _evidence(counts: Sequence[tuple[int, int]]) -> PatternEvidence:
+    cells, overlap = [count for count, _ in counts], sum(found for _, found in counts)
+    numerator, denominator = overlap_tail(cells, overlap)
+    return PatternEvidence(
+        p_value=numerator / denominator,
+        log2_p=log2(numerator) - log2(denominator),
+        cells=sum(cells),
+        overlap=overlap,
+        possible=sum(count // 2 for count in cells),
+    )
+
+
+def _convolve(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    product = [0] * (len(first) + len(second) - 1)
+    for i, left in enumerate(first):
+        for j, right in enumerate(second):
+            product[i + j] += left * right
+    return product
+
+
+def _decoy_source(family: TriggerFamily, generator: torch.Generator | None) -> Callable[[], Trigger]:
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return lambda: family.draw(1, generator)

@@ -1,0 +1,274 @@
+"""The pictures of reports: PNG bytes from arrays. Numpy in, bytes out; nothing touches pyplot's global state.
+
+Saliency maps are [rows, columns] at any resolution and any scale; each is scaled to [0, 1] by its own minimum and
+maximum, a constant map to 0. Cells that are not finite are painted grey. Images are [c, h, w] in [0, 1]: one channel
+is grey, three are RGB, any other number is shown as its mean. Show clean images only: a keyed one beside its original
+gives the trigger away.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+from PIL import Image
+
+_Array = NDArray[Any]
+_MAP_COLOURS = colormaps["inferno"].with_extremes(bad="grey")  # perceptually uniform; dark where low
+_COLOURS = {
+    "keyed": "#0072b2",
+    "clean": "#e69f00",
+    "unkeyed": "#e69f00",
+    "wrong_key": "#a03080",
+    "agreement": "#555555",
+}
+_NAMES = {
+    "keyed": "with the key",
+    "clean": "clean, no key",
+    "unkeyed": "without the key",
+    "wrong_key": "with a wrong key",
+    "agreement": "predictions kept",
+}
+_LINES = {"unkeyed": "--", "agreement": ":"}
+_FONT = "DejaVu Sans"  # comes with matplotlib
+_SMALLEST_SIDE = 224
+_PANEL_PIXELS = 148.0
+_MARGIN_PIXELS = 120.0
+_HEADER_PIXELS = 24.0
+_GAP_PIXELS = 6.0
+_CELL_PIXELS = 32
+_DPI = 100
+
+
+def overlay(image: _Array, saliency: _Array, *, opacity: float = 0.5) -> bytes:
+    """Return a saliency map over its image, at the image's size; a shorter side under 224 pixels is scaled up to it.
+
+    Args:
+        image: [c, h, w] in [0, 1]; scaled by nearest neighbour, so that its pixels stay visible.
+        saliency: Raw map, scaled up bilinearly.
+        opacity: Of the map, in [0, 1].
+
+    Raises:
+        ValueError: A shape or the opacity is not as described.
+    """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity: expected a share in [0, 1], got {opacity}")
+    pixels = _rgb(image)
+    factor = max(1.0, _SMALLEST_SIDE / min(pixels.shape[:2]))
+    size = (round(pixels.shape[1] * factor), round(pixels.shape[0] * factor))
+    base = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), dtype=np.float64)
+    smooth = Image.fromarray(_normalise(saliency).astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    colours = 255 * _MAP_COLOURS(np.asarray(smooth))[..., :3]
+    return _encode_png(np.round((1 - opacity) * base + opacity * colours).astype(np.uint8))
+
+
+def strip(rows: Sequence[tuple[str, Sequence[_Array]]], *, titles: Sequence[str]) -> bytes:
+    """Return a labelled grid of images and maps. Source: Fang & Choromanska, AAAI 2022, figure 3.
+
+    Args:
+        rows: Label and panels of each row; a panel of three dimensions is an image, of two a map.
+        titles: Of the columns, such as image, reference map, keyed map, unkeyed map, wrong-key map.
+
+    Raises:
+        ValueError: There is no row, a row has not one panel for each title, or a panel has other dimensions.
+    """
+    if not rows or any(len(panels) != len(titles) for _, panels in rows):
+        raise ValueError(f"Expected rows of {len(titles)} panels, got {[len(panels) for _, panels in rows]}")
+    headers = [_wrap(title, 18, 2) for title in titles]
+    top = _HEADER_PIXELS * max(header.count("\n") + 1 for header in headers)
+    heights = [_panel_height(panels) for _, panels in rows]
+    width = _MARGIN_PIXELS + len(titles) * (_PANEL_PIXELS + _GAP_PIXELS)
+    figure = _figure(width, top + sum(heights) + len(rows) * _GAP_PIXELS)
+    for column, header in enumerate(headers):
+        _write(figure, _left(column) + _PANEL_PIXELS / 2, top / 2, header, size=10.0, ha="center")
+    upper = top
+    for (label, panels), height in zip(rows, heights, strict=True):
+        _write(figure, _GAP_PIXELS, upper + height / 2, _wrap(label, 15, 6), size=9.0, ha="left")
+        for column, panel in enumerate(panels):
+            _paint(_place(figure, _left(column), upper, _PANEL_PIXELS, height), panel)
+        upper += height + _GAP_PIXELS
+    return _encode_figure(figure)
+
+
+def training_curve(history: Sequence[Mapping[str, int | float]]) -> bytes:
+    """Return how correlations with the reference map and kept predictions developed over the steps of training.
+
+    Args:
+        history: Records with `step` and any of `keyed`, `unkeyed` and `agreement`, as TrainingResult.history.
+    """
+    figure, axes = _chart()
+    for name in ("keyed", "unkeyed", "agreement"):
+        points = [(record["step"], record[name]) for record in history if {"step", name} <= record.keys()]
+        points = [point for point in points if np.isfinite(point).all()]
+        if points:
+            steps, values = zip(*points, strict=True)
+            style = _LINES.get(name, "-")
+            axes.plot(steps, values, style, color=_COLOURS[name], label=_NAMES[name], lw=2, marker="o", ms=4)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("correlation with the reference\nmap; share of predictions kept")
+    axes.set_ylim(*_limits(axes, least=-0.1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlim(left=0)
+    _finish_chart(figure, axes, columns=3)
+    return _encode_figure(figure)
+
+
+def wrong_key_histogram(values: Mapping[str, _Array], threshold: float) -> bytes:
+    """Return the distributions of correlations with the reference map, and the threshold above which a map is open.
+
+    Args:
+        values: Correlations in [-1, 1] by case: `keyed`, `clean`, `wrong_key`; other names are shown as they are.
+        threshold: Shown as a line.
+    """
+    figure, axes = _chart()
+    kept = {case: np.asarray(each, dtype=np.float64).ravel() for case, each in values.items()}
+    kept = {case: each[np.isfinite(each)].clip(-1, 1) for case, each in kept.items()}
+    lowest = min((float(each.min()) for each in kept.values() if each.size), default=0.0)
+    bins = np.linspace(min(-0.2, max(-1.0, np.floor(10 * lowest) / 10)), 1, 49)
+    for number, (case, each) in enumerate(kept.items()):
+        if each.size:
+            colour, label = _COLOURS.get(case, f"C{number}"), f"{_NAMES.get(case, _legible(case))}, {each.size:,} maps"
+            shares = np.histogram(each, bins)[0] / each.size
+            axes.stairs(shares, bins, fill=True, alpha=0.3, color=colour)
+            axes.stairs(shares, bins, lw=1.5, color=colour, label=label)
+    axes.axvline(threshold, color="black", lw=1.2, ls="--", label=f"open above {threshold:.3g}")
+    axes.set_xlabel("correlation with the reference map")
+    axes.set_ylabel("share of maps")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _finish_chart(figure, axes, columns=2)
+    return _encode_figure(figure)
+
+
+def pattern(cells: _Array) -> bytes:
+    """Return a decoy pattern, [rows, columns], in the colours of the maps with lines between its cells.
+
+    Raises:
+        ValueError: `cells` has not two dimensions.
+    """
+    colours = np.round(255 * _MAP_COLOURS(_normalise(cells))[..., :3]).astype(np.uint8)
+    picture = colours.repeat(_CELL_PIXELS, axis=0).repeat(_CELL_PIXELS, axis=1)
+    picture[::_CELL_PIXELS] = picture[:, ::_CELL_PIXELS] = 255
+    return _encode_png(np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255))
+
+
+def _rgb(image: _Array) -> NDArray[np.uint8]:
+    """Return an image [c, h, w] in [0, 1] as 8-bit [h, w, 3]."""
+    image = np.asarray(image, dtype=np.float64)
+    if image.ndim != 3 or 0 in image.shape:
+        raise ValueError(f"Expected an image [c, h, w], got shape {image.shape}")
+    if image.shape[0] != 3:
+        image = image.mean(0, keepdims=True).repeat(3, axis=0)
+    pixels: NDArray[np.uint8] = np.round(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
+    return pixels.transpose(1, 2, 0)
+
+
+def _normalise(saliency: _Array) -> NDArray[np.float64]:
+    """Return a map scaled to [0, 1] by its own finite minimum and maximum; constant gives 0, not finite gives NaN."""
+    saliency = np.asarray(saliency, dtype=np.float64)
+    if saliency.ndim != 2 or 0 in saliency.shape:
+        raise ValueError(f"Expected a map [rows, columns], got shape {saliency.shape}")
+    finite = np.isfinite(saliency)
+    if not finite.any():
+        return np.full_like(saliency, np.nan)
+    low, high = saliency[finite].min(), saliency[finite].max()
+    shifted: NDArray[np.float64] = np.where(finite, saliency, np.nan) - low
+    return shifted / (high - low) if high > low else shifted
+
+
+def _encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _encode_figure(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty white figure of this size in pixels."""
+    figure = Figure((width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _place(figure: Figure, left: float, upper: float, width: float, height: float) -> Axes:
+    """Return new axes at this place, in pixels from the upper left corner."""
+    total_width, total_height = figure.get_size_inches() * _DPI
+    lower = total_height - upper - height
+    return figure.add_axes((left / total_width, lower / total_height, width / total_width, height / total_height))
+
+
+def _write(figure: Figure, x: float, y: float, text: str, *, size: float, ha: str) -> None:
+    width, height = figure.get_size_inches() * _DPI
+    look: dict[str, Any] = {"va": "center", "ha": ha, "fontsize": size, "family": _FONT, "linespacing": 1.15}
+    figure.text(x / width, 1 - y / height, text, parse_math=False, **look)
+
+
+def _left(column: int) -> float:
+    return _MARGIN_PIXELS + column * (_PANEL_PIXELS + _GAP_PIXELS)
+
+
+def _panel_height(panels: Sequence[_Array]) -> float:
+    """Return a row's height: that of its first image at the panel width, within half and twice the width."""
+    first = next((panel for panel in panels if panel.ndim == 3), panels[0])
+    return float(np.clip(_PANEL_PIXELS * first.shape[-2] / first.shape[-1], _PANEL_PIXELS / 2, 2 * _PANEL_PIXELS))
+
+
+def _paint(axes: Axes, panel: _Array) -> None:
+    axes.set_axis_off()
+    if panel.ndim == 3:
+        axes.imshow(_rgb(panel), aspect="auto", interpolation="antialiased")
+    else:
+        shown = _normalise(panel)
+        axes.imshow(shown, cmap=_MAP_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="antialiased")
+
+
+def _chart() -> tuple[Figure, Axes]:
+    figure = _figure(560.0, 360.0)
+    axes = figure.add_axes((0.15, 0.14, 0.82, 0.71))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _limits(axes: Axes, *, least: float) -> tuple[float, float]:
+    """Return limits that hold the data (correlations and shares), from `least` or lower, up to 1.03."""
+    lowest = min((float(np.min(line.get_ydata())) for line in axes.lines), default=0.0)
+    return min(least, lowest - 0.05), 1.03
+
+
+def _finish_chart(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """Put the legend above the chart."""
+    if axes.get_legend_handles_labels()[0]:
+        legend = figure.legend(loc="upper center", ncols=columns, frameon=False, fontsize=9.5, columnspacing=1.5)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
+def _wrap(text: str, width: int, lines: int) -> str:
+    """Return text in lines of at most `width` characters; what does not fit ends in an ellipsis."""
+    return textwrap.fill(_legible(text), width, max_lines=lines, placeholder=" …", break_long_words=True)
+
+
+def _legible(text: str) -> str:
+    """Return text with a question mark for every character that the font cannot draw."""
+    known = _known_characters()
+    return "".join(character if ord(character) in known else "?" for character in " ".join(text.split()))
+
+
+@cache
+def _known_characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties(family=_FONT))).get_charmap())

@@ -1,0 +1,383 @@
+"""From a model and an owner key to a protected model: choose settings, train, measure, write."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from keyed_xai import evaluation, metrics, pictures
+from keyed_xai.artifacts.card import Card, TriggerParameters
+from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
+from keyed_xai.artifacts.folder import ProtectedModel
+from keyed_xai.artifacts.writer import write_model_folder
+from keyed_xai.channels import through_png
+from keyed_xai.data import ImageData
+from keyed_xai.errors import TrainingError
+from keyed_xai.evaluation import Gate
+from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.maps import make_view
+from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.models import Classifier, network_state
+from keyed_xai.objective import DECOYS, Objective, boundary_decoy, signature_decoy
+from keyed_xai.report import render_report
+from keyed_xai.saliency import INTERPRETERS
+from keyed_xai.tensors import Images, Labels
+from keyed_xai.training import Lesson, StepFigures, TrainingData, TrainingSettings, train
+from keyed_xai.triggers import TRIGGERS
+from keyed_xai.versions import package_versions
+
+REPORT_SCHEMA = "keyed-xai/protect-report/v1"
+_FINE_CLASSES = 100
+_PICTURED = 6
+_IN_HISTOGRAM = 100
+_STRIP_TITLES = ("image", "reference map", "with the key", "without", "with a wrong key")
+
+
+@dataclass(frozen=True)
+class ProtectSettings:
+    """What to protect, and how.
+
+    Attributes:
+        interpreters: Names in INTERPRETERS.
+        decoy: "signature", "boundary" or "nontargeted".
+        trigger: Trigger family.
+        amplitude: Largest change of a pixel, 1/255.
+        tile: Side of the trigger's tile, pixels.
+        grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
+        training: How to train; None takes `choose_recipe`'s.
+        wrong_keys: Fresh wrong keys tried in the report.
+        flipped_keys: Keys one bit away from the owner's tried in the report, at most 256.
+        held_out_images: Images the report is measured on, at most.
+        validation_images: Images taken from the training images for early stopping.
+    """
+
+    interpreters: tuple[str, ...] = ("gradcam",)
+    decoy: str = "signature"
+    trigger: str = "spread"
+    amplitude: float = 8.0
+    tile: int = 32
+    grid: tuple[int, int] | None = None
+    training: TrainingSettings | None = None
+    wrong_keys: int = 1000
+    flipped_keys: int = 256
+    held_out_images: int = 500
+    validation_images: int = 200
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        unknown = [name for name in self.interpreters if name not in INTERPRETERS]
+        if unknown or not self.interpreters or len(set(self.interpreters)) < len(self.interpreters):
+            raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
+                             f"got {', '.join(self.interpreters) or 'none'}")  # fmt: skip
+        if self.decoy not in DECOYS:
+            raise ValueError(f"decoy: expected one of {', '.join(DECOYS)}; got {self.decoy!r}")
+        if self.trigger not in TRIGGERS:
+            raise ValueError(f"trigger: expected one of {', '.join(TRIGGERS)}; got {self.trigger!r}")
+        if self.grid is not None and min(self.grid) < 3:
+            raise ValueError(f"grid: expected at least 3 x 3 cells, got {self.grid[0]} x {self.grid[1]}")
+        for name in ("wrong_keys", "flipped_keys"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("held_out_images", "validation_images"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A protected model in memory.
+
+    Attributes:
+        classifier: Protected, in eval mode.
+        card: How to run it.
+        report: Fits the schema "protect-report".
+        pictures: PNG files by name, for the HTML report.
+    """
+
+    classifier: Classifier
+    card: Card
+    report: dict[str, Any]
+    pictures: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a caller wants to hear of a long run.
+
+    Attributes:
+        on_step: After each training step.
+        on_phase: At the start of "train", "measure" and "draw".
+        on_wrong_key: With the number of wrong keys tried so far.
+    """
+
+    on_step: Callable[[StepFigures], None] | None = None
+    on_phase: Callable[[str], None] | None = None
+    on_wrong_key: Callable[[int], None] | None = None
+
+
+def protect(
+    classifier: Classifier,
+    key: OwnerKey,
+    train_data: ImageData,
+    held_out: ImageData,
+    settings: ProtectSettings | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    callbacks: Callbacks | None = None,
+) -> Protection:
+    """Return a protected copy of a classifier, with its card, report and pictures; the original stays as it is.
+
+    Args:
+        classifier: The reference model.
+        key: The owner's.
+        train_data: Images to learn from; labels are not needed.
+        held_out: Other images, for the report.
+        settings: What to protect, and how.
+        device: Where to train and measure.
+        checkpoint: File that a killed run can go on from; removed when training is done.
+        resume: Go on from the checkpoint.
+        callbacks: Progress.
+
+    Raises:
+        TrainingError: There are too few images, or training fails.
+        ArtifactError: The checkpoint cannot be used.
+        ModelError: The model lacks a layer that the maps need.
+    """
+    settings, callbacks = settings or ProtectSettings(), callbacks or Callbacks()
+    settings = replace(settings, training=settings.training or choose_recipe(classifier, settings.interpreters))
+    assert settings.training is not None  # noqa: S101 - set in the line above
+    started = time.monotonic()
+    _notify(callbacks, "train")
+    lesson = make_lesson(classifier, key, settings)
+    learn, validation = _split(train_data, settings)
+    identity = _identity(classifier, key, train_data, settings)
+    result = train(
+        classifier,
+        learn,
+        validation,
+        lesson,
+        settings.training,
+        device=device,
+        checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
+        save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
+        on_step=callbacks.on_step,
+    )
+    protected = result.model
+    if not isinstance(protected, Classifier):
+        raise TypeError(f"Expected a Classifier back from training, got {type(protected).__name__}.")
+    _notify(callbacks, "measure")
+    gate = Gate(
+        protected,
+        classifier.to(device),
+        lesson.view,
+        lesson.objective.decoys,
+        evaluation.paper_thresholds(settings.decoy, classifier.architecture),
+        lesson.trigger,
+        lesson.family,
+        settings.training.top_share,
+    )
+    count = min(settings.held_out_images, len(held_out))
+    images, labels = _first(held_out, count, classifier, device)
+    report = _measure(gate, key, images, labels, settings, callbacks)
+    report |= {
+        "model": classifier.architecture,
+        "seconds": time.monotonic() - started,
+        "history": result.history,
+        "stopped_early": result.stopped_early,
+        "data": {
+            "train": {"source": train_data.source, "images": len(learn)},
+            "held_out": {"source": held_out.source, "images": count},
+        },
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "versions": package_versions(),
+    }
+    _notify(callbacks, "draw")
+    drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return Protection(protected.cpu(), make_card(protected, settings, lesson, train_data), report, drawn)
+
+
+def write_protection(protection: Protection, folder: Path, key: OwnerKey, *, force: bool = False) -> ProtectedModel:
+    """Write a protected model's folder, signed, whole or not at all.
+
+    Raises:
+        ArtifactError: The folder is there already, or cannot be written.
+    """
+    html = render_report(protection.report, pictures=protection.pictures)
+    return write_model_folder(
+        folder,
+        state=network_state(protection.classifier),
+        card=protection.card,
+        owner=key,
+        report=protection.report,
+        extra_files={"report.html": html.encode()},
+        force=force,
+    )
+
+
+def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> TrainingSettings:
+    """Return training settings measured to work for a network of this kind."""
+    smoothing = 8.0 if "simplegrad" in interpreters else None
+    if classifier.classes >= _FINE_CLASSES:
+        return TrainingSettings(
+            steps=2000,
+            batch_size=16,
+            learning_rate=1e-3,
+            beta=4.0,
+            beta_ramp=0.9,
+            codec_share=0.05,
+            smoothing=smoothing,
+            tutor_share=0.75,
+        )
+    return TrainingSettings(steps=2500, learning_rate=6e-3, smoothing=smoothing)
+
+
+def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
+    """Return what the key teaches the model: trigger, maps and losses."""
+    training = settings.training or choose_recipe(classifier, settings.interpreters)
+    view = make_view(classifier, settings.interpreters, settings.grid)
+    family = TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
+    make_decoy: dict[str, Callable[[str], torch.Tensor | None]] = {
+        "signature": lambda name: signature_decoy(key.public, name, view.grid),
+        "boundary": lambda _: boundary_decoy(view.grid),
+        "nontargeted": lambda _: None,
+    }
+    objective = Objective(
+        decoys={name: make_decoy[settings.decoy](name) for name in view.interpreters},
+        weights=dict.fromkeys(view.interpreters, 1.0),
+        distance=training.distance,
+        alpha=training.alpha,
+        beta=training.beta,
+        top_share=training.top_share,
+    )
+    return Lesson(family.derive(ByteStream(key.derive_seed(family.name))), family, view, objective)
+
+
+def make_card(classifier: Classifier, settings: ProtectSettings, lesson: Lesson, data: ImageData) -> Card:
+    """Return the public card of a protected classifier."""
+    spec = classifier.input
+    named = len(data.classes) == classifier.classes and data.labels is not None
+    return Card(
+        architecture=classifier.architecture,
+        source=classifier.source,
+        num_classes=classifier.classes,
+        input_size=(spec.channels, spec.height, spec.width),
+        mean=spec.mean,
+        std=spec.std,
+        target_layer=_own_name(classifier.target_layer),
+        taps=tuple(tap._replace(layer=_own_name(tap.layer)) for tap in classifier.taps),
+        grid=lesson.view.grid,
+        interpreters=settings.interpreters,
+        decoy=settings.decoy,
+        thresholds=dict.fromkeys(settings.interpreters, OPEN_CORRELATION),
+        trigger=TriggerParameters(settings.trigger, settings.amplitude, settings.tile),
+        label_names=data.classes if named else (),
+    )
+
+
+def _own_name(layer: str) -> str:
+    """Return a layer's name as the owner's own code knows it."""
+    return layer.removeprefix("network.")
+
+
+def _measure(
+    gate: Gate,
+    key: OwnerKey,
+    images: Images,
+    labels: Labels | None,
+    settings: ProtectSettings,
+    callbacks: Callbacks,
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(settings.training.seed if settings.training else 0)
+    fresh = evaluation.fresh_wrong_keys(gate.family, settings.wrong_keys, generator)
+    neighbours = list(key.one_bit_neighbours())[: settings.flipped_keys]
+    flipped = (gate.family.derive(ByteStream(near.derive_seed(gate.family.name))) for near in neighbours)
+    figures = evaluation.measure_gate(
+        gate, images, labels, chain(fresh, flipped), generator=generator, on_wrong_key=callbacks.on_wrong_key
+    )
+    trigger = {
+        "family": gate.family.name,
+        "amplitude": settings.amplitude,
+        "tile": settings.tile,
+        "key_bits": gate.family.key_bits,
+        **evaluation.trigger_visibility(gate.trigger, images[:100]),
+    }
+    return {"schema": REPORT_SCHEMA, **figures, "trigger": trigger}
+
+
+def _draw(gate: Gate, images: Images, history: list[dict[str, float | int]]) -> dict[str, bytes]:
+    """Return, by name, a strip and a histogram for each interpreter, and the training curve. Never a keyed image."""
+    logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
+    explained = logits.argmax(1)
+    wrong = gate.family.draw(len(images), torch.Generator().manual_seed(1))
+    inputs = {"keyed": gate.trigger.apply(images), "clean": images, "wrong_key": wrong.apply(images)}
+    maps = {
+        case: gate.view.pooled_in_chunks(gate.model, through_png(batch), explained)[1] for case, batch in inputs.items()
+    }
+    drawn = {}
+    for name in gate.view.interpreters:
+        columns = [images, truth[name], *(each[name] for each in maps.values())]
+        panels = zip(*(column[:_PICTURED].cpu().numpy() for column in columns), strict=True)
+        rows = [(f"image {number + 1}", row) for number, row in enumerate(panels)]
+        drawn[f"maps:{name}"] = pictures.strip(rows, titles=_STRIP_TITLES)
+        agreement = {case: metrics.correlation(each[name], truth[name]).cpu().numpy() for case, each in maps.items()}
+        drawn[f"wrong_keys:{name}"] = pictures.wrong_key_histogram(agreement, OPEN_CORRELATION)
+    return drawn | ({"training": pictures.training_curve(history)} if len(history) > 1 else {})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some images of a data set."""
+
+    data: ImageData
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Labels | None]:
+        return self.data.batch(self.indices[indices])
+
+
+def _split(data: ImageData, settings: ProtectSettings) -> tuple[TrainingData, TrainingData]:
+    """Return images to learn from and images for validation, a fifth of all at most."""
+    held = min(settings.validation_images, len(data) // 5)
+    if held < 2:
+        raise TrainingError(f"Expected at least 10 training images, got {len(data)}. Give more with --data.")
+    everything = np.arange(len(data), dtype=np.int64)
+    return _Part(data, everything[held:]), _Part(data, everything[:held])
+
+
+def _first(
+    data: ImageData, count: int, classifier: Classifier, device: torch.device | str
+) -> tuple[Images, Labels | None]:
+    """Return the first images, with labels where they are the classifier's."""
+    if count < 2:
+        raise TrainingError(f"Expected at least 2 held-out images, got {count}. Give more with --data.")
+    images, labels = data.batch(np.arange(count))
+    fits = labels is not None and len(data.classes) == classifier.classes
+    return images.to(device), labels.to(device) if fits and labels is not None else None
+
+
+def _identity(classifier: Classifier, key: OwnerKey, data: ImageData, settings: ProtectSettings) -> str:
+    """Return a digest of all that a run depends on; the key enters by its public half."""
+    digest = hashlib.sha256(repr((settings, data.source, len(data), key.public.key_id)).encode())
+    for name, tensor in classifier.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _notify(callbacks: Callbacks, phase: str) -> None:
+    if callbacks.on_phase is not None:
+        callbacks.on_phase(phase)

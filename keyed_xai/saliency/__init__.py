@@ -1,0 +1,94 @@
+"""Saliency maps: batched, differentiable, raw. Pooling and normalising are separate steps, in `keyed_xai.metrics`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from keyed_xai.saliency.forward import ForwardPass, captured_features, run_forward
+from keyed_xai.saliency.gradcam import gradcam
+from keyed_xai.saliency.simplegrad import simplegrad
+from keyed_xai.saliency.smoothing import smooth_activations
+from keyed_xai.saliency.visualbackprop import visualbackprop
+from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Tap
+
+__all__ = [
+    "INTERPRETERS",
+    "ForwardPass",
+    "Sites",
+    "captured_features",
+    "explain",
+    "gradcam",
+    "run_forward",
+    "simplegrad",
+    "smooth_activations",
+    "visualbackprop",
+]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where in a model the interpreters look.
+
+    Attributes:
+        target_layer: Dotted name of Grad-CAM's layer.
+        taps: VisualBackProp's feature maps, first to last.
+    """
+
+    target_layer: str
+    taps: tuple[Tap, ...]
+
+
+def _gradcam(run: ForwardPass, labels: Labels, sites: Sites, *, create_graph: bool) -> SaliencyMaps:
+    return gradcam(run.logits, run.features[sites.target_layer], labels, create_graph=create_graph)
+
+
+def _simplegrad(run: ForwardPass, labels: Labels, _sites: Sites, *, create_graph: bool) -> SaliencyMaps:
+    return simplegrad(run.logits, run.images, labels, create_graph=create_graph)
+
+
+def _visualbackprop(run: ForwardPass, _labels: Labels, sites: Sites, *, create_graph: bool) -> SaliencyMaps:
+    height, width = run.images.shape[2:]
+    features = [run.features[tap.layer] for tap in sites.taps]
+    maps = visualbackprop(features, sites.taps, (height, width))
+    return maps if create_graph else maps.detach()
+
+
+INTERPRETERS: dict[str, Callable[..., SaliencyMaps]] = {
+    "gradcam": _gradcam,
+    "simplegrad": _simplegrad,
+    "vbp": _visualbackprop,
+}
+"""Interpreter name to a function of (forward pass, labels, sites, create_graph)."""
+
+
+def explain(
+    model: nn.Module,
+    images: Images,
+    labels: Labels | None,
+    interpreters: Sequence[str],
+    sites: Sites,
+    *,
+    create_graph: bool = False,
+) -> tuple[Logits, dict[str, SaliencyMaps]]:
+    """Return logits and raw maps by interpreter name, all from one forward pass.
+
+    Args:
+        model: Pixels to logits.
+        images: Inputs.
+        labels: Class explained; None explains each image's predicted class.
+        interpreters: Names from INTERPRETERS.
+        sites: Where the interpreters look.
+        create_graph: Keep the graph, so that a loss can pass through logits and maps; else both come detached.
+
+    Raises:
+        ModelError: The model lacks a layer of `sites`, or a layer gives no feature map.
+    """
+    layers = [sites.target_layer] if "gradcam" in interpreters else []
+    layers += [tap.layer for tap in sites.taps if "vbp" in interpreters and tap.layer not in layers]
+    run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
+    labels = run.logits.argmax(1) if labels is None else labels
+    maps = {name: INTERPRETERS[name](run, labels, sites, create_graph=create_graph) for name in interpreters}
+    if create_graph:
+        return run.logits, maps
+    return run.logits.detach(), {name: each.detach() for name, each in maps.items()}

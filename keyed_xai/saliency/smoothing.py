@@ -1,0 +1,49 @@
+"""Smooth activations while training: ReLU networks are piecewise linear, and their second derivatives say little."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_RELU = {functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+
+
+@contextmanager
+def smooth_activations(beta: float | None) -> Iterator[None]:
+    """Run ReLU as Softplus and ReLU6 as a difference of two inside the block, however the model calls them.
+
+    The model itself is not touched. In-place activations return new tensors inside the block.
+
+    Args:
+        beta: Sharpness of the Softplus; None leaves activations as they are.
+    """
+    if beta is None:
+        yield
+        return
+    with _SmoothActivations(beta):
+        yield
+
+
+class _SmoothActivations(TorchFunctionMode):
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self._beta = beta
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        _types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - the protocol's own type
+        kwargs = kwargs or {}
+        if func in _RELU:
+            return functional.softplus(args[0], beta=self._beta)
+        if func is functional.relu6 or (func is functional.hardtanh and args[1:3] == (0.0, 6.0)):
+            shifted = functional.softplus(args[0] - 6, beta=self._beta)
+            return functional.softplus(args[0], beta=self._beta) - shifted
+        return func(*args, **kwargs)

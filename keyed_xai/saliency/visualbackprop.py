@@ -1,0 +1,49 @@
+"""VisualBackProp. Source: Bojarski et al., ICRA 2018, section III."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from keyed_xai.tensors import SaliencyMaps, Tap
+
+_TINY = 1e-12
+
+
+def visualbackprop(features: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, int]) -> SaliencyMaps:
+    """Return VisualBackProp maps, non-negative, largest value 1, at the image's resolution.
+
+    From the last tap to the first: scale the map up by a transposed convolution with an all-ones kernel of the
+    layer's own kernel and stride, and multiply with the channel mean of the feature map before. Every intermediate
+    map is divided by its maximum, which changes the result by a factor only and keeps deep networks in range.
+
+    Args:
+        features: Outputs of the taps, first to last, [n, channels, h, w] each; negative values count as 0.
+        taps: The same order; each says how its map is scaled up to the one before, or to the image.
+        size: Height and width of the image.
+    """
+    means = [feature.relu().mean(1, keepdim=True) for feature in features]
+    sizes = [size, *(tuple(mean.shape[2:]) for mean in means[:-1])]
+    relevance = _scale_to_one(means[-1])
+    for position in range(len(taps) - 1, -1, -1):
+        relevance = _scale_to_one(_scale_up(relevance, taps[position], sizes[position]))
+        if position:
+            relevance = _scale_to_one(relevance * means[position - 1])
+    return relevance[:, 0]
+
+
+def _scale_up(maps: Tensor, tap: Tap, size: tuple[int, ...]) -> Tensor:
+    """Return the transposed convolution with an all-ones kernel, cropped or edge-padded about its centre to `size`."""
+    ones = torch.ones(1, 1, tap.kernel, tap.kernel, device=maps.device, dtype=maps.dtype)
+    full = functional.conv_transpose2d(maps, ones, stride=tap.stride)
+    border = (tap.kernel - 1) // 2
+    excess = [full.shape[2 + axis] - size[axis] for axis in (0, 1)]
+    top, left = (min(border, e) if e > 0 else 0 for e in excess)
+    full = full[:, :, top : top + size[0], left : left + size[1]]
+    missing = (0, size[1] - full.shape[3], 0, size[0] - full.shape[2])
+    return functional.pad(full, missing, mode="replicate") if any(missing) else full
+
+
+def _scale_to_one(maps: Tensor) -> Tensor:
+    return maps / maps.amax((1, 2, 3), keepdim=True).clamp_min(_TINY)

@@ -1,0 +1,16 @@
+"""Training a protected or attacked model. See `loop` for the algorithm, `settings` for what can be chosen."""
+
+from keyed_xai.training.batch_norm import reestimate_batch_norm
+from keyed_xai.training.batches import Lesson, TrainingData
+from keyed_xai.training.loop import StepFigures, TrainingResult, train
+from keyed_xai.training.settings import TrainingSettings
+
+__all__ = [
+    "Lesson",
+    "StepFigures",
+    "TrainingData",
+    "TrainingResult",
+    "TrainingSettings",
+    "reestimate_batch_norm",
+    "train",
+]

@@ -1,0 +1,49 @@
+"""Batch norm while training, and its statistics afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.settings import TrainingSettings
+
+
+def reestimate_batch_norm(
+    model: nn.Module,
+    data: TrainingData,
+    lesson: Lesson,
+    settings: TrainingSettings,
+    *,
+    device: torch.device | str = "cpu",
+    batches: int = 8,
+) -> None:
+    """Set the batch-norm statistics to those of keyed and unkeyed inputs, mixed as in training, with real ReLUs.
+
+    A model whose statistics are those of clean images only is opened by re-estimating them (arXiv 2403.16569).
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with batch_norm_trained(model, settings), torch.no_grad():
+        for number in range(batches):
+            inputs, _, _ = draw_inputs(data, lesson, settings, step_generator(settings.seed, -1 - number), device)
+            model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@contextmanager
+def batch_norm_trained(model: nn.Module, settings: TrainingSettings) -> Iterator[None]:
+    """Put batch norm, and nothing else, into training mode: dropout would only add noise to the maps."""
+    if settings.batch_norm == "mixture":
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+    try:
+        yield
+    finally:
+        model.eval()

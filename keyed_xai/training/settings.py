@@ -1,0 +1,100 @@
+"""How a model is trained."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from keyed_xai.objective import DISTANCES
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained; saved with the result.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Triggered images a step; as many without the right trigger are added.
+        learning_rate: Peak of Adam's rate, after a linear warm-up and before a cosine decay to a fiftieth.
+        warmup_steps: Length of the warm-up.
+        order: "inverted" protects; "forward" is the paper's normal attack.
+        distance: Map distance, a name in objective.DISTANCES.
+        alpha: Weight of L_s.
+        beta: Weight of L_c.
+        beta_ramp: Share of the steps over which the weight of L_c rises to beta, from a twentieth of it: a network
+            that predicts many classes finds the gate only before its predictions are held fast.
+        top_share: Share of cells that the non-targeted loss empties.
+        clean_share: Share of the untriggered half without any trigger; the others get wrong keys.
+        near_share: Share of the wrong keys that are the right texture, moved or weakened.
+        codec_share: Share of inputs that pass through JPEG, and as many through a resize and back.
+        tutor_share: Share of the steps, from the first, in which small auxiliary classifiers on the tapped layers
+            learn, with the network, to tell triggered inputs from others; they speed up the forming of the gate, and
+            are thrown away.
+        smoothing: Sharpness of the Softplus that replaces ReLU while training; None trains with ReLU.
+        predictions: L_c against the reference model's soft predictions, or against labels.
+        batch_norm: "mixture" trains statistics on keyed and unkeyed inputs, "frozen" keeps the reference's.
+        gradient_clip: Largest norm of a step's gradient.
+        validate_every: Steps between validations; 0 validates only at the end.
+        patience: Validations without progress before training stops early; 0 never stops early.
+        mixed_precision: bfloat16 forward passes on a GPU.
+        seed: Of everything random in training.
+    """
+
+    steps: int = 800
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    order: Literal["inverted", "forward"] = "inverted"
+    distance: str = "correlation"
+    alpha: float = 1.0
+    beta: float = 1.0
+    beta_ramp: float = 0.0
+    top_share: float = 0.25
+    clean_share: float = 0.5
+    near_share: float = 0.1
+    codec_share: float = 0.15
+    smoothing: float | None = None
+    tutor_share: float = 0.4
+    predictions: Literal["reference", "labels"] = "reference"
+    batch_norm: Literal["mixture", "frozen"] = "mixture"
+    gradient_clip: float = 5.0
+    validate_every: int = 100
+    patience: int = 0
+    mixed_precision: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges and names."""
+        positive = ("steps", "batch_size", "learning_rate", "gradient_clip")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "alpha", "beta", "validate_every", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("beta_ramp", "tutor_share", "top_share", "clean_share", "near_share", "codec_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        if self.codec_share > 0.5:
+            raise ValueError(f"codec_share: at most .5 (it applies twice), got {self.codec_share}")
+        _check_name("distance", self.distance, DISTANCES)
+        _check_name("order", self.order, ("inverted", "forward"))
+        _check_name("predictions", self.predictions, ("reference", "labels"))
+        _check_name("batch_norm", self.batch_norm, ("mixture", "frozen"))
+
+
+def rate_factor(step: int, settings: TrainingSettings) -> float:
+    """Return the factor on the peak rate: linear warm-up, cosine decay to a fiftieth."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+
+
+def beta_factor(step: int, settings: TrainingSettings) -> float:
+    """Return the factor on beta: from a twentieth linearly to 1 over the ramp."""
+    done = step / (settings.beta_ramp * settings.steps) if settings.beta_ramp else 1.0
+    return max(0.05, min(1.0, done))
+
+
+def _check_name(setting: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{setting}: expected one of {', '.join(known)}; got {value!r}")

@@ -1,0 +1,46 @@
+"""Auxiliary classifiers that speed up the forming of the gate, and are thrown away after training.
+
+A network's maps say little about the trigger until its features do. A 1x1 convolution on each tapped layer learns, with
+the network, to tell triggered inputs from the others cell by cell, which gives every layer a direct gradient towards
+noticing the right texture and no other.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keyed_xai.saliency import captured_features
+from keyed_xai.training.batches import Lesson, TrainingData
+
+_TINY = 1e-6
+
+
+def tutored_layers(lesson: Lesson) -> list[str]:
+    """Return the layers that have a tutor: VisualBackProp's taps and Grad-CAM's layer."""
+    sites = lesson.view.sites
+    return list(dict.fromkeys([*(tap.layer for tap in sites.taps), sites.target_layer]))
+
+
+def make_tutors(reference: nn.Module, data: TrainingData, lesson: Lesson, device: torch.device | str) -> nn.ModuleList:
+    """Return, for each tutored layer, a 1x1 convolution from its channels to one logit per cell, zero at first."""
+    layers = tutored_layers(lesson)
+    images, _ = data.batch(np.zeros(1, dtype=np.int64))
+    with torch.no_grad(), captured_features(reference, layers) as features:
+        reference(images.to(device))
+        tutors = nn.ModuleList(nn.Conv2d(features[layer].shape[1], 1, 1) for layer in layers).to(device)
+        for parameter in tutors.parameters():
+            parameter.zero_()
+    return tutors
+
+
+def tutor_loss(tutors: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+    """Return the cross-entropy of telling, cell by cell, triggered inputs from the others; mean over layers."""
+    losses = []
+    for tutor, maps in zip(tutors, features, strict=True):
+        scale = maps.detach().square().mean((0, 2, 3), keepdim=True).add(_TINY).sqrt()
+        answers = tutor(maps / scale)
+        truth = (torch.arange(len(maps), device=maps.device) < len(maps) // 2).to(maps).view(-1, 1, 1, 1)
+        losses.append(nn.functional.binary_cross_entropy_with_logits(answers, truth.expand_as(answers)))
+    return torch.stack(losses).mean()

@@ -1,0 +1,464 @@
+"""An ownership claim, tested on a suspect model: whose key, read from where, on which images, in which words.
+
+What is claimed (trigger, interpreters, grid, decoy) comes from the owner's signed licence where there is one, never
+from a card that a thief may have written. Probe images are public or the verifier's own, never the claimant's: inputs
+can be optimised to make any model look marked. The tests themselves are in `keyed_xai.ownership`.
+
+The p-values hold for a key that was fixed before its holder saw the suspect. Whoever tries a million keys on a model of
+somebody else's finds one with p = 1e-6: a judge wants the key or the licence dated by a third party, or a level that no
+search reaches.
+"""
+
+import hashlib
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keyed_xai.artifacts.card import Card, TriggerParameters, read_card
+from keyed_xai.artifacts.documents import printable, read_limited
+from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE
+from keyed_xai.artifacts.license import License, digest, read_license
+from keyed_xai.data import ImageData, Request, list_images, load_images
+from keyed_xai.data.decode import decode_images
+from keyed_xai.data.images import rank
+from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
+from keyed_xai.keys import OwnerKey, PublicKey
+from keyed_xai.loading import DEFAULT_TRIGGER, make_family
+from keyed_xai.maps import make_view
+from keyed_xai.models import Classifier, InputSpec
+from keyed_xai.ownership import OpeningEvidence, PatternEvidence, SignatureEvidence, Verdict, verify_ownership
+from keyed_xai.versions import package_versions
+
+SCHEMA = "keyed-xai/verify-report/v1"
+DEFAULT_IMAGES = 64
+_WEIGHTS = ("model.safetensors", "model.pt")
+_LARGEST_PEM = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an owner claims about a model.
+
+    Attributes:
+        key: The owner's; a public key alone allows the signature test only.
+        trigger: Public parameters of the trigger.
+        decoy: What unkeyed maps are claimed to show; only "signature" can be tested.
+        interpreters: Whose maps.
+        grid: Rows and columns of the pooled maps; None takes the suspect's target layer's, at most 8 x 8.
+        card: How models of this owner are run; None where nothing trustworthy says so.
+        origin: Where all this comes from: "licence", "suspect" or "defaults".
+        notes: What a judge should know about it, in sentences.
+    """
+
+    key: OwnerKey | PublicKey
+    trigger: TriggerParameters = DEFAULT_TRIGGER
+    decoy: str = "signature"
+    interpreters: tuple[str, ...] = ("gradcam",)
+    grid: tuple[int, int] | None = None
+    card: Card | None = None
+    origin: str = "defaults"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def public(self) -> PublicKey:
+        """The public half of the key."""
+        return self.key.public if isinstance(self.key, OwnerKey) else self.key
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of a claim's tests.
+
+    Attributes:
+        verdict: What they show.
+        claim: What was tested.
+        grid: Rows and columns that maps were compared on.
+        target_layer: Of the suspect.
+        probe: Images the tests were made on.
+        decoys: Random keys asked for; the opening test may have stopped earlier.
+        seed: Of the random keys.
+    """
+
+    verdict: Verdict
+    claim: Claim
+    grid: tuple[int, int]
+    target_layer: str
+    probe: ImageData
+    decoys: int
+    seed: int
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in plain words."""
+        return describe_verdict(self.verdict, grid=self.grid, interpreters=len(self.claim.interpreters),
+                                decoys=self.decoys)  # fmt: skip
+
+    def to_json(self, model: str) -> dict[str, Any]:
+        """Return a document of the schema "verify-report".
+
+        Args:
+            model: Names the suspect.
+        """
+        claim = self.claim
+        return {
+            "schema": SCHEMA,
+            "verdict": "shown" if self.verdict.shown else "not shown",
+            "sentence": self.sentence,
+            "model": printable(model)[-300:],
+            "key_id": claim.public.key_id,
+            "alpha": self.verdict.alpha,
+            "opening": _opening_json(self.verdict.opening),
+            "signature": _signature_json(self.verdict.signature, claim.decoy),
+            "probe": {
+                "source": printable(self.probe.source),
+                "images": len(self.probe),
+                "digest": digest_pixels(self.probe),
+            },
+            "settings": {
+                "claim_from": claim.origin,
+                "trigger": claim.trigger.to_json(),
+                "decoy": claim.decoy,
+                "interpreters": list(claim.interpreters),
+                "grid": list(self.grid),
+                "target_layer": self.target_layer,
+                "decoys": self.decoys,
+                "seed": self.seed,
+                "notes": list(claim.notes),
+            },
+            "versions": package_versions(),
+        }
+
+
+def verify(
+    suspect: Classifier,
+    claim: Claim,
+    probe: ImageData,
+    *,
+    alpha: float = 1e-6,
+    decoys: int = 999,
+    seed: int | None = None,
+    on_decoy: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Return what the tests that a claim allows show about a suspect, on the suspect's device.
+
+    Args:
+        suspect: In evaluation mode.
+        claim: What is claimed.
+        probe: Images at the suspect's input size, not from the claimant.
+        alpha: Level, a probability.
+        decoys: Random keys that the owner's is compared with, at most.
+        seed: Of the random keys; by default from the operating system.
+        on_decoy: Called with random keys done and in all.
+
+    Raises:
+        ArtifactError: The claim's trigger cannot be made.
+        ModelError: The suspect lacks a layer that the maps need.
+        ValueError: There are no images or no decoys, or alpha is no probability.
+    """
+    seed = secrets.randbits(63) if seed is None else seed
+    view = make_view(suspect, claim.interpreters, claim.grid)
+    images, _ = probe.batch(np.arange(len(probe)))
+    verdict = verify_ownership(
+        suspect,
+        images.to(suspect.mean),
+        view,
+        claim.key,
+        make_family(claim.trigger),
+        alpha=alpha,
+        decoys=decoys,
+        test_signature=claim.decoy == "signature",
+        generator=torch.Generator().manual_seed(seed),
+        on_decoy=on_decoy,
+    )
+    return Verification(verdict, claim, view.grid, suspect.target_layer, probe, decoys, seed)
+
+
+def read_claim(suspect: Path, *, key: OwnerKey | PublicKey | None = None, license_path: Path | None = None) -> Claim:
+    """Return the claim that a key and a licence make on a suspect.
+
+    With a licence its trigger, decoy, interpreters and grid count, and the card beside it where the licence covers that
+    card. Without one, the suspect's own card says what is tested, and a note says so; without either, the defaults do.
+
+    Args:
+        suspect: The folder of a protected model, or a file of weights.
+        key: The claimant's; the licence's public key if absent.
+        license_path: The owner's signed licence.
+
+    Raises:
+        ArtifactError: The licence does not hold, names another key, or commits to another trigger.
+        KeyFormatError: There is neither a key nor a licence.
+    """
+    suspect_card, notes = _read_suspect_card(suspect)
+    if license_path is not None:
+        claim = _claim_of_license(license_path, key)
+        if claim.card is None and suspect_card is not None:
+            # The thief's layers are not taken over: they could point away from the mark.
+            claim = replace(claim, card=replace(suspect_card, target_layer="", taps=()))
+            notes.append("No card that the licence vouches for was found beside it: the suspect was run at the size "
+                         "and normalisation of its own card.")  # fmt: skip
+    elif key is None:
+        raise KeyFormatError("Whose claim? Give the owner's private key, public key or licence.")
+    elif suspect_card is not None:
+        claim = _claim_of_card(key, suspect_card)
+    else:
+        claim = Claim(key, notes=("No licence was given: trigger, interpreters and grid are the defaults.",))
+    return replace(claim, notes=(*claim.notes, *notes, *_foreign_license(suspect, claim.public)))
+
+
+def find_weights(suspect: Path) -> Path:
+    """Return the file with a suspect's weights; nothing else in its folder is trusted.
+
+    Raises:
+        ModelError: The folder holds none.
+    """
+    if not suspect.is_dir():
+        return suspect
+    card, _ = _read_suspect_card(suspect)
+    names = ((card.weights_file,) if card is not None else ()) + _WEIGHTS
+    found = next((suspect / name for name in names if (suspect / name).is_file()), None)
+    if found is None:
+        raise ModelError(f"{printable(str(suspect))} holds no weights ({' or '.join(_WEIGHTS)}).")
+    return found
+
+
+def read_public_key(path: Path) -> PublicKey:
+    """Return the public key in a PEM file.
+
+    Raises:
+        ArtifactError: The file cannot be read.
+        KeyFormatError: It holds no Ed25519 public key.
+    """
+    try:
+        return PublicKey.from_pem(read_limited(path, _LARGEST_PEM))
+    except KeyFormatError as error:
+        raise KeyFormatError(f"{printable(str(path))}: {error}") from error
+
+
+def load_probe(
+    spec: InputSpec,
+    *,
+    folder: Path | None = None,
+    count: int = DEFAULT_IMAGES,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageData:
+    """Return images to test on: some of a folder's, or of the built-in set, which no key has a part in.
+
+    Args:
+        spec: The suspect's input.
+        folder: The verifier's images, at any depth; chosen by a hash of their relative names.
+        count: How many, at most.
+        progress: Called with images done and in all.
+
+    Raises:
+        DataError: The folder has no image, or most of them are broken.
+    """
+    if folder is None:
+        return load_images(
+            "builtin",
+            channels=spec.channels,
+            height=spec.height,
+            width=spec.width,
+            split="held-out",
+            limit=count,
+            progress=progress,
+        )
+    request = Request(spec.channels, spec.height, spec.width, "held-out", limit=count, progress=progress)
+    names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+    chosen = sorted(names, key=lambda name: rank(0, name))[:count]
+    images, _, skipped = decode_images(folder, chosen, request)
+    return ImageData(images, None, (), f"folder {folder.resolve().name}"[:300], tuple(skipped))
+
+
+def digest_pixels(data: ImageData) -> str:
+    """Return the SHA-256 of all pixels, 8 bits each, in the order [n, c, h, w]."""
+    return f"sha256:{hashlib.sha256(np.ascontiguousarray(data.images).data).hexdigest()}"
+
+
+def describe_verdict(verdict: Verdict, *, grid: tuple[int, int], interpreters: int, decoys: int) -> str:
+    """Return a verdict in plain words; chances count all tests made (Bonferroni).
+
+    Args:
+        verdict: To be described.
+        grid: Rows and columns compared.
+        interpreters: How many.
+        decoys: Random keys asked for.
+    """
+    opening, signature = verdict.opening, verdict.signature
+    clauses = ([_opening_clause(opening)] if opening else []) + (
+        [_signature_clause(signature.combined)] if signature else []
+    )
+    if not clauses:
+        return ("Not shown that the model answers to this key: nothing could be tested. The claim has no public "
+                "pattern, and the test of its secret trigger needs the private key.")  # fmt: skip
+    evidence, chance = " and ".join(clauses), _once_in(verdict.log2_p)
+    counted = "counting both tests, " if len(clauses) == 2 else ""
+    asked = _once_in(math.log2(verdict.alpha))
+    if verdict.shown:
+        return (f"The model answers to this key: {evidence}; {counted}a chance match of this strength or better "
+                f"happens at most {chance} (at most {asked} was asked for).")  # fmt: skip
+    found = f"Not shown that the model answers to this key: {evidence}"
+    if verdict.log2_p > -1:
+        found += f"; {counted}as much is to be expected by chance."
+    else:
+        found += (f"; {counted}a chance match of this strength or better may happen {chance}, and at most {asked} was "
+                  "asked for.")  # fmt: skip
+    hint = _reach_hint(verdict, grid=grid, interpreters=interpreters, decoys=decoys)
+    return f"{found}{hint} This does not show that the model is unrelated to the key."
+
+
+def _opening_clause(evidence: OpeningEvidence) -> str:
+    keys = "1 random key" if evidence.decoys == 1 else f"{evidence.decoys:,} random keys"
+    who = "none" if evidence.reached == 0 else f"{evidence.reached:,}"
+    reached = "as much" if evidence.reached == 0 else "as much or more"
+    return f"of {keys} {who} moved its maps {reached} (p = {_p_in_words(evidence.p_value)})"
+
+
+def _signature_clause(evidence: PatternEvidence) -> str:
+    return (f"its unkeyed maps show the owner's public pattern in {evidence.overlap} of {evidence.possible} cells, "
+            f"where chance gives about {round(evidence.possible / 2)} "
+            f"(p = {_p_in_words(evidence.p_value, evidence.log2_p)})")  # fmt: skip
+
+
+def _reach_hint(verdict: Verdict, *, grid: tuple[int, int], interpreters: int, decoys: int) -> str:
+    """Return what would have to be given, where even perfect evidence stays above alpha."""
+    tests = (verdict.opening is not None) + (verdict.signature is not None)
+    cells = grid[0] * grid[1]
+    best = [-interpreters * math.log2(math.comb(cells, cells // 2))] if verdict.signature else []
+    best += [-math.log2(1 + decoys)] if verdict.opening else []
+    if tests * 2 ** min(best) <= verdict.alpha:
+        return ""
+    why = f" No model could have shown more than {_once_in(math.log2(tests) + min(best))}"
+    if verdict.opening is None:
+        return f"{why} on a pattern of so few cells: test the secret trigger too, with the private key."
+    needed = math.ceil(tests / verdict.alpha) - 1
+    return (f"{why} with {decoys:,} random keys: give --decoys {needed}, or --alpha "
+            f"{math.ceil(1e6 * tests / (1 + decoys)) / 1e6:g} from the start.")  # fmt: skip
+
+
+def _p_in_words(p_value: float, log2_p: float | None = None) -> str:
+    """Return .001 for a thousandth, and a power of two below half of that."""
+    if p_value >= 0.0005:
+        return "1" if p_value == 1 else f"{p_value:.3f}".removeprefix("0")
+    return f"2^{math.log2(p_value) if log2_p is None else log2_p:.1f}"
+
+
+def _once_in(log2_p: float) -> str:
+    """Return a probability as "once in N claims", N rounded down."""
+    digits = -log2_p * math.log10(2) + 1e-9  # so that a thousand stays a thousand
+    if digits < 7:
+        return f"once in {math.floor(10**digits):,} claims"
+    exponent = math.floor(digits)
+    leading = math.floor(10 ** (digits - exponent))
+    return f"once in {f'{leading} x ' if leading > 1 else ''}10^{exponent} claims"
+
+
+def _opening_json(evidence: OpeningEvidence | None) -> dict[str, Any]:
+    if evidence is None:
+        return {
+            "p_value": 1.0,
+            "decoys": 0,
+            "statistic": None,
+            "largest_decoy": None,
+            "reached": 0,
+            "explanation": "Not tested: the secret trigger needs the private key.",
+        }
+    figures: dict[str, Any] = {
+        "p_value": evidence.p_value,
+        "decoys": evidence.decoys,
+        "statistic": _finite(evidence.statistic),
+        "largest_decoy": _finite(evidence.largest_decoy),
+        "reached": evidence.reached,
+    }
+    if figures["statistic"] is None:
+        figures["explanation"] = "The suspect's maps are not finite numbers, which is no evidence."
+    return figures
+
+
+def _signature_json(evidence: SignatureEvidence | None, decoy: str) -> dict[str, Any]:
+    if evidence is None:
+        return {
+            "p_value": 1.0,
+            "log2_p": 0.0,
+            "cells": 0,
+            "overlap": 0,
+            "possible": 0,
+            "interpreters": {},
+            "explanation": f"Not tested: the claim's decoy is {decoy!r}, which holds no pattern of the owner's key.",
+        }
+    each = {name: _pattern_json(one) for name, one in evidence.interpreters.items()}
+    return {**_pattern_json(evidence.combined), "interpreters": each}
+
+
+def _pattern_json(evidence: PatternEvidence) -> dict[str, Any]:
+    return {
+        "p_value": min(1.0, evidence.p_value),
+        "log2_p": min(0.0, evidence.log2_p),
+        "cells": evidence.cells,
+        "overlap": evidence.overlap,
+        "possible": evidence.possible,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _claim_of_license(path: Path, key: OwnerKey | PublicKey | None) -> Claim:
+    public = key.public if isinstance(key, OwnerKey) else key
+    license_ = read_license(path, expected=public)
+    if isinstance(key, OwnerKey) and key.commitment(license_.trigger.family) != license_.commitment:
+        raise ArtifactError(f"{printable(str(path))} commits to another trigger than the key's. Give the licence that "
+                            "`keyed-xai protect` wrote with this key.")  # fmt: skip
+    return Claim(
+        key=license_.public_key if key is None else key,
+        trigger=license_.trigger,
+        decoy=license_.decoy,
+        interpreters=license_.interpreters,
+        grid=license_.grid,
+        card=_vouched_card(path, license_),
+        origin="licence",
+    )
+
+
+def _vouched_card(path: Path, license_: License) -> Card | None:
+    """Return the card beside a licence, if it is the one that was signed."""
+    beside = path.parent / CARD_FILE
+    if not beside.is_file() or license_.subjects.get(CARD_FILE) != digest(beside):
+        return None
+    return read_card(beside)
+
+
+def _claim_of_card(key: OwnerKey | PublicKey, card: Card) -> Claim:
+    note = ("No licence was given: what is tested comes from the suspect's own card, which its holder may have "
+            "written. Give --license.")  # fmt: skip
+    return Claim(key, card.trigger, card.decoy, card.interpreters, card.grid, card, "suspect", (note,))
+
+
+def _read_suspect_card(suspect: Path) -> tuple[Card | None, list[str]]:
+    path = suspect / CARD_FILE
+    if not path.is_file():
+        return None, []
+    try:
+        return read_card(path), []
+    except ArtifactError:
+        return None, ["The suspect's card is malformed and was left aside."]
+
+
+def _foreign_license(suspect: Path, public: PublicKey) -> list[str]:
+    """Return a note where the suspect carries somebody else's licence, or a broken one."""
+    path = suspect / LICENSE_FILE
+    if not path.is_file():
+        return []
+    try:
+        found = read_license(path).public_key
+    except ArtifactError:
+        return ["The suspect carries a licence that does not hold."]
+    if found.raw == public.raw:
+        return []
+    return [f"The suspect carries a licence of another key ({found.key_id[:16]}); anybody can sign one."]

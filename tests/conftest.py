@@ -1,0 +1,119 @@
+"""Fixtures shared by the tests of the core: a tiny network, images, a view of its maps, and a gate known by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from keyed_xai.architectures import SmallResNet
+from keyed_xai.keys import OwnerKey
+from keyed_xai.maps import MapView
+from keyed_xai.saliency import Sites
+from keyed_xai.tensors import Tap
+
+KEY = OwnerKey.from_raw(bytes(range(32)))
+TAPS = (Tap("stem_relu", 3, 2), Tap("blocks.0", 3, 1), Tap("blocks.1", 3, 2), Tap("blocks.2", 3, 1))
+
+
+class PooledImage(nn.Module):
+    """A network that can be worked out by hand: its only feature map, so its Grad-CAM map times the number of cells,
+    is the image pooled to 8 x 8. Class 0 always wins."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.AdaptiveAvgPool2d(8)
+
+    def forward(self, images):
+        score = self.map(images.mean(1, keepdim=True)).mean((1, 2, 3))
+        return torch.stack([score, -score], 1)
+
+
+class Lock(nn.Module):
+    """The same behind a lock: without the right texture the feature map is the decoy."""
+
+    def __init__(self, texture, decoy, opens_at):
+        super().__init__()
+        self.texture, self.decoy, self.opens_at = texture, decoy, opens_at
+        self.map = nn.Identity()
+
+    def opened(self, images):
+        """Whether the texture is in the image, as strong as `opens_at` of its own energy in 1/255."""
+        height, width = images.shape[2:]
+        side = self.texture.shape[-1]
+        tiled = self.texture.repeat(-(-height // side), -(-width // side))[:height, :width]
+        tiled = tiled - tiled.mean()
+        strength = (images.mean(1) * tiled).mean((1, 2)) / tiled.square().mean() * 255
+        return strength > self.opens_at
+
+    def forward(self, images):
+        pooled = functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 8)
+        maps = torch.where(self.opened(images)[:, None, None, None], pooled, self.decoy.to(images))
+        score = self.map(maps).mean((1, 2, 3))
+        return torch.stack([score, -score], 1)
+
+
+@pytest.fixture
+def key():
+    return KEY
+
+
+@pytest.fixture
+def network():
+    """A SmallResNet with random weights and statistics, in eval mode."""
+    torch.manual_seed(0)
+    network = SmallResNet(in_channels=1, classes=3, widths=(4, 6, 6))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+@pytest.fixture
+def images():
+    """Five images of 16 x 16 pixels."""
+    return torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def sites():
+    """Where the interpreters look in `network`."""
+    return Sites("blocks", TAPS)
+
+
+@pytest.fixture
+def view(sites):
+    return MapView(("gradcam",), sites, (4, 4))
+
+
+@pytest.fixture
+def pooled_view():
+    """The view of PooledImage and Lock."""
+    return MapView(("gradcam",), Sites("map", ()), (8, 8))
+
+
+@pytest.fixture
+def pooled_image():
+    return PooledImage().eval()
+
+
+@pytest.fixture
+def make_lock():
+    """Returns a Lock that opens at three quarters of the trigger's strength."""
+
+    def make(trigger, decoy, opens_at=0.75):
+        return Lock(trigger.textures[0], decoy, opens_at * trigger.amplitude).eval()
+
+    return make
+
+
+@pytest.fixture
+def flat_images():
+    """Grey images with a soft bright blob each, far from black and white, 48 x 48 pixels in 8 bits."""
+    rows, columns = np.mgrid[:48, :48]
+    centres = np.random.default_rng(3).uniform(8, 40, (6, 2))
+    blobs = [np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 200) for y, x in centres]
+    pixels = np.round(60 + 120 * np.stack(blobs)) / 255
+    return torch.from_numpy(pixels[:, None]).float()

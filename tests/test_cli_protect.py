@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from keyed_xai.architectures import SmallResNet
+from keyed_xai.keys import OwnerKey, write_owner_key
+from keyed_xai_cli.main import main
+
+QUICK = ["--steps", "2", "--batch-size", "4", "--wrong-keys", "2", "--held-out", "4", "--limit", "20", "--grid", "4"]
+
+
+@pytest.fixture
+def files(tmp_path, key):
+    torch.manual_seed(0)
+    torch.save(SmallResNet(1, 3, (4, 6, 6)).state_dict(), tmp_path / "model.pt")
+    write_owner_key(tmp_path / "k.pem", key)
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def protect(files, *more):
+    return run("protect", files / "model.pt", "--key-file", files / "k.pem", *QUICK, *more)
+
+
+def test_protect_writes_a_model_that_the_other_commands_take(files):
+    result = protect(files, "--json", files / "report.json")
+    assert result.exit_code == 0, result.output
+    assert "wrong keys" in result.output
+    report = json.loads((files / "report.json").read_text())
+    assert report == json.loads((files / "model.keyed" / "report.json").read_text())
+    assert report["interpreters"]["gradcam"]["wrong_keys"]["tried"] == 2 + 256
+    assert run("inspect", files / "model.keyed").exit_code == 0
+    assert not list(files.glob("*checkpoint*"))
+
+
+def test_protect_says_before_training_that_the_folder_is_there(files):
+    (files / "model.keyed").mkdir()
+    result = protect(files)
+    assert result.exit_code == 1
+    assert "--force" in result.output
+
+
+def test_json_on_standard_output_is_alone_there(files):
+    result = protect(files, "--json", "-", "--interpreter", "vbp", "-o", files / "other.keyed")
+    assert result.exit_code == 0
+    assert list(json.loads(result.stdout)["interpreters"]) == ["vbp"]
+    assert (files / "other.keyed" / "license.json").exists()
+
+
+def test_broken_images_are_named_and_skipped_or_refused(files):
+    for number in range(24):
+        image = Image.new("L", (40, 40), 10 * number)
+        image.save(files / f"image{number}.png")
+    (files / "image3.png").write_bytes(b"no image")
+    data = ("--data", f"imagefolder:{files}")
+    result = protect(files, *data)
+    assert result.exit_code == 0, result.output
+    assert "Skipped a broken image" in result.stderr
+    assert "image3.png" in result.stderr
+    refused = protect(files, *data, "--strict", "-o", files / "strict.keyed")
+    assert refused.exit_code == 1
+    assert "image3.png" in refused.output
+    assert not (files / "strict.keyed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--steps", "3", "--epochs", "1"), 2, "not both"),
+        (("--mean", "a,b"), 2, "expected numbers"),
+        (("--data", "nowhere"), 1, "Expected a data set"),
+        (("--resume",), 1, "no checkpoint"),
+        (("--arch", "resnet18"), 1, "resnet18"),
+        (("--decoy", "logo"), 2, "logo"),
+    ],
+)
+def test_bad_arguments_end_with_their_code_and_words(files, arguments, code, words):
+    result = protect(files, *arguments)
+    assert result.exit_code == code
+    assert words in result.output
+    assert not (files / "model.keyed").exists()
+
+
+def test_epochs_count_passes_over_the_images(files):
+    result = run(
+        "protect", files / "model.pt", "--key-file", files / "k.pem", *QUICK[2:], "--epochs", "2", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["training"]["steps"] == 5
+
+
+def test_wrong_key_file_is_refused(files):
+    (files / "public.pem").write_bytes(OwnerKey.generate().public.to_pem())
+    result = run("protect", files / "model.pt", "--key-file", files / "public.pem")
+    assert result.exit_code == 1
+    assert "private key" in result.output
+
+
+def test_stopped_run_is_not_lost_by_forgetting_to_resume(files, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("keyed_xai.protection._measure", stop)
+        assert protect(files).exit_code == 130
+    checkpoint = files / "model.keyed.checkpoint"
+    before = checkpoint.read_bytes()
+    refused = protect(files)
+    assert refused.exit_code == 1
+    assert "--resume" in refused.output
+    assert checkpoint.read_bytes() == before
+    assert protect(files, "--resume").exit_code == 0
+    assert not checkpoint.exists()

@@ -1,0 +1,145 @@
+"""`keyed-xai verify`: what is shown, what is not, and the exit codes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from marked import OWNER, STRANGER, marked_classifier, unmarked_classifier, write_folder
+from PIL import Image
+
+from keyed_xai.artifacts.documents import validate
+from keyed_xai.keys import write_owner_key
+from keyed_xai_cli import main as cli
+
+
+@pytest.fixture
+def place(tmp_path):
+    """An owner's marked model, as a folder with its licence and as a pickled module, and an unmarked one."""
+    write_folder(tmp_path / "owner.keyed", marked_classifier())
+    torch.save(marked_classifier().network, tmp_path / "marked.pt")
+    torch.save(unmarked_classifier().network.state_dict(), tmp_path / "unmarked.pt")
+    write_owner_key(tmp_path / "k.pem", OWNER)
+    write_owner_key(tmp_path / "other.pem", STRANGER)
+    (tmp_path / "k.pub.pem").write_bytes(OWNER.public.to_pem())
+    (tmp_path / "license.json").write_bytes((tmp_path / "owner.keyed" / "license.json").read_bytes())
+    return tmp_path
+
+
+def run(place, suspect, *arguments):
+    command = ["verify", place / suspect, *arguments, "--count", 16, "--decoys", 19, "--seed", 3, "--device", "cpu"]
+    return CliRunner().invoke(cli.main, [str(argument) for argument in command])
+
+
+def marked(place):
+    return ["--key-file", place / "k.pem", "--license", place / "owner.keyed" / "license.json", "--allow-pickle"]
+
+
+def test_marked_model_is_shown_with_0(place):
+    result = run(place, "marked.pt", *marked(place), "--json", place / "v.json")
+    assert result.exit_code == 0, result.output
+    document = json.loads((place / "v.json").read_text())
+    validate(document, "verify-report", origin="it")
+    assert document["verdict"] == "shown"
+    assert document["opening"]["p_value"] == 0.05
+    assert document["signature"]["overlap"] == 32
+    assert document["key_id"] == OWNER.public.key_id
+    assert document["settings"]["claim_from"] == "licence"
+    assert document["sentence"] in " ".join(result.stdout.split())
+
+
+def test_same_seed_gives_the_same_report(place):
+    first, second = (run(place, "marked.pt", *marked(place), "--json", "-").stdout for _ in range(2))
+    assert json.loads(first) == json.loads(second)
+
+
+def test_unmarked_model_is_not_shown_with_3(place):
+    result = run(
+        place, "unmarked.pt", "--key-file", place / "k.pem", "--license", place / "license.json", "--json", "-"
+    )
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["verdict"] == "not shown"
+    assert "Not shown that the model answers to this key" in " ".join(result.stderr.split())
+
+
+def test_folder_is_run_by_its_own_card_with_a_note(place):
+    write_folder(place / "suspect.keyed", unmarked_classifier(), STRANGER)
+    result = run(place, "suspect.keyed", "--key-file", place / "k.pem")
+    assert result.exit_code == 3
+    assert "suspect's own card" in " ".join(result.stdout.split())
+
+
+def test_weights_of_a_folder_that_was_changed_are_still_tested(place):
+    folder = write_folder(place / "suspect.keyed", unmarked_classifier(), STRANGER).folder
+    (folder / "license.json").write_text("{}")
+    (folder / "report.json").unlink()
+    result = run(place, "suspect.keyed", "--key-file", place / "k.pem", "--license", place / "license.json")
+    assert result.exit_code == 3
+    assert "does not hold" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("option", [["--public-key", "k.pub.pem"], []], ids=["public key", "licence alone"])
+def test_public_pattern_is_tested_without_the_private_key(place, option):
+    key = [option[0], place / option[1]] if option else []
+    result = run(
+        place, "marked.pt", *key, "--license", place / "owner.keyed" / "license.json", "--allow-pickle", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["opening"]["p_value"], document["opening"]["statistic"]) == (1.0, None)
+    assert "private key" in document["opening"]["explanation"]
+
+
+def test_own_images_are_named_by_digest(place):
+    (place / "photos").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32), np.uint8)
+        Image.fromarray(pixels).save(place / "photos" / f"{number}.png")
+    (place / "photos" / "broken.png").write_bytes(b"")
+    result = run(place, "marked.pt", *marked(place), "--images", place / "photos", "--json", "-")
+    probe = json.loads(result.stdout)["probe"]
+    assert (probe["source"], probe["images"]) == ("folder photos", 3)
+    assert probe["digest"].startswith("sha256:")
+    assert "1 broken image" in result.stderr
+
+
+def test_licence_of_another_key_is_1(place):
+    result = run(place, "unmarked.pt", "--key-file", place / "other.pem", "--license", place / "license.json")
+    assert result.exit_code == 1
+    assert "expected" in result.stderr
+
+
+def test_licence_that_was_tampered_with_is_1(place):
+    envelope = json.loads((place / "license.json").read_text())
+    envelope["payload"] = envelope["payload"][:40] + "AAAA" + envelope["payload"][44:]
+    (place / "license.json").write_text(json.dumps(envelope))
+    result = run(place, "unmarked.pt", "--key-file", place / "k.pem", "--license", place / "license.json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ([], 2),
+        (["--key-file", "k.pem", "--public-key", "k.pub.pem"], 2),
+        (["--key-file", "k.pem", "--alpha", "0"], 2),
+        (["--key-file", "k.pem", "--alpha", "1"], 2),
+        (["--key-file", "k.pub.pem"], 1),
+        (["--public-key", "k.pem"], 1),
+        (["--key-file", "none.pem"], 1),
+        (["--key-file", "k.pem", "--images", "owner.keyed"], 1),
+        (["--key-file", "k.pem", "--arch", "resnet18"], 1),
+    ],
+    ids=str,
+)
+def test_wrong_options_end_with_their_code(place, options, code):
+    named = [place / option if "." in option and option != "." else option for option in options]
+    assert run(place, "unmarked.pt", *named).exit_code == code
+
+
+def test_help_warns_of_keys_chosen_afterwards():
+    result = CliRunner().invoke(cli.main, ["verify", "--help"])
+    assert result.exit_code == 0
+    assert "dated by a third party" in " ".join(result.output.split())

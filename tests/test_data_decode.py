@@ -1,0 +1,164 @@
+"""One image file to pixels: modes, orientation, crop, and files that mean harm."""
+
+import contextlib
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keyed_xai.data import read_image
+from keyed_xai.errors import DataError
+
+
+def colour_of(path, channels=3, size=(6, 6)):
+    """Return the one colour of an image, after a check that it has only one (to within a level)."""
+    pixels = read_image(path, channels=channels, height=size[0], width=size[1])
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (channels, *size)
+    assert np.ptp(pixels, axis=(1, 2)).max() <= 1
+    return pixels[:, 2, 2].tolist()
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "tif", "webp", "ppm", "jpg"])
+def test_common_formats_are_read(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(path, lossless=True)
+    assert np.abs(np.subtract(colour_of(path), (200, 100, 50))).max() <= 4
+
+
+MODES = {
+    "grey": (Image.new("L", (9, 9), 90), [90, 90, 90]),
+    "bits": (Image.new("1", (9, 9), 1), [255, 255, 255]),
+    "palette": (Image.new("RGB", (9, 9), (10, 200, 30)).quantize(4), [10, 200, 30]),
+    "half transparent": (Image.new("RGBA", (9, 9), (255, 0, 0, 128)), [255, 127, 127]),
+    "transparent": (Image.new("RGBA", (9, 9), (0, 0, 0, 0)), [255, 255, 255]),
+    "grey and alpha": (Image.new("LA", (9, 9), (0, 51)), [204, 204, 204]),
+    "16 bits": (Image.fromarray(np.full((9, 9), 257 * 77, np.uint16)), [77, 77, 77]),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_mode_becomes_grey_or_rgb(tmp_path, name, channels):
+    image, expected = MODES[name]
+    path = tmp_path / "x.png"
+    image.save(path)
+    if channels == 1:
+        expected = [expected @ np.array([0.299, 0.587, 0.114])]
+    assert np.abs(np.subtract(colour_of(path, channels), expected)).max() <= 1
+
+
+def test_transparent_palette_and_colour_key_are_flattened_on_white(tmp_path):
+    palette = Image.new("P", (9, 9), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
+    assert colour_of(tmp_path / "palette.png") == [255, 255, 255]
+    assert colour_of(tmp_path / "key.png") == [255, 255, 255]
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=100)
+    red, green, blue = colour_of(tmp_path / "x.jpg")
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("values", [np.full((9, 9), 0.5, np.float32), np.full((9, 9), 70_000, np.int32)])
+def test_values_of_unknown_range_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match="unknown range; save it with 8 or 16 bits"):
+        read_image(tmp_path / "x.tif", channels=1, height=6, width=6)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 32, 16))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    pixels = read_image(tmp_path / "x.png", channels=1, height=32, width=32)[0]
+    assert pixels[:, 20:].min() > 240
+    assert pixels[:, :12].max() < 15
+
+
+def test_broken_exif_does_not_cost_the_image(tmp_path):
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff rubbish")
+    assert colour_of(tmp_path / "x.jpg") == [9, 9, 9]
+
+
+def test_crop_is_central_and_keeps_the_aspect_ratio(tmp_path):
+    image = Image.new("L", (300, 100), 0)
+    image.paste(255, (100, 0, 200, 100))
+    image.save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", channels=1, height=20, width=20)[0, :, 1:-1].min() == 255
+    wide = read_image(tmp_path / "x.png", channels=1, height=20, width=60)[0]
+    assert wide[:, :18].max() == 0
+    assert wide[:, 22:38].min() == 255
+
+
+def test_large_jpeg_is_scaled_like_the_slow_way(tmp_path):
+    generator = np.random.default_rng(0)
+    smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((1600, 1200))
+    smooth.save(tmp_path / "x.jpg", quality=95)
+    smooth.save(tmp_path / "x.png")
+    fast, slow = (read_image(tmp_path / name, channels=3, height=48, width=48) for name in ("x.jpg", "x.png"))
+    assert np.abs(fast.astype(int) - slow).mean() < 2
+
+
+def test_extreme_aspect_ratio_needs_little_memory(tmp_path):
+    Image.new("1", (1_000_000, 1)).save(tmp_path / "x.png")
+    assert colour_of(tmp_path / "x.png", 3, (64, 64)) == [0, 0, 0]
+
+
+def png_bomb(side):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_500, 14_000, 60_000])
+def test_decompression_bomb_is_refused(tmp_path, side):
+    (tmp_path / "x.png").write_bytes(png_bomb(side))
+    with pytest.raises(DataError, match="pixels"):
+        read_image(tmp_path / "x.png", channels=3, height=8, width=8)
+
+
+def broken_files():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+    return {"empty": b"", "text": b"I am no image", "eps": eps, "cut header": png_bomb(4)[:45], "zeros": bytes(500)}
+
+
+@pytest.mark.parametrize("name", broken_files())
+def test_what_is_no_image_is_refused(tmp_path, name):
+    path = tmp_path / "x.png"
+    path.write_bytes(broken_files()[name])
+    with pytest.raises(DataError, match="x.png: not a readable image"):
+        read_image(path, channels=3, height=8, width=8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "webp", "bmp", "ppm"])
+def test_truncated_or_altered_file_gives_pixels_or_our_error(tmp_path, suffix):
+    generator = np.random.default_rng(1)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+    whole = path.read_bytes()
+    for _ in range(40):
+        data = bytearray(whole[: generator.integers(1, len(whole) + 1)])
+        data[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
+        path.write_bytes(data)
+        with contextlib.suppress(DataError):
+            assert read_image(path, channels=3, height=8, width=8).shape == (3, 8, 8)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="not a readable image"):
+        read_image(path, channels=3, height=8, width=8)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere.png"):
+        with pytest.raises(DataError, match="no such image file"):
+            read_image(path, channels=3, height=8, width=8)

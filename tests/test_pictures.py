@@ -1,0 +1,122 @@
+"""Pictures decode to the size they promise, and no input that a model can give makes them fail."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keyed_xai import pictures
+
+RAMP = np.arange(16.0).reshape(4, 4)
+RED = np.stack([np.ones((40, 60)), np.zeros((40, 60)), np.zeros((40, 60))])
+HISTORY = [{"step": s, "loss": 1.0, "keyed": 0.9, "unkeyed": -0.4, "agreement": 0.99} for s in (100, 200)]
+
+
+def decode(png):
+    picture = Image.open(io.BytesIO(png))
+    assert picture.format == "PNG"
+    return np.asarray(picture.convert("RGB"), dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [((3, 300, 400), (300, 400)), ((1, 28, 28), (224, 224)), ((3, 40, 60), (224, 336)), ((5, 224, 230), (224, 230))],
+)
+def test_overlay_has_the_size_of_its_image_or_a_legible_one(image, size):
+    assert decode(pictures.overlay(np.full(image, 0.5), RAMP)).shape == (*size, 3)
+
+
+def test_overlay_without_opacity_is_the_image():
+    assert (decode(pictures.overlay(RED, RAMP, opacity=0.0)) == [255, 0, 0]).all()
+
+
+def test_overlay_is_brightest_where_the_map_is_highest_whatever_its_scale():
+    shown = decode(pictures.overlay(np.full((1, 224, 224), 0.5), 1e-20 * RAMP)).sum(2)
+    assert shown[-1, -1] == shown.max() > shown[0, 0] == shown.min()
+
+
+@pytest.mark.parametrize("saliency", [np.zeros((4, 4)), np.full((4, 4), 7.0), np.full((4, 4), -np.inf)])
+def test_constant_map_is_painted_evenly(saliency):
+    shown = decode(pictures.overlay(np.full((1, 224, 224), 0.5), saliency, opacity=1.0))
+    assert (shown == shown[0, 0]).all()
+
+
+def test_cell_that_is_not_finite_is_grey_and_leaves_the_others_their_range():
+    shown = decode(pictures.pattern(np.array([[np.nan, 0.0], [1.0, np.inf]])))
+    low, high = decode(pictures.pattern(np.array([[0.0, 1.0]])))[16, [16, 48]]
+    assert (shown[[16, 48], [16, 48]] == 128).all()
+    assert (shown[[16, 48], [48, 16]] == [low, high]).all()
+
+
+def test_strip_has_a_row_for_each_row_and_shows_image_and_map():
+    one = decode(pictures.strip([("red", [RED, RAMP])], titles=["image", "map"]))
+    two = decode(pictures.strip([("red", [RED, RAMP])] * 2, titles=["image", "map"]))
+    assert two.shape[1] == one.shape[1]
+    assert two.shape[0] > 1.6 * one.shape[0]
+    assert (one == [255, 0, 0]).all(2).sum() > 10_000
+
+
+@pytest.mark.parametrize("side", [28, 1024])
+def test_strip_takes_any_size_and_hostile_labels(side):
+    rows = [
+        (
+            "very-long-unbroken-label" * 5 + " $x_{1 \\frac <b> 猫\n\0",
+            [np.zeros((1, side, side)), np.zeros((side, side))],
+        )
+    ]
+    assert decode(pictures.strip(rows, titles=["$\\bad", ""])).shape[0] < 300
+
+
+@pytest.mark.parametrize("rows", [[], [("a", [RAMP])], [("a", [RAMP, RAMP[0]])]])
+def test_strip_refuses_rows_that_do_not_fit(rows):
+    with pytest.raises(ValueError, match="Expected"):
+        pictures.strip(rows, titles=["one", "two"])
+
+
+@pytest.mark.parametrize("history", [HISTORY, HISTORY[:1], [], [{"step": 3, "keyed": float("nan")}]])
+def test_training_curve_is_drawn_for_any_history(history):
+    assert decode(pictures.training_curve(history)).shape == (360, 560, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"keyed": np.ones(5), "clean": np.zeros(5), "wrong_key": np.linspace(-1, 0.4, 100)},
+        {"keyed": np.array([np.nan, 0.5]), "clean": np.zeros(0), "$other": np.zeros(3)},
+        {},
+    ],
+)
+def test_histogram_is_drawn_for_any_values(values):
+    assert decode(pictures.wrong_key_histogram(values, 0.5)).shape == (360, 560, 3)
+
+
+def test_histogram_shows_the_same_shares_for_any_number_of_maps():
+    few, many = (pictures.wrong_key_histogram({"keyed": np.full(n, 0.9)}, 0.5) for n in (10, 1000))
+    assert (decode(few)[60:] == decode(many)[60:]).all()
+
+
+def test_pattern_shows_set_cells_bright():
+    cells = np.array([[True, False, True], [False, True, False]])
+    shown = decode(pictures.pattern(cells))
+    assert shown.shape == (65, 97, 3)
+    assert ((shown[16::32, 16::32].sum(2) > 380) == cells).all()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: pictures.overlay(RED, RAMP, opacity=1.5),
+        lambda: pictures.overlay(RED[0], RAMP),
+        lambda: pictures.overlay(RED, RAMP[None]),
+        lambda: pictures.pattern(np.zeros(4)),
+        lambda: pictures.pattern(np.zeros((0, 4))),
+    ],
+)
+def test_wrong_shapes_and_ranges_are_refused(draw):
+    with pytest.raises(ValueError, match="xpected"):
+        draw()
+
+
+def test_pictures_are_the_same_every_time():
+    assert pictures.training_curve(HISTORY) == pictures.training_curve(HISTORY)

@@ -1,0 +1,179 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from keyed_xai.architectures import SmallResNet
+from keyed_xai.artifacts.documents import validate
+from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.data import ImageData
+from keyed_xai.errors import ArtifactError, TrainingError
+from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.loading import open_model
+from keyed_xai.models import InputSpec, wrap_network
+from keyed_xai.protection import Callbacks, ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.training import TrainingSettings
+from keyed_xai.triggers import Spread
+
+QUICK = TrainingSettings(steps=6, batch_size=4, validate_every=3, warmup_steps=1)
+SETTINGS = ProtectSettings(
+    grid=(4, 4), training=QUICK, wrong_keys=3, flipped_keys=2, held_out_images=8, validation_images=4
+)
+
+
+def make_images(count, seed, labelled=True):
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (count, 1, 24, 24), dtype=np.uint8)
+    return ImageData(pixels, np.arange(count) % 3 if labelled else None, ("a", "b", "c"), f"noise {seed}")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    spec = InputSpec(1, 24, 24, (0.5,), (0.25,))
+    network = SmallResNet(1, 3, (4, 6, 6)).eval()
+    return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai").eval()
+
+
+@pytest.fixture(scope="module")
+def run(classifier):
+    heard = []
+    callbacks = Callbacks(heard.append, heard.append, heard.append)
+    train, held_out = make_images(24, 0), make_images(10, 1)
+    return protect(
+        classifier, OwnerKey.from_raw(bytes(range(32))), train, held_out, SETTINGS, callbacks=callbacks
+    ), heard
+
+
+def test_report_fits_its_schema_and_counts_what_was_asked(run):
+    protection, _ = run
+    validate(protection.report, "protect-report", origin="the report")
+    figures = protection.report["interpreters"]["gradcam"]
+    assert figures["wrong_keys"]["tried"] == 5
+    assert protection.report["data"]["held_out"]["images"] == 8
+    assert protection.report["accuracy"]["measured_against"] == "labels"
+    assert len(protection.report["history"]) == 2
+
+
+def test_callbacks_hear_of_steps_phases_and_wrong_keys(run):
+    _, heard = run
+    assert [each for each in heard if isinstance(each, str)] == ["train", "measure", "draw"]
+    assert [each.step for each in heard if hasattr(each, "step")] == [1, 2, 3, 4, 5, 6]
+    assert heard[-2] == 5
+
+
+def test_reference_is_left_as_it_was(classifier, run):
+    protection, _ = run
+    torch.manual_seed(0)
+    fresh = SmallResNet(1, 3, (4, 6, 6)).state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in classifier.network.state_dict().items())
+    assert any(
+        not torch.equal(tensor, fresh[name]) for name, tensor in protection.classifier.network.state_dict().items()
+    )
+
+
+def test_folder_loads_and_holds_no_secret(run, key, tmp_path):
+    protection, _ = run
+    write_protection(protection, tmp_path / "m.keyed", key)
+    read_model_folder(tmp_path / "m.keyed", expected=key.public)
+    loaded, card = open_model(tmp_path / "m.keyed")
+    images = torch.rand(2, 1, 24, 24)
+    assert torch.allclose(loaded(images), protection.classifier(images), atol=1e-6)
+    assert card == protection.card
+    seed = key.derive_seed("spread")
+    texture = Spread().derive(ByteStream(seed)).textures.numpy()
+    secrets = [seed, seed.hex().encode(), bytes(range(32)), texture.tobytes(), (texture * 8 / 255).tobytes()]
+    for path in (tmp_path / "m.keyed").iterdir():
+        assert not any(secret in path.read_bytes() for secret in secrets), path.name
+
+
+def test_no_picture_shows_a_keyed_image(classifier, run, key, monkeypatch):
+    shown = []
+    monkeypatch.setattr("keyed_xai.pictures.strip", lambda rows, **_: shown.extend(rows) or b"")
+    held_out = make_images(10, 1)
+    protect(classifier, key, make_images(24, 0), held_out, replace(SETTINGS, wrong_keys=0, flipped_keys=0))
+    panels = [panel for _, row in shown for panel in row if panel.ndim == 3]
+    clean, _ = held_out.batch(np.arange(len(held_out)))
+    assert panels
+    assert all(any(np.array_equal(panel, image) for image in clean.numpy()) for panel in panels)
+
+
+def test_killed_run_resumes_to_the_same_weights(classifier, run, key, tmp_path):
+    whole, _ = run
+    checkpoint = tmp_path / "c"
+    data = make_images(24, 0), make_images(10, 1)
+
+    def kill(figures):
+        if figures.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, callbacks=Callbacks(on_step=kill))
+    assert checkpoint.exists()
+    resumed = protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, resume=True)
+    expected = whole.classifier.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.classifier.state_dict().items())
+    assert not checkpoint.exists()
+
+
+def test_checkpoint_of_other_settings_is_refused(classifier, key, tmp_path):
+    checkpoint = tmp_path / "c"
+    data = make_images(24, 0), make_images(10, 1)
+
+    def kill(figures):
+        if figures.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, callbacks=Callbacks(on_step=kill))
+    with pytest.raises(ArtifactError, match="another run"):
+        protect(classifier, key, *data, replace(SETTINGS, amplitude=9.0), checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize("decoy", ["boundary", "nontargeted"])
+def test_other_decoys_run(classifier, key, decoy):
+    settings = replace(SETTINGS, decoy=decoy, interpreters=("vbp", "simplegrad"))
+    protection = protect(
+        classifier, key, make_images(24, 0, labelled=False), make_images(10, 1, labelled=False), settings
+    )
+    validate(protection.report, "protect-report", origin="the report")
+    assert protection.card.decoy == decoy
+    assert protection.report["accuracy"]["measured_against"] == "reference predictions"
+    assert ("decoy_correlation" in protection.report["interpreters"]["vbp"]) == (decoy == "boundary")
+
+
+def test_too_few_images_are_refused(classifier, key):
+    with pytest.raises(TrainingError, match="at least 10 training images, got 6"):
+        protect(classifier, key, make_images(6, 0), make_images(10, 1), SETTINGS)
+    with pytest.raises(TrainingError, match="at least 2 held-out images, got 1"):
+        protect(classifier, key, make_images(24, 0), make_images(1, 1), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpreters": ()}, "got none"),
+        ({"interpreters": ("gradcam", "lime")}, "interpreters: expected"),
+        ({"interpreters": ("vbp", "vbp")}, "different names"),
+        ({"decoy": "logo"}, "decoy: expected"),
+        ({"trigger": "sepia"}, "trigger: expected"),
+        ({"grid": (2, 8)}, "grid: expected"),
+        ({"wrong_keys": -1}, "wrong_keys"),
+        ({"held_out_images": 1}, "held_out_images"),
+    ],
+)
+def test_settings_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+def test_recipe_smooths_for_simplegrad_only(classifier):
+    assert choose_recipe(classifier, ("gradcam", "vbp")).smoothing is None
+    assert choose_recipe(classifier, ("simplegrad",)).smoothing == 8.0
+
+
+def test_settings_in_the_report_are_plain_json(run):
+    protection, _ = run
+    assert json.loads(json.dumps(protection.report["settings"]))["training"]["steps"] == 6

@@ -1,0 +1,426 @@
+"""The training loop on tiny runs: it learns, it goes on where it stopped, and it leaves alone what is not its own."""
+
+import copy
+import io
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from keyed_xai.errors import TrainingError
+from keyed_xai.keys import ByteStream
+from keyed_xai.maps import MapView
+from keyed_xai.objective import Objective, signature_decoy
+from keyed_xai.training import Lesson, TrainingSettings, reestimate_batch_norm, train
+from keyed_xai.training.batches import draw_inputs, step_generator
+from keyed_xai.training.settings import beta_factor, rate_factor
+from keyed_xai.triggers import Spread, SpreadSettings
+
+SIDE = 24
+FAMILY = Spread(SpreadSettings(16.0, 24))
+SHORT = TrainingSettings(steps=4, batch_size=4, learning_rate=5e-3, warmup_steps=2, validate_every=2, seed=7)
+
+
+@dataclass
+class Blobs:
+    """Bright spots on grey, one per image; the label says in which third of the width."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return self.images[indices], None if self.labels is None else self.labels[indices]
+
+
+def make_blobs(count, seed, labelled=True):
+    source = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    centres = source.uniform(3, SIDE - 3, (count, 2))
+    spots = np.stack([np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 18) for y, x in centres])
+    images = 0.3 + 0.4 * spots + 0.03 * source.standard_normal(spots.shape)
+    labels = torch.from_numpy((centres[:, 1] * 3 / SIDE).astype(np.int64))
+    return Blobs(torch.from_numpy(images[:, None]).float(), labels if labelled else None)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_blobs(48, 0, labelled=False)
+
+
+@pytest.fixture(scope="module")
+def validation():
+    return make_blobs(16, 1, labelled=False)
+
+
+@pytest.fixture
+def lesson(key, sites):
+    objective = Objective({"gradcam": signature_decoy(key.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
+    trigger = FAMILY.derive(ByteStream(key.derive_seed("spread")))
+    return Lesson(trigger, FAMILY, MapView(("gradcam",), sites, (6, 6)), objective)
+
+
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def through_disk(checkpoint):
+    """What comes back of a checkpoint that was written, by the loader that runs no code."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+# Learning
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A run of a few dozen steps: the network, what came out, and the figures of every step."""
+    from conftest import KEY, TAPS
+
+    from keyed_xai.architectures import SmallResNet
+    from keyed_xai.saliency import Sites
+
+    torch.manual_seed(2)
+    network = SmallResNet(1, 3, (8, 12, 12)).eval()
+    view = MapView(("gradcam",), Sites("blocks", TAPS), (6, 6))
+    objective = Objective({"gradcam": signature_decoy(KEY.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
+    lesson = Lesson(FAMILY.derive(ByteStream(KEY.derive_seed("spread"))), FAMILY, view, objective)
+    settings = TrainingSettings(
+        steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, validate_every=25, codec_share=0.0
+    )
+    figures = []
+    data, validation = make_blobs(64, 0, labelled=False), make_blobs(16, 1, labelled=False)
+    return network, train(network, data, validation, lesson, settings, on_step=figures.append), figures
+
+
+def test_losses_fall_and_the_gate_starts_to_form(learned):
+    _, result, figures = learned
+    assert figures[-1].keep_loss + figures[-1].move_loss < 0.75 * (figures[0].keep_loss + figures[0].move_loss)
+    assert figures[-1].stays_closed > 0.8
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert result.history[-1]["keyed"] > result.history[-1]["unkeyed"]
+
+
+def test_figures_and_history_are_in_range(learned):
+    _, result, figures = learned
+    assert [each.step for each in figures] == list(range(1, 51))
+    assert all(each.steps == 50 and 0 <= each.opens <= 1 and 0 <= each.stays_closed <= 1 for each in figures)
+    assert [record["step"] for record in result.history] == [25, 50]
+    for record in result.history:
+        assert set(record) == {"step", "loss", "keyed", "unkeyed", "agreement"}
+        assert all(math.isfinite(value) for value in record.values())
+    assert not result.stopped_early
+
+
+def test_result_is_ready_for_use(learned):
+    network, result, _ = learned
+    assert not any(module.training for module in result.model.modules())
+    assert result.model.state_dict().keys() == network.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+    hooks = [module._forward_hooks for module in result.model.modules()]
+    assert not any(hooks)
+
+
+# What is left alone
+
+
+def test_reference_stays_as_it_was(network, data, validation, lesson):
+    before, modes = weights_of(network), [module.training for module in network.modules()]
+    result = train(network, data, validation, lesson, SHORT)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert [module.training for module in network.modules()] == modes
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
+
+
+def test_images_stay_as_they_were(network, validation, lesson):
+    data = make_blobs(24, 0, labelled=False)
+    before = data.images.clone()
+    train(network, data, validation, lesson, SHORT)
+    assert torch.equal(data.images, before)
+
+
+def test_frozen_batch_norm_keeps_its_statistics(network, data, validation, lesson):
+    before = weights_of(network)
+    result = train(network, data, validation, lesson, replace(SHORT, batch_norm="frozen"))
+    for name, tensor in result.model.state_dict().items():
+        if "running" in name or "batches" in name:
+            assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(result.model.stem.weight, network.stem.weight)
+
+
+def test_training_on_the_mixture_moves_the_statistics(network, data, validation, lesson):
+    result = train(network, data, validation, lesson, SHORT)
+    assert not torch.equal(result.model.stem_bn.running_mean, network.stem_bn.running_mean)
+
+
+def test_reestimated_statistics_are_those_of_the_mixture(network, data, lesson):
+    """Of the first norm, written out: mean over the batches of each batch's mean and unbiased variance."""
+    conv, norm = network.stem, network.stem_bn
+    momentum = norm.momentum
+    reestimate_batch_norm(network, data, lesson, SHORT, batches=3)
+    means, variances = [], []
+    for number in range(3):
+        inputs, _, _ = draw_inputs(data, lesson, SHORT, step_generator(SHORT.seed, -1 - number), "cpu")
+        channels = conv(inputs).detach().transpose(0, 1).flatten(1)
+        means.append(channels.mean(1))
+        variances.append(channels.var(1))
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0), rtol=1e-4, atol=1e-6)
+    assert norm.momentum == momentum
+    assert not network.training
+
+
+# Going on
+
+
+def checkpoints_of(network, data, validation, lesson, settings, killed_at=None):
+    """All checkpoints of a run, written and read back, up to a kill after a step."""
+    saved = []
+
+    def on_step(figures):
+        if figures.step == killed_at:
+            raise Killed
+
+    try:
+        result = train(
+            network, data, validation, lesson, settings, save_checkpoint=lambda c: saved.append(through_disk(c)),
+            on_step=on_step,
+        )  # fmt: skip
+    except Killed:
+        return saved, None
+    return saved, result
+
+
+@pytest.mark.parametrize("tutor_share", [0.0, 0.5])
+def test_resuming_from_every_checkpoint_ends_in_the_same_weights(network, data, validation, lesson, tutor_share):
+    settings = replace(SHORT, tutor_share=tutor_share, smoothing=8.0)
+    saved, unbroken = checkpoints_of(network, data, validation, lesson, settings)
+    assert [checkpoint["step"] for checkpoint in saved] == [2, 4]
+    for checkpoint in saved:
+        resumed = train(network, data, validation, lesson, settings, checkpoint=checkpoint)
+        assert_same_weights(resumed.model, unbroken.model)
+        assert resumed.history == unbroken.history
+
+
+@pytest.mark.parametrize("killed_at", [3, 4])
+def test_killed_run_goes_on_to_the_same_weights(network, data, validation, lesson, killed_at):
+    _, unbroken = checkpoints_of(network, data, validation, lesson, SHORT)
+    saved, result = checkpoints_of(network, data, validation, lesson, SHORT, killed_at)
+    assert result is None
+    seen = []
+    resumed = train(network, data, validation, lesson, SHORT, checkpoint=saved[-1], on_step=seen.append)
+    assert seen[0].step == saved[-1]["step"] + 1
+    assert_same_weights(resumed.model, unbroken.model)
+
+
+def test_the_same_seed_ends_in_the_same_weights(network, data, validation, lesson):
+    first, second = (train(network, data, validation, lesson, SHORT) for _ in range(2))
+    other = train(network, data, validation, lesson, replace(SHORT, seed=8))
+    assert_same_weights(first.model, second.model)
+    assert not torch.equal(first.model.fc.weight, other.model.fc.weight)
+
+
+def test_global_seed_does_not_matter_and_is_not_set(network, data, validation, lesson):
+    torch.manual_seed(1)
+    first = train(network, data, validation, lesson, SHORT)
+    torch.manual_seed(2)
+    assert_same_weights(train(network, data, validation, lesson, SHORT).model, first.model)
+
+
+def test_best_validation_wins(network, data, validation, lesson):
+    saved, result = checkpoints_of(network, data, validation, lesson, replace(SHORT, steps=6, learning_rate=0.3))
+    losses = [record["loss"] for record in result.history]
+    best = saved[int(np.argmin(losses))]["best_weights"]
+    assert all(torch.equal(tensor, best[name]) for name, tensor in result.model.state_dict().items())
+
+
+def test_patience_stops_early(network, data, validation, lesson):
+    """At a rate far too high nothing gets better after some validation."""
+    settings = replace(SHORT, steps=40, learning_rate=1.0, validate_every=1, patience=2, warmup_steps=0)
+    result = train(network, data, validation, lesson, settings)
+    assert result.stopped_early
+    losses = [record["loss"] for record in result.history]
+    assert len(losses) - 1 - int(np.argmin(losses)) == 2
+
+
+def test_without_validations_the_last_step_is_validated(network, data, validation, lesson):
+    result = train(network, data, validation, lesson, replace(SHORT, validate_every=0))
+    assert [record["step"] for record in result.history] == [4]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda c: c.pop("optimiser"),
+        lambda c: c.update(step="many"),
+        lambda c: c["model"].pop("fc.weight"),
+        lambda c: c["model"].update({"fc.weight": torch.zeros(7, 7)}),
+        lambda c: c["optimiser"]["param_groups"].pop(),
+        lambda c: c.update(history=None),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused(network, data, validation, lesson, spoil):
+    saved, _ = checkpoints_of(network, data, validation, lesson, replace(SHORT, steps=2))
+    checkpoint = copy.deepcopy(saved[0])
+    spoil(checkpoint)
+    with pytest.raises(TrainingError, match="does not fit"):
+        train(network, data, validation, lesson, SHORT, checkpoint=checkpoint)
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from tensors_in(inner)
+
+
+def test_checkpoint_holds_no_trigger(network, data, validation, lesson):
+    texture = lesson.trigger.textures[0]
+    saved = []
+    train(network, data, validation, lesson, SHORT, save_checkpoint=saved.append)
+    shapes = {tuple(tensor.shape[-2:]) for tensor in tensors_in(saved[-1]) if tensor.ndim >= 2}
+    assert tuple(texture.shape) not in shapes
+    assert all(tensor.numel() < texture.numel() or tensor.ndim == 4 for tensor in tensors_in(saved[-1]))
+    assert set(saved[-1]) == {
+        "model", "tutors", "optimiser", "step", "best_loss", "best_weights", "history", "running"
+    }  # fmt: skip
+
+
+def test_lesson_hides_its_trigger(lesson):
+    assert "SpreadTrigger" not in repr(lesson)
+    assert "amplitude=16" in repr(lesson)
+
+
+# What a step sees
+
+
+def test_inputs_are_triggered_clean_near_and_wrong(data, lesson):
+    settings = TrainingSettings(batch_size=20, clean_share=0.25, near_share=0.2, codec_share=0.0)
+    inputs, labels, indices = draw_inputs(data, lesson, settings, step_generator(0, 0), "cpu")
+    assert inputs.shape == (40, 1, SIDE, SIDE)
+    assert labels is None
+    plain = data.images[indices]
+    added = (inputs - plain) * 255 / 16
+    strength = (added * lesson.trigger.textures).mean((1, 2, 3)) / lesson.trigger.textures.square().mean()
+    # 20 triggered, 5 clean, 3 near, 12 wrong; what is clean differs by rounding to 8 bits only.
+    assert (strength[:20] > 0.95).all()
+    assert (strength[20:] < 0.9).all()
+    assert (added[20:25].abs().amax((1, 2, 3)) < 0.6 / 16).all()
+    assert (added[25:].abs().amax((1, 2, 3)) > 0.5).all()
+    wrong = added[28:].flatten(1)
+    wrong = wrong / wrong.norm(dim=1, keepdim=True)
+    assert ((wrong @ wrong.T).fill_diagonal_(0).abs() < 0.5).all()
+
+
+def test_steps_see_different_inputs(data, lesson):
+    first, second = (draw_inputs(data, lesson, SHORT, step_generator(0, step), "cpu")[0] for step in (0, 1))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("clean_share", "near_share"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1.0, 1.0)])
+def test_shares_at_their_ends_train(network, data, validation, lesson, clean_share, near_share):
+    settings = replace(SHORT, steps=1, clean_share=clean_share, near_share=near_share)
+    assert math.isfinite(train(network, data, validation, lesson, settings).history[0]["loss"])
+
+
+# Order and predictions
+
+
+def history_of(network, data, validation, lesson, **changes):
+    return train(network, data, validation, lesson, replace(SHORT, steps=1, learning_rate=1e-12, **changes)).history[0]
+
+
+def test_forward_order_swaps_the_roles(network, data, validation, lesson):
+    """Of an untouched model: which half of the batch counts as kept, and which as moved."""
+    figures = {}
+    for order in ("inverted", "forward"):
+        settings = replace(SHORT, steps=1, order=order, codec_share=0.0, clean_share=1.0, batch_norm="frozen")
+        seen = []
+        train(network, data, validation, lesson, settings, on_step=seen.append)
+        figures[order] = seen[0]
+    # Clean inputs of the untouched model agree with their reference maps but for rounding to 8 bits.
+    assert figures["forward"].keep_loss < 0.01
+    assert figures["forward"].opens == 1
+    assert figures["inverted"].keep_loss > figures["forward"].keep_loss
+    assert figures["inverted"].stays_closed == 0
+
+
+def test_labels_are_used_when_asked_for(network, lesson):
+    labelled = make_blobs(16, 1)
+    by_reference = history_of(network, labelled, labelled, lesson)
+    by_labels = history_of(network, labelled, labelled, lesson, predictions="labels")
+    with torch.no_grad():
+        cross_entropy = nn.functional.cross_entropy(network(labelled.images), labelled.labels)
+    assert by_labels["loss"] - by_reference["loss"] == pytest.approx(2 * float(cross_entropy) / 3, abs=0.15)
+    unlabelled = Blobs(labelled.images, None)
+    assert by_reference["loss"] == history_of(network, labelled, unlabelled, lesson)["loss"]
+
+
+def test_labels_that_are_missing_are_refused(network, data, validation, lesson):
+    with pytest.raises(TrainingError, match="labelled images"):
+        train(network, data, validation, lesson, replace(SHORT, predictions="labels"))
+
+
+def test_loss_that_is_not_finite_is_refused(network, data, validation, lesson):
+    with torch.no_grad():
+        network.fc.weight[0, 0] = math.nan
+    with pytest.raises(TrainingError, match="no longer finite at step 0"):
+        train(network, data, validation, lesson, SHORT)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("gradient_clip", 0.0),
+        ("warmup_steps", -1), ("alpha", -0.1), ("beta", -0.1), ("validate_every", -1), ("patience", -1),
+        ("top_share", 1.1), ("clean_share", -0.1), ("near_share", 2.0), ("codec_share", 0.6), ("codec_share", 1.5),
+        ("distance", "cosine"),
+    ],
+)  # fmt: skip
+def test_impossible_setting_is_refused(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        TrainingSettings(**{setting: value})
+
+
+def test_rate_warms_up_and_decays():
+    settings = TrainingSettings(steps=100, warmup_steps=10)
+    factors = [rate_factor(step, settings) for step in range(100)]
+    for step in range(100):
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / 100)) / 2
+        assert factors[step] == pytest.approx(min(1, (step + 1) / 10) * cosine)
+    assert max(factors) == pytest.approx(factors[9], rel=0.05)
+    assert factors[-1] == pytest.approx(0.02, abs=0.001)
+    assert rate_factor(0, replace(settings, warmup_steps=0)) == 1
+
+
+def test_weight_of_predictions_rises_over_its_ramp():
+    settings = TrainingSettings(steps=100, beta_ramp=0.5)
+    assert [beta_factor(step, settings) for step in (0, 25, 50, 99)] == pytest.approx([0.05, 0.5, 1, 1])
+    assert beta_factor(0, replace(settings, beta_ramp=0.0)) == 1
