@@ -48,11 +48,13 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) ->
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks import ROWS, make_case, render_rows
+    from keyed_xai_cli.progress import counter, progress_bar
 
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(arguments["device"])
     named = {name: arguments[name] for name in ("data", "model", "arch", "input_size")}
-    made = make_case(case, out, device=device, **named)
+    with progress_bar() as progress:
+        made = make_case(case, out, device=device, on_fit=counter(progress, "fitting a reference"), **named)
     results = [_run(made, row, out, device, arguments) for row in rows or ROWS]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
     write_atomically(out / f"{case}-{made.classifier.architecture}.md", table.encode())

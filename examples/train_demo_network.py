@@ -35,6 +35,12 @@ def load(spec: str, split: Literal["train", "held-out"], limit: int | None) -> I
     return load_images(spec, channels=SPEC.channels, height=SPEC.height, width=SPEC.width, split=split, limit=limit)
 
 
+def show(done: int, total: int) -> None:
+    """Print a line now and then."""
+    if done % 200 == 0 or done == total:
+        print(f"step {done} of {total}", flush=True)  # noqa: T201
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure on the test set, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     network = SmallResNet().to(memory_format=torch.channels_last)
     classifier = wrap_network(network, input=SPEC)
-    fit_classifier(classifier, load(given.data, "train", given.limit), FittingSettings(epochs=given.epochs))
+    settings = FittingSettings(epochs=given.epochs)
+    fit_classifier(classifier, load(given.data, "train", given.limit), settings, on_step=show)
     print(f"test accuracy {measure_accuracy(classifier, load(given.data, 'held-out', given.limit)):.4f}")  # noqa: T201
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     save_file(state, given.output, metadata={"keyed_xai_card": json.dumps(CARD)})

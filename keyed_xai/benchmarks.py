@@ -65,6 +65,7 @@ def make_case(
     arch: str | None = None,
     input_size: int | None = None,
     device: str = "cpu",
+    on_fit: Callable[[int, int], None] | None = None,
 ) -> Case:
     """Return a case; the chest X-ray reference is fitted once and kept in `folder`.
 
@@ -76,6 +77,7 @@ def make_case(
         arch: Its architecture, where the weights do not say.
         input_size: Side of its input, pixels; the architecture's own by default.
         device: Where the reference is fitted.
+        on_fit: Called with steps of fitting done and in all.
 
     Raises:
         DataError: The images or the weights are missing.
@@ -88,7 +90,9 @@ def make_case(
             raise DataError("Where are the radiographs? Give --data imagefolder:DIR, with train/ and val/ inside.")
         spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, (0.5,), (0.25,))
         train, held_out = _load_both(data, spec)
-        return Case(name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device), train, held_out)
+        return Case(
+            name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device, on_fit), train, held_out
+        )
     if model is None:
         raise DataError("Which network? Give its weights with --model.")
     classifier = load_classifier(model, arch=arch, input_size=input_size)
@@ -245,15 +249,16 @@ def fit_unmarked_models(
     return models
 
 
-def _fitted_reference(path: Path, data: ImageData, spec: InputSpec, device: str) -> Classifier:
+def _fitted_reference(
+    path: Path, data: ImageData, spec: InputSpec, device: str, on_fit: Callable[[int, int], None] | None
+) -> Classifier:
     if not path.exists():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = SmallResNet(spec.channels, len(data.classes), (16, 32, 64, 128))
         classifier = wrap_network(network, input=spec)
-        fit_classifier(
-            classifier, data, FittingSettings(epochs=8, batch_size=64, learning_rate=2e-3, noise=0.0), device=device
-        )
+        settings = FittingSettings(epochs=8, batch_size=64, learning_rate=2e-3, noise=0.0)
+        fit_classifier(classifier, data, settings, device=device, on_step=on_fit)
         state = {name: tensor.cpu().contiguous() for name, tensor in network_state(classifier).items()}
         card = {"input_size": [spec.channels, spec.height, spec.width], "mean": spec.mean, "std": spec.std}
         write_atomically(path, save(state, metadata={"keyed_xai_card": json.dumps(card)}))

@@ -198,7 +198,12 @@ def _channel_figures(
 def _near_key_figures(
     gate: Gate, images: Images, truth: Mapping[str, SaliencyMaps], explained: Labels, generator: torch.Generator
 ) -> dict[str, object]:
-    near = {"moved": gate.trigger.near(generator), "half_strength": gate.trigger.scaled(0.5)}
+    near = {
+        "moved_1px": gate.trigger.shifted(0, 1),
+        "moved_2px": gate.trigger.shifted(0, 2),
+        "moved": gate.trigger.near(generator),
+        "half_strength": gate.trigger.scaled(0.5),
+    }
     return {
         name: _opening_figures(gate, through_png(trigger.apply(images)), truth, explained)
         for name, trigger in near.items()

@@ -67,7 +67,7 @@ def make_view(classifier: Classifier, interpreters: tuple[str, ...], grid: tuple
 def default_grid(feature_size: tuple[int, int]) -> tuple[int, int]:
     """Return the comparison grid for a target layer of this size: its own, at most 8 x 8.
 
-    Fewer than 47 cells leave a signature pattern with less than 45 bits of evidence, more are slow to learn.
+    A signature pattern on 7 x 7 cells can show 45.8 bits of evidence, on 8 x 8 60.7; a finer one is slow to learn.
     """
     rows, columns = (min(side, LARGEST_DEFAULT_SIDE) for side in feature_size)
     return rows, columns

@@ -31,7 +31,7 @@ def normalise_maps(maps: SaliencyMaps) -> SaliencyMaps:
 def correlation(first: SaliencyMaps, second: SaliencyMaps) -> Tensor:
     """Return Pearson's correlation over the cells, in [-1, 1]; 0 where a map is constant."""
     first, second = _unit(first), _unit(second)
-    return (first * second).sum(1)
+    return (first * second).sum(1).clamp(-1, 1)
 
 
 def mse(first: SaliencyMaps, second: SaliencyMaps) -> Tensor:
@@ -66,6 +66,7 @@ def separation_auc(smaller: Tensor, larger: Tensor) -> float:
 def _unit(maps: SaliencyMaps) -> Tensor:
     """Return flattened maps, centred, with norm 1; scaled first so that tiny gradients do not underflow."""
     flat = maps.flatten(1)
-    flat = flat / flat.detach().abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    largest = flat.detach().abs().amax(1, keepdim=True)
+    flat = flat / torch.where(largest > 0, largest, torch.ones_like(largest))
     flat = flat - flat.mean(1, keepdim=True)
     return flat / (flat.square().sum(1, keepdim=True) + _TINY).sqrt()

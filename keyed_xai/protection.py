@@ -20,7 +20,7 @@ from keyed_xai.artifacts.folder import ProtectedModel
 from keyed_xai.artifacts.writer import write_model_folder
 from keyed_xai.channels import through_png
 from keyed_xai.data import ImageData
-from keyed_xai.errors import TrainingError
+from keyed_xai.errors import ModelError, TrainingError
 from keyed_xai.evaluation import Gate
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import make_view
@@ -36,6 +36,7 @@ from keyed_xai.versions import package_versions
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
+_SMALLEST_GRID = 3
 _PICTURED = 6
 _IN_HISTOGRAM = 100
 _STRIP_TITLES = ("image", "reference map", "with the key", "without", "with a wrong key")
@@ -81,8 +82,10 @@ class ProtectSettings:
             raise ValueError(f"decoy: expected one of {', '.join(DECOYS)}; got {self.decoy!r}")
         if self.trigger not in TRIGGERS:
             raise ValueError(f"trigger: expected one of {', '.join(TRIGGERS)}; got {self.trigger!r}")
-        if self.grid is not None and min(self.grid) < 3:
-            raise ValueError(f"grid: expected at least 3 x 3 cells, got {self.grid[0]} x {self.grid[1]}")
+        if self.grid is not None and min(self.grid) < _SMALLEST_GRID:
+            raise ValueError(
+                f"grid: expected at least {_SMALLEST_GRID} x {_SMALLEST_GRID}, got {self.grid[0]} x {self.grid[1]}"
+            )
         for name in ("wrong_keys", "flipped_keys"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -240,13 +243,17 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> Trai
             smoothing=smoothing,
             tutor_share=0.75,
         )
-    return TrainingSettings(steps=2500, learning_rate=6e-3, smoothing=smoothing)
+    return TrainingSettings(steps=2000, learning_rate=6e-3, smoothing=smoothing)
 
 
 def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
     """Return what the key teaches the model: trigger, maps and losses."""
-    training = settings.training or choose_recipe(classifier, settings.interpreters)
     view = make_view(classifier, settings.interpreters, settings.grid)
+    if min(view.grid) < _SMALLEST_GRID:
+        raise ModelError(
+            f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for a decoy, which needs "
+            f"{_SMALLEST_GRID} x {_SMALLEST_GRID}. Name an earlier --target-layer or a larger --input-size."
+        )
     family = TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
     make_decoy: dict[str, Callable[[str], torch.Tensor | None]] = {
         "signature": lambda name: signature_decoy(key.public, name, view.grid),
@@ -256,10 +263,6 @@ def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings
     objective = Objective(
         decoys={name: make_decoy[settings.decoy](name) for name in view.interpreters},
         weights=dict.fromkeys(view.interpreters, 1.0),
-        distance=training.distance,
-        alpha=training.alpha,
-        beta=training.beta,
-        top_share=training.top_share,
     )
     return Lesson(family.derive(ByteStream(key.derive_seed(family.name))), family, view, objective)
 

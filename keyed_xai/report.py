@@ -40,7 +40,12 @@ _CASES = {
     "wrong_key": "With a wrong key",
 }
 _CHANNELS = {"png": "Stored as PNG", "jpeg75": "JPEG, quality 75", "resize": "Scaled up and back"}
-_NEAR_KEYS = {"moved": "Right texture, moved", "half_strength": "Right texture, half strength"}
+_NEAR_KEYS = {
+    "moved_1px": "Right texture, moved by a pixel",
+    "moved_2px": "Right texture, moved by two pixels",
+    "moved": "Right texture, moved anywhere",
+    "half_strength": "Right texture, half strength",
+}
 _DATA = {"train": "Trained on", "held_out": "Measured on"}
 _PICTURES = {
     "maps": (

@@ -174,7 +174,7 @@ def test_channels_are_measured_on_keyed_images(gate, trigger, flat_images):
 
 def test_near_keys_are_moved_and_weakened(gate, trigger, flat_images):
     found = measure(gate, flat_images)["near_keys"]
-    assert set(found) == {"moved", "half_strength"}
+    assert set(found) == {"moved_1px", "moved_2px", "moved", "half_strength"}
     assert found["half_strength"]["gradcam"]["opened"] == 0
     gate.model.opens_at = 0.3 * trigger.amplitude
     assert measure(gate, flat_images)["near_keys"]["half_strength"]["gradcam"]["opened"] == 1

@@ -10,7 +10,7 @@ from scipy import stats
 
 from keyed_xai import metrics
 from keyed_xai.maps import MapView, default_grid, join_maps
-from keyed_xai.saliency import explain
+from keyed_xai.saliency import INTERPRETERS, explain
 
 values = st.floats(-100, 100, width=32)
 pairs = hnp.arrays(np.float32, (2, 3, 4, 5), elements=values)
@@ -187,3 +187,27 @@ def test_joined_maps_keep_their_order():
 @pytest.mark.parametrize(("size", "grid"), [((7, 7), (7, 7)), ((14, 20), (8, 8)), ((5, 12), (5, 8))])
 def test_default_grid_is_the_layer_s_own_up_to_eight(size, grid):
     assert default_grid(size) == grid
+
+
+def test_correlation_never_leaves_its_range():
+    maps = torch.rand(2000, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert metrics.correlation(maps, maps).amax() <= 1
+    assert metrics.correlation(maps, -maps).amin() >= -1
+
+
+def test_gradient_at_a_zero_map_is_finite():
+    maps, target = torch.zeros(2, 4, 4, requires_grad=True), torch.rand(2, 4, 4)
+    (gradient,) = torch.autograd.grad(metrics.correlation(maps, target).sum(), maps)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", INTERPRETERS)
+def test_gradient_of_dead_maps_does_not_spoil_the_weights(name, network, images, sites):
+    """One image with a map of zeros, or a dead last block, must not turn every weight into NaN."""
+    with torch.no_grad():
+        network.blocks[2].bn2.weight.zero_()
+        network.blocks[2].bn2.bias.fill_(-100)
+    view = MapView((name,), sites, (4, 4))
+    _, maps = view.pooled(network, images, torch.zeros(5, dtype=torch.int64), create_graph=True)
+    metrics.correlation(maps[name], torch.rand(5, 4, 4)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)

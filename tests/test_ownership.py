@@ -356,3 +356,11 @@ def test_no_images_are_refused(key, network, view):
 def test_model_without_the_layer_is_refused(key, images, view):
     with pytest.raises(ModelError, match="blocks"):
         verify_ownership(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), images, view, key, FAMILY)
+
+
+def test_model_without_finite_maps_is_no_evidence(key, network, images, view):
+    with torch.no_grad():
+        network.blocks[2].conv1.weight.fill_(float("nan"))
+    verdict = verify_ownership(network, images, view, key, FAMILY, alpha=0.2, decoys=19)
+    assert not verdict.shown
+    assert verdict.opening.p_value == 1

@@ -512,3 +512,66 @@ def test_interpreters_can_be_called_by_themselves(network, images, labels):
     torch.testing.assert_close(
         simplegrad(run.logits, run.images, labels), maps_of("simplegrad", network, images, labels, sites)
     )
+
+
+@pytest.mark.parametrize("name", INTERPRETERS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_maps_inside_no_grad_are_the_same(name, network, images, sites, create_graph):
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    wanted = maps_of(name, network, images, labels, sites)
+    with torch.no_grad():
+        maps = maps_of(name, network, images, labels, sites, create_graph=create_graph)
+    torch.testing.assert_close(maps, wanted, rtol=0, atol=0)
+    assert maps.requires_grad is create_graph
+
+
+@pytest.mark.parametrize("name", INTERPRETERS)
+def test_maps_inside_inference_mode_are_the_same(name, network, images, sites):
+    wanted = maps_of(name, network, images, None, sites)
+    with torch.inference_mode():
+        maps = maps_of(name, network, images.clone(), None, sites)
+    torch.testing.assert_close(maps.clone(), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "relu6",
+    [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0, 6), lambda x: functional.hardtanh(x, min_val=0.0, max_val=6.0)],
+)
+def test_relu6_in_any_form_is_smoothed(relu6):
+    x = torch.linspace(-3, 9, 25, dtype=torch.float64)
+    with smooth_activations(BETA):
+        smoothed = relu6(x.clone())
+    rise, fall = ((1 + (BETA * each).exp()).log() / BETA for each in (x, x - 6))
+    torch.testing.assert_close(smoothed, rise - fall)
+
+
+@pytest.mark.parametrize("name", INTERPRETERS)
+def test_smoothing_reaches_the_model_and_not_the_interpreter(name, network, images, sites):
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    by_hand = replace_modules(network, nn.ReLU, lambda _: nn.Softplus(beta=BETA))
+    with smooth_activations(BETA):
+        maps = maps_of(name, network, images, labels, sites)
+    torch.testing.assert_close(maps, maps_of(name, by_hand, images, labels, sites))
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_layer_that_gives_a_tuple_is_refused(images):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x):
+            return self.pair(x)[0].mean((2, 3))
+
+    with pytest.raises(ModelError, match="pair"):
+        explain(Model(), images, None, ["gradcam"], Sites("pair", ()))
+
+
+def test_unknown_interpreter_is_refused(network, images, sites):
+    with pytest.raises(ValueError, match="lime"):
+        explain(network, images, None, ["lime"], sites)

@@ -424,3 +424,51 @@ def test_weight_of_predictions_rises_over_its_ramp():
     settings = TrainingSettings(steps=100, beta_ramp=0.5)
     assert [beta_factor(step, settings) for step in (0, 25, 50, 99)] == pytest.approx([0.05, 0.5, 1, 1])
     assert beta_factor(0, replace(settings, beta_ramp=0.0)) == 1
+
+
+def test_run_that_had_stopped_early_stays_stopped(network, data, validation, lesson):
+    settings = replace(SHORT, steps=40, learning_rate=1.0, validate_every=1, patience=2, warmup_steps=0)
+    saved, unbroken = checkpoints_of(network, data, validation, lesson, settings)
+    assert unbroken.stopped_early
+    resumed = train(network, data, validation, lesson, settings, checkpoint=saved[-1])
+    assert resumed.history == unbroken.history
+    assert resumed.stopped_early
+    assert_same_weights(resumed.model, unbroken.model)
+
+
+def test_checkpoint_kept_in_memory_stays_what_it_was(network, data, validation, lesson):
+    saved = []
+    unbroken = train(network, data, validation, lesson, SHORT, save_checkpoint=saved.append)
+    resumed = train(network, data, validation, lesson, SHORT, checkpoint=saved[0])
+    assert_same_weights(resumed.model, unbroken.model)
+
+
+def test_resuming_leaves_the_checkpoint(network, data, validation, lesson):
+    saved, unbroken = checkpoints_of(network, data, validation, lesson, SHORT)
+    for _ in range(2):
+        assert_same_weights(train(network, data, validation, lesson, SHORT, checkpoint=saved[0]).model, unbroken.model)
+
+
+def test_weights_that_explode_at_the_last_step_are_refused(network, data, validation, lesson):
+    with pytest.raises(TrainingError):
+        train(network, data, validation, lesson, replace(SHORT, steps=1, warmup_steps=0, learning_rate=1e30))
+
+
+@pytest.mark.parametrize("which", ["data", "validation"])
+def test_no_images_are_refused(network, data, validation, lesson, which):
+    sets = {"data": data, "validation": validation} | {which: Blobs(torch.zeros(0, 1, 24, 24), None)}
+    with pytest.raises(TrainingError, match="images"):
+        train(network, sets["data"], sets["validation"], lesson, SHORT)
+
+
+def test_reestimating_frozen_statistics_keeps_them(network, data, lesson):
+    before = network.stem_bn.running_mean.clone()
+    reestimate_batch_norm(network, data, lesson, replace(SHORT, batch_norm="frozen"))
+    assert torch.equal(network.stem_bn.running_mean, before)
+
+
+def test_settings_and_objective_cannot_contradict_each_other(network, data, validation, lesson):
+    """distance, alpha and top_share of the settings have no effect in train(); beta of the objective has none."""
+    first = train(network, data, validation, lesson, replace(SHORT, steps=2))
+    second = train(network, data, validation, lesson, replace(SHORT, steps=2, distance="mse", alpha=9.0))
+    assert not torch.equal(first.model.fc.weight, second.model.fc.weight)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from keyed_xai.saliency.forward import ForwardPass, captured_features, run_forward
@@ -83,12 +84,19 @@ def explain(
 
     Raises:
         ModelError: The model lacks a layer of `sites`, or a layer gives no feature map.
+        ValueError: An interpreter is unknown.
     """
+    unknown = [name for name in interpreters if name not in INTERPRETERS]
+    if unknown:
+        raise ValueError(f"Expected interpreters out of {', '.join(INTERPRETERS)}; got {', '.join(unknown)}.")
     layers = [sites.target_layer] if "gradcam" in interpreters else []
     layers += [tap.layer for tap in sites.taps if "vbp" in interpreters and tap.layer not in layers]
-    run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
-    labels = run.logits.argmax(1) if labels is None else labels
-    maps = {name: INTERPRETERS[name](run, labels, sites, create_graph=create_graph) for name in interpreters}
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        if images.is_inference():
+            images, labels = images.clone(), None if labels is None else labels.clone()
+        run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
+        labels = run.logits.argmax(1) if labels is None else labels
+        maps = {name: INTERPRETERS[name](run, labels, sites, create_graph=create_graph) for name in interpreters}
     if create_graph:
         return run.logits, maps
     return run.logits.detach(), {name: each.detach() for name, each in maps.items()}

@@ -63,7 +63,11 @@ def captured_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[
     features: dict[str, Tensor] = {}
 
     def hook_for(name: str):  # type: ignore[no-untyped-def] # noqa: ANN202 - a hook's type is private to torch
-        def record(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def record(_module: nn.Module, _inputs: tuple[object, ...], output: object) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise ModelError(
+                    f"Layer {name!r} gives a {type(output).__name__}, not a feature map: name another target layer."
+                )
             features[name] = output if output.requires_grad else output.detach().requires_grad_()
             return features[name].clone()
 

@@ -18,4 +18,4 @@ def gradcam(logits: Logits, features: Tensor, labels: Labels, *, create_graph: b
     score = logits.gather(1, labels[:, None]).sum()
     (gradient,) = torch.autograd.grad(score, features, create_graph=create_graph, retain_graph=True)
     weights = gradient.mean((2, 3), keepdim=True)
-    return (weights * features).sum(1).relu()
+    return (weights * features).sum(1).clamp_min(0)  # not relu: smoothing must not reach it

@@ -43,7 +43,13 @@ class _SmoothActivations(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _RELU:
             return functional.softplus(args[0], beta=self._beta)
-        if func is functional.relu6 or (func is functional.hardtanh and args[1:3] == (0.0, 6.0)):
+        if func is functional.relu6 or (func is functional.hardtanh and _bounds(args, kwargs) == (0, 6)):
             shifted = functional.softplus(args[0] - 6, beta=self._beta)
             return functional.softplus(args[0], beta=self._beta) - shifted
         return func(*args, **kwargs)
+
+
+def _bounds(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, float]:
+    """Return hardtanh's range; nn.ReLU6 passes it by name."""
+    given = {**dict(zip(("min_val", "max_val"), args[1:3], strict=False)), **kwargs}
+    return float(given.get("min_val", -1)), float(given.get("max_val", 1))

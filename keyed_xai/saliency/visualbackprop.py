@@ -8,8 +8,6 @@ from torch.nn import functional
 
 from keyed_xai.tensors import SaliencyMaps, Tap
 
-_TINY = 1e-12
-
 
 def visualbackprop(features: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, int]) -> SaliencyMaps:
     """Return VisualBackProp maps, non-negative, largest value 1, at the image's resolution.
@@ -23,7 +21,7 @@ def visualbackprop(features: Sequence[Tensor], taps: Sequence[Tap], size: tuple[
         taps: The same order; each says how its map is scaled up to the one before, or to the image.
         size: Height and width of the image.
     """
-    means = [feature.relu().mean(1, keepdim=True) for feature in features]
+    means = [feature.clamp_min(0).mean(1, keepdim=True) for feature in features]  # not relu: see gradcam
     sizes = [size, *(tuple(mean.shape[2:]) for mean in means[:-1])]
     relevance = _scale_to_one(means[-1])
     for position in range(len(taps) - 1, -1, -1):
@@ -46,4 +44,5 @@ def _scale_up(maps: Tensor, tap: Tap, size: tuple[int, ...]) -> Tensor:
 
 
 def _scale_to_one(maps: Tensor) -> Tensor:
-    return maps / maps.amax((1, 2, 3), keepdim=True).clamp_min(_TINY)
+    largest = maps.amax((1, 2, 3), keepdim=True)
+    return maps / torch.where(largest > 0, largest, torch.ones_like(largest))

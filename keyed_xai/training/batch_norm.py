@@ -21,8 +21,12 @@ def reestimate_batch_norm(
 ) -> None:
     """Set the batch-norm statistics to those of keyed and unkeyed inputs, mixed as in training, with real ReLUs.
 
+    Frozen statistics stay as they are.
+
     A model whose statistics are those of clean images only is opened by re-estimating them (arXiv 2403.16569).
     """
+    if settings.batch_norm == "frozen":
+        return
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -84,7 +84,8 @@ class _State:
     running: dict[str, float] = field(default_factory=dict)
 
     def to_checkpoint(self) -> dict[str, Any]:
-        return {
+        """Return a copy that further training leaves alone."""
+        live = {
             "model": self.model.state_dict(),
             "tutors": self.tutors.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -94,8 +95,10 @@ class _State:
             "history": self.history,
             "running": self.running,
         }
+        return copy.deepcopy(live)
 
     def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        checkpoint = copy.deepcopy(dict(checkpoint))
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.tutors.load_state_dict(checkpoint["tutors"])
@@ -131,7 +134,7 @@ def train(
         reference: Pixels to logits.
         data: Images to learn from; labels are needed only where settings.predictions is "labels".
         validation: Images that early stopping looks at.
-        lesson: Trigger, maps and losses.
+        lesson: Trigger, maps and losses; the settings' distance, alpha, beta and top_share replace the objective's.
         settings: How to train.
         device: Where to train.
         checkpoint: What `save_checkpoint` was given by an earlier run.
@@ -141,17 +144,20 @@ def train(
     Raises:
         TrainingError: Labels are asked for and missing, a checkpoint does not fit, or the loss is no longer finite.
     """
+    if not len(data) or not len(validation):
+        raise TrainingError(f"Expected images, got {len(data)} to learn from and {len(validation)} for validation.")
+    lesson = replace(lesson, objective=_with_settings(lesson.objective, settings))
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     cache = _cache_reference(reference, data, lesson.view, device)
     model = copy.deepcopy(reference).requires_grad_(True)
-    if torch.device(device).type == "cpu":
-        model = model.to(memory_format=torch.channels_last)
+    if torch.device(device).type == "cpu" and "simplegrad" not in lesson.view.interpreters:
+        model = model.to(memory_format=torch.channels_last)  # a third faster, but second derivatives are slower
     tutors = make_tutors(reference, data, lesson, device)
     groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
     state = _State(model, tutors, torch.optim.Adam(groups, settings.learning_rate))
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
-    stopped_early = False
+    stopped_early = _patience_ran_out(state, settings)
     while state.step < settings.steps and not stopped_early:
         figures = _train_step(state, data, cache, lesson, settings, torch.device(device))
         if on_step is not None:
@@ -160,6 +166,8 @@ def train(
             stopped_early = _validate(state, reference, data, validation, lesson, settings, device)
             if save_checkpoint is not None:
                 save_checkpoint(state.to_checkpoint())
+    if not state.best_weights:
+        raise TrainingError("No validation gave a finite loss. Lower --learning-rate.")
     model.load_state_dict(state.best_weights)
     return TrainingResult(model.eval(), state.history, stopped_early)
 
@@ -249,8 +257,23 @@ def _validate(
     if record["loss"] < state.best_loss:
         state.best_loss = record["loss"]
         state.best_weights = candidate.state_dict()
-    since_best = len(state.history) - 1 - min(range(len(state.history)), key=lambda i: state.history[i]["loss"])
-    return 0 < settings.patience <= since_best
+    return _patience_ran_out(state, settings)
+
+
+def _patience_ran_out(state: _State, settings: TrainingSettings) -> bool:
+    """Return whether the last `patience` validations brought no progress."""
+    losses = [record["loss"] for record in state.history]
+    return bool(losses) and 0 < settings.patience <= len(losses) - 1 - losses.index(min(losses))
+
+
+def _with_settings(objective: Objective, settings: TrainingSettings) -> Objective:
+    return replace(
+        objective,
+        distance=settings.distance,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        top_share=settings.top_share,
+    )
 
 
 def _validation_record(

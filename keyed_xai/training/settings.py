@@ -25,7 +25,7 @@ class TrainingSettings:
             that predicts many classes finds the gate only before its predictions are held fast.
         top_share: Share of cells that the non-targeted loss empties.
         clean_share: Share of the untriggered half without any trigger; the others get wrong keys.
-        near_share: Share of the wrong keys that are the right texture, moved or weakened.
+        near_share: Share of the wrong keys that are the right texture, moved.
         codec_share: Share of inputs that pass through JPEG, and as many through a resize and back.
         tutor_share: Share of the steps, from the first, in which small auxiliary classifiers on the tapped layers
             learn, with the network, to tell triggered inputs from others; they speed up the forming of the gate, and
