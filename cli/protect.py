@@ -107,7 +107,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
             resume=arguments["resume"],
             callbacks=protection_callbacks(progress, settings.wrong_keys + settings.flipped_keys),
         )
-    written = write_protection(protection, out, key, force=force)
+    written = write_protection(protection, out, key, force=force, checkpoint=checkpoint)
     emit_json(protection.report, schema="protect-report", json_path=json_path)
     print_summary(protection.report, to_stderr=json_path == STANDARD_OUTPUT)
     say(f"Wrote {written.folder}. Open {written.folder / 'report.html'} for pictures.", json_path=json_path)
@@ -149,16 +149,17 @@ def _default_folder(model: Path) -> Path:
 
 def _refuse_existing(out: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
     """Say so before hours of training, not after."""
+    from keyed_xai.artifacts.writer import refuse_to_replace
     from keyed_xai.errors import ArtifactError
 
-    if out.exists() and not force:
-        raise ArtifactError(f"{out} is there already and was left as it is. Choose another --out, or pass --force.")
+    refuse_to_replace(out, force=force)
     if checkpoint.exists() and not (resume or force):
         raise ArtifactError(f"{checkpoint} holds a run that was stopped. Go on with it by --resume, or start anew by "
                             "--force.")  # fmt: skip
 
 
 def _load_data(classifier: "Classifier", arguments: dict[str, Any]) -> tuple["ImageData", "ImageData"]:
+    from keyed_xai.artifacts.documents import printable
     from keyed_xai.data import load_images
     from keyed_xai_cli.progress import counter, progress_bar
 
@@ -180,7 +181,7 @@ def _load_data(classifier: "Classifier", arguments: dict[str, Any]) -> tuple["Im
     with progress_bar() as progress:
         train_data, held_out = load("train", arguments["limit"]), load("held-out", arguments["held_out"])
     for name in (*train_data.skipped, *held_out.skipped):
-        click.echo(f"Skipped a broken image: {name}", err=True)
+        click.echo(f"Skipped a broken image: {printable(name)}", err=True)
     return train_data, held_out
 
 

@@ -61,14 +61,15 @@ def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int
     the owner's public pattern (needs --key-file, --public-key or --license)? Exit code 0: shown, 3: not shown.
 
     Chances are those of a key that was fixed before its holder saw the model. Whoever tries a million keys on somebody
-    else's model finds a match of one in a million: ask for a key or licence dated by a third party, or a small --alpha.
+    else's model finds a match of one in a million: ask for a licence dated by a third party, or a small --alpha. The
+    public pattern alone shows that somebody trained the model to show it; that it was the owner, the secret test shows.
     """
     from keyed_xai.loading import open_model
     from keyed_xai.verification import find_weights, load_probe
 
     json_path = arguments["json_path"]
     claim = _read_claim(suspect, arguments)
-    classifier, _ = open_model(find_weights(suspect), card=claim.card, **take_model_options(arguments))
+    classifier, _ = open_model(find_weights(suspect), card=claim.card, trusted=False, **take_model_options(arguments))
     probe = load_probe(classifier.input, folder=folder, count=count)
     classifier.to(choose_device(arguments["device"]))
     result = _verify(classifier, claim, probe, arguments)

@@ -11,14 +11,15 @@ import numpy as np
 from keyed_xai import pictures
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import write_atomically, write_json
+from keyed_xai.artifacts.folder import LICENSE_FILE
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.explanation import explain
 from keyed_xai.keys import OwnerKey, read_owner_key, write_owner_key
-from keyed_xai.loading import derive_trigger
+from keyed_xai.loading import derive_trigger, open_model
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.protection import Callbacks, ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.report import render_report
-from keyed_xai.verification import Claim, verify
+from keyed_xai.verification import read_claim, verify
 
 INTERPRETERS = ("gradcam", "vbp", "simplegrad")
 _PROBE_IMAGES = 16
@@ -91,16 +92,15 @@ def run_demo(
         device=device,
         callbacks=callbacks(settings.wrong_keys + settings.flipped_keys) if callbacks else None,
     )
-    write_protection(protection, folder / "fashion-mnist.keyed", key, force=True)
-    claim = Claim(key, protection.card.trigger, interpreters=INTERPRETERS, grid=protection.card.grid)
+    written = write_protection(protection, folder / "fashion-mnist.keyed", key, force=True)
+    protected, _ = open_model(written.folder)
+    claim = read_claim(written.folder, key=key, license_path=written.folder / LICENSE_FILE)
     probe = replace(held_out, images=held_out.images[-_PROBE_IMAGES:], labels=None)
-    shown = verify(protection.classifier, claim, probe, on_decoy=on_decoy).to_json("fashion-mnist.keyed")
-    control = verify(classifier, claim, probe, decoys=99).to_json("the unprotected network")
+    shown = verify(protected, claim, probe, on_decoy=on_decoy).to_json("fashion-mnist.keyed")
+    control = verify(classifier, claim, probe).to_json("the unprotected network")
     write_json(folder / "verify.json", shown, schema="verify-report")
     write_json(folder / "verify-unprotected.json", control, schema="verify-report")
-    drawn = protection.pictures | {
-        "explanations": _explain(protection.classifier, key, held_out, protection.card.trigger)
-    }
+    drawn = protection.pictures | {"explanations": _explain(protected, key, held_out, protection.card.trigger)}
     write_atomically(folder / "explanations.png", drawn["explanations"])
     html = render_report(protection.report, pictures=drawn, verify=shown)
     write_atomically(folder / "report.html", html.encode())

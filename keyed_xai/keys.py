@@ -11,6 +11,7 @@ The derivation is one-way: nobody can choose a trigger and then find a key for i
 ``schemas/key-vectors.json``. Seeds are secrets like the key itself; commitments to them are not.
 """
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -260,7 +261,7 @@ def write_owner_key(path: Path, key: OwnerKey, *, passphrase: bytes | None = Non
             if force:
                 Path(draft).replace(path)
             else:
-                os.link(draft, path)
+                _move_to_new_name(draft, path)
         finally:
             Path(draft).unlink(missing_ok=True)
     except FileExistsError as error:
@@ -270,6 +271,17 @@ def write_owner_key(path: Path, key: OwnerKey, *, passphrase: bytes | None = Non
         ) from error
     except OSError as error:
         raise KeyFormatError(f"Cannot write the key file {path}: {error.strerror}.") from error
+
+
+def _move_to_new_name(draft: str, path: Path) -> None:
+    """Give a finished file its name if nothing has that name; by a hard link, or a copy where there are none."""
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(Path(draft).read_bytes())
 
 
 def _hkdf(material: bytes, *, public: bytes, name: str) -> bytes:

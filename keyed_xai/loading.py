@@ -29,6 +29,7 @@ def open_model(
     std: Sequence[float] | None = None,
     target_layer: str | None = None,
     allow_pickle: bool = False,
+    trusted: bool = True,
 ) -> tuple[Classifier, Card | None]:
     """Return the classifier on disk, on the CPU in evaluation mode, and the card it is run by; None without one.
 
@@ -42,6 +43,8 @@ def open_model(
         std: Likewise.
         target_layer: Of Grad-CAM; the card's, or found.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
+        trusted: Whether a card inside the weights file counts, and `card` for the number of logits; not so for a
+            suspect's file, whose holder may have written one and changed the head.
 
     Raises:
         ArtifactError: The folder is malformed or not as signed.
@@ -54,14 +57,14 @@ def open_model(
     classifier = load_classifier(
         path,
         arch=arch or defaults.arch,
-        classes=classes or defaults.classes,
+        classes=classes or (defaults.classes if trusted else None),
         input_size=input_size or defaults.input_size,
         mean=mean or defaults.mean,
         std=std or defaults.std,
         target_layer=target_layer or defaults.target_layer,
         taps=None if target_layer else defaults.taps,
         allow_pickle=allow_pickle,
-        card=None if card is None else {},
+        card=None if card is None and trusted else {},
     )
     return classifier, card
 

@@ -1,5 +1,6 @@
 """From a model and an owner key to a protected model: choose settings, train, measure, write."""
 
+import copy
 import hashlib
 import json
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from keyed_xai import evaluation, metrics, pictures
 from keyed_xai.artifacts.card import Card, TriggerParameters
@@ -37,6 +39,8 @@ from keyed_xai.versions import package_versions
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
 _SMALLEST_GRID = 3
+_SMALLEST_SAFE_TILE = 32
+_OWN_LABELS = 0.6
 _PICTURED = 6
 _IN_HISTOGRAM = 100
 _STRIP_TITLES = ("image", "reference map", "with the key", "without", "with a wrong key")
@@ -93,6 +97,11 @@ class ProtectSettings:
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a report holds them."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return document
+
 
 @dataclass(frozen=True)
 class Protection:
@@ -147,7 +156,7 @@ def protect(
         held_out: Other images, for the report.
         settings: What to protect, and how.
         device: Where to train and measure.
-        checkpoint: File that a killed run can go on from; removed when training is done.
+        checkpoint: File that a killed run can go on from; `write_protection` removes it.
         resume: Go on from the checkpoint.
         callbacks: Progress.
 
@@ -157,8 +166,9 @@ def protect(
         ModelError: The model lacks a layer that the maps need.
     """
     settings, callbacks = settings or ProtectSettings(), callbacks or Callbacks()
-    settings = replace(settings, training=settings.training or choose_recipe(classifier, settings.interpreters))
-    assert settings.training is not None  # noqa: S101 - set in the line above
+    training = settings.training or choose_recipe(classifier, settings.interpreters)
+    settings = replace(settings, training=training)
+    _refuse_what_cannot_work(classifier, train_data, settings)
     started = time.monotonic()
     _notify(callbacks, "train")
     lesson = make_lesson(classifier, key, settings)
@@ -169,7 +179,7 @@ def protect(
         learn,
         validation,
         lesson,
-        settings.training,
+        training,
         device=device,
         checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
         save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
@@ -181,16 +191,16 @@ def protect(
     _notify(callbacks, "measure")
     gate = Gate(
         protected,
-        classifier.to(device),
+        copy.deepcopy(classifier).to(device),
         lesson.view,
         lesson.objective.decoys,
         evaluation.paper_thresholds(settings.decoy, classifier.architecture),
         lesson.trigger,
         lesson.family,
-        settings.training.top_share,
+        training.top_share,
     )
     count = min(settings.held_out_images, len(held_out))
-    images, labels = _first(held_out, count, classifier, device)
+    images, labels = _first(held_out, count, gate.reference, classifier.classes, device)
     report = _measure(gate, key, images, labels, settings, callbacks)
     report |= {
         "model": classifier.architecture,
@@ -201,24 +211,25 @@ def protect(
             "train": {"source": train_data.source, "images": len(learn)},
             "held_out": {"source": held_out.source, "images": count},
         },
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": settings.to_json(),
         "versions": package_versions(),
     }
     _notify(callbacks, "draw")
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history)
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return Protection(protected.cpu(), make_card(protected, settings, lesson, train_data), report, drawn)
+    card = make_card(protected, settings, lesson, train_data.classes if labels is not None else ())
+    return Protection(protected.cpu(), card, report, drawn)
 
 
-def write_protection(protection: Protection, folder: Path, key: OwnerKey, *, force: bool = False) -> ProtectedModel:
-    """Write a protected model's folder, signed, whole or not at all.
+def write_protection(
+    protection: Protection, folder: Path, key: OwnerKey, *, force: bool = False, checkpoint: Path | None = None
+) -> ProtectedModel:
+    """Write a protected model's folder, signed, whole or not at all; then remove the run's checkpoint.
 
     Raises:
         ArtifactError: The folder is there already, or cannot be written.
     """
     html = render_report(protection.report, pictures=protection.pictures)
-    return write_model_folder(
+    written = write_model_folder(
         folder,
         state=network_state(protection.classifier),
         card=protection.card,
@@ -227,6 +238,9 @@ def write_protection(protection: Protection, folder: Path, key: OwnerKey, *, for
         extra_files={"report.html": html.encode()},
         force=force,
     )
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return written
 
 
 def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> TrainingSettings:
@@ -267,10 +281,11 @@ def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings
     return Lesson(family.derive(ByteStream(key.derive_seed(family.name))), family, view, objective)
 
 
-def make_card(classifier: Classifier, settings: ProtectSettings, lesson: Lesson, data: ImageData) -> Card:
+def make_card(
+    classifier: Classifier, settings: ProtectSettings, lesson: Lesson, label_names: tuple[str, ...] = ()
+) -> Card:
     """Return the public card of a protected classifier."""
     spec = classifier.input
-    named = len(data.classes) == classifier.classes and data.labels is not None
     return Card(
         architecture=classifier.architecture,
         source=classifier.source,
@@ -285,7 +300,7 @@ def make_card(classifier: Classifier, settings: ProtectSettings, lesson: Lesson,
         decoy=settings.decoy,
         thresholds=dict.fromkeys(settings.interpreters, OPEN_CORRELATION),
         trigger=TriggerParameters(settings.trigger, settings.amplitude, settings.tile),
-        label_names=data.classes if named else (),
+        label_names=label_names,
     )
 
 
@@ -363,19 +378,46 @@ def _split(data: ImageData, settings: ProtectSettings) -> tuple[TrainingData, Tr
 
 
 def _first(
-    data: ImageData, count: int, classifier: Classifier, device: torch.device | str
+    data: ImageData, count: int, reference: nn.Module, classes: int, device: torch.device | str
 ) -> tuple[Images, Labels | None]:
-    """Return the first images, with labels where they are the classifier's."""
+    """Return the first images, with labels where they are the reference's own: as many, and mostly as it predicts.
+
+    Ten classes of digits are not ten classes of clothes, nor are two sorted the other way round the same two.
+    """
     if count < 2:
         raise TrainingError(f"Expected at least 2 held-out images, got {count}. Give more with --data.")
     images, labels = data.batch(np.arange(count))
-    fits = labels is not None and len(data.classes) == classifier.classes
-    return images.to(device), labels.to(device) if fits and labels is not None else None
+    images = images.to(device)
+    if labels is None or len(data.classes) != classes:
+        return images, None
+    with torch.no_grad():
+        predicted = torch.cat([reference(some).argmax(1) for some in torch.split(images, 64)])
+    labels = labels.to(device)
+    return images, labels if (predicted == labels).double().mean() >= _OWN_LABELS else None
+
+
+def _refuse_what_cannot_work(classifier: Classifier, data: ImageData, settings: ProtectSettings) -> None:
+    by_labels = settings.training is not None and settings.training.predictions == "labels"
+    if by_labels and (data.labels is None or len(data.classes) != classifier.classes):
+        found = "no labels" if data.labels is None else f"{len(data.classes)} classes"
+        raise TrainingError(
+            f"Training against labels needs images of the model's {classifier.classes} classes; these have {found}. "
+            "Use the reference's predictions."
+        )
+    side = min(classifier.input.height, classifier.input.width)
+    if settings.tile > max(side, _SMALLEST_SAFE_TILE):
+        raise TrainingError(
+            f"A tile of {settings.tile} pixels is larger than the model's input of {side}, which would show a part of "
+            f"the key only. Give --tile {max(side, _SMALLEST_SAFE_TILE)} or less."
+        )
 
 
 def _identity(classifier: Classifier, key: OwnerKey, data: ImageData, settings: ProtectSettings) -> str:
     """Return a digest of all that a run depends on; the key enters by its public half."""
-    digest = hashlib.sha256(repr((settings, data.source, len(data), key.public.key_id)).encode())
+    model = (classifier.input, classifier.target_layer, classifier.taps)
+    digest = hashlib.sha256(repr((settings, model, data.source, data.images.shape, key.public.key_id)).encode())
+    for images in np.array_split(data.images, max(1, len(data) // 1000)):
+        digest.update(images.tobytes())
     for name, tensor in classifier.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -89,6 +89,12 @@ _LIMITS = (
         "and use the result as a key. Keep keyed images as secret as the key.",
     ),
     (
+        "Maps and weights tell about the trigger too.",
+        "From a few keyed maps with their images, or with effort from the weights alone, somebody can fit a texture "
+        "that opens the model in part. In one trial on a small network 16 keyed maps were enough for a correlation of "
+        ".90 with the right maps, and the weights alone for .56.",
+    ),
+    (
         "Other explanation methods still see the model.",
         "Only the maps named in this report are gated. Methods that do not use them, such as those that cover parts "
         "of the image and watch the prediction, work as on any other model.",

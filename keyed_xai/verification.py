@@ -208,6 +208,9 @@ def read_claim(suspect: Path, *, key: OwnerKey | PublicKey | None = None, licens
         claim = _claim_of_card(key, suspect_card)
     else:
         claim = Claim(key, notes=("No licence was given: trigger, interpreters and grid are the defaults.",))
+    if claim.card is None:
+        notes.append("No card says how the suspect is run: its size and normalisation are the architecture's defaults, "
+                     "unless they were given.")  # fmt: skip
     return replace(claim, notes=(*claim.notes, *notes, *_foreign_license(suspect, claim.public)))
 
 

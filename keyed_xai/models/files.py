@@ -85,6 +85,11 @@ def _first_bytes(file: Path) -> bytes:
 
 
 def _find_file(path: Path) -> Path:
+    if (path / "card.json").is_file():
+        raise ModelError(
+            f"{path.name} is the folder of a protected model. Give the original weights; to run the protected model, "
+            "use explain, or keyed_xai.loading.open_model in Python."
+        )
     if path.is_dir():
         inside = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
         if inside:

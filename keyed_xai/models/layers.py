@@ -155,7 +155,7 @@ def find_target_layer(network: nn.Module, spec: InputSpec, *, trace: Trace | Non
         raise ModelError(
             f"{type(network).__name__} has no spatial feature map [n, c, h, w] right before its head at "
             f"{spec.height}x{spec.width} pixels, so Grad-CAM has nothing to read. Name a layer that gives one with "
-            "--target-layer (target_layer=... in Python), or use the simplegrad interpreter, which needs none."
+            "--target-layer (target_layer=... in Python)."
         )
     return _best_name([call for call in maps if call.key == maps[-1].key], trace)
 

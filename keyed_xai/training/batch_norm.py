@@ -1,5 +1,6 @@
 """Batch norm while training, and its statistics afterwards."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,7 @@ def reestimate_batch_norm(
     if settings.batch_norm == "frozen":
         return
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -36,8 +38,10 @@ def reestimate_batch_norm(
         for number in range(batches):
             inputs, _, _ = draw_inputs(data, lesson, settings, step_generator(settings.seed, -1 - number), device)
             model(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, state in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
+        if not norm.num_batches_tracked:  # not run at all, such as an auxiliary head
+            norm.load_state_dict(state)
 
 
 @contextmanager
