@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.options import device_option
+from keyed_xai_cli.options import STANDARD_OUTPUT, device_option, emit_json, json_option, say, seed_option
 
 if TYPE_CHECKING:
     from keyed_xai.demonstration import Demonstration
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), help="Training steps; fewer are quicker and show less.")
 @click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
 @device_option
-def demo(out: Path, steps: int | None, wrong_keys: int, device: str) -> None:
+@seed_option
+@json_option
+def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, json_path: Path | None) -> None:
     """Run the main job on images and a network that come with the package; a few minutes on two cores.
 
     Makes a key, protects a small Fashion-MNIST network, explains images with and without the key, and tests ownership
@@ -31,20 +33,22 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str) -> None:
             out,
             steps=steps,
             wrong_keys=wrong_keys,
+            seed=seed,
             device=choose_device(device),
             callbacks=lambda count: protection_callbacks(progress, count),
             on_decoy=counter(progress, "trying decoy keys"),
         )
-    _print(result)
+    emit_json(result.report, schema="protect-report", json_path=json_path)
+    _print(result, json_path)
 
 
-def _print(result: "Demonstration") -> None:
+def _print(result: "Demonstration", json_path: Path | None) -> None:
     from keyed_xai_cli.protect import print_summary
 
-    print_summary(result.report)
-    click.echo(f"Protected:   {_sentence(result.verify)}")
-    click.echo(f"Unprotected: {_sentence(result.control)}")
-    click.echo(f"Wrote {result.folder}. Open {result.folder / 'report.html'} for pictures.")
+    print_summary(result.report, to_stderr=json_path == STANDARD_OUTPUT)
+    say(f"Protected:   {_sentence(result.verify)}", json_path=json_path)
+    say(f"Unprotected: {_sentence(result.control)}", json_path=json_path)
+    say(f"Wrote {result.folder}. Open {result.folder / 'report.html'} for pictures.", json_path=json_path)
 
 
 def _sentence(verify: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ def run_demo(
     *,
     steps: int | None = None,
     wrong_keys: int = 1000,
+    seed: int = 0,
     device: str = "cpu",
     callbacks: Callable[[int], Callbacks] | None = None,
     on_decoy: Callable[[int, int], None] | None = None,
@@ -65,6 +66,7 @@ def run_demo(
         folder: Made if need be; files of an earlier demo are replaced.
         steps: Training steps; by default as many as two cores do in three minutes.
         wrong_keys: Fresh wrong keys tried in the report; with some, the 256 one-bit neighbours of the key too.
+        seed: Of training.
         device: Where to train.
         callbacks: Given the number of wrong keys that will be tried, returns callbacks for progress.
         on_decoy: Called with decoy keys done and in all.
@@ -79,7 +81,7 @@ def run_demo(
     training = choose_recipe(classifier, INTERPRETERS)
     settings = ProtectSettings(
         INTERPRETERS,
-        training=replace(training, steps=steps or _STEPS),
+        training=replace(training, steps=steps or _STEPS, seed=seed),
         wrong_keys=wrong_keys,
         flipped_keys=256 if wrong_keys else 0,
     )

@@ -47,8 +47,10 @@ def test_demo_prints_a_table_and_both_verdicts(demo):
 def test_demo_keeps_its_key_when_it_runs_again(demo):
     folder, _ = demo
     before = (folder / "owner.pem").read_bytes()
-    arguments = ["demo", "-o", str(folder), "--steps", "1", "--wrong-keys", "0"]
-    assert CliRunner().invoke(main, arguments).exit_code == 0
+    arguments = ["demo", "-o", str(folder), "--steps", "1", "--wrong-keys", "0", "--seed", "5", "--json", "-"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["settings"]["training"]["seed"] == 5
     assert (folder / "owner.pem").read_bytes() == before
     report = json.loads((folder / "fashion-mnist.keyed" / "report.json").read_text())
     assert report["settings"]["training"]["steps"] == 1

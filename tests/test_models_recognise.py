@@ -163,6 +163,14 @@ def test_misshaped_tensor_shows_both_shapes():
         recognise_architecture(state)
 
 
+def test_misshaped_tensor_is_named_where_timm_is_not_installed(monkeypatch):
+    state = torchvision_state("resnet18")
+    state["layer1.0.conv1.weight"] = torch.empty(64, 63, 3, 3)
+    monkeypatch.setattr(catalogue, "installed", lambda source: source != "timm")
+    with pytest.raises(ModelError, match=r"instead of \[64, 64, 3, 3\].* could be timm's resnet18.* install timm"):
+        recognise_architecture(state)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (0, 512)])
 def test_broken_head_is_refused(shape):
     state = torchvision_state("resnet18")

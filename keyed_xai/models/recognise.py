@@ -188,7 +188,7 @@ def _refuse_unknown(shapes: Shapes, closest: list[_Mismatch]) -> NoReturn:
     digest = catalogue.digest_names(shapes)
     others = [group for group in catalogue.name_table()["timm"] if group.digest == digest]
     if others and "timm" in missing:
-        near = f" They look like timm's {_some(others[0].architectures)}: install timm (keyed-xai[timm])."
+        near += f" They could be timm's {_some(others[0].architectures)}: install timm (keyed-xai[timm])."
     raise ModelError(
         f"the {len(shapes)} tensors in the file ({_some([f'{n} {list(s)}' for n, s in shapes.items()])}) fit no "
         f"architecture of {', '.join(source for source in SOURCES if source not in missing)}.{near} Name the "
