@@ -21,10 +21,10 @@ from keyed_xai.protection import Callbacks, ProtectSettings, choose_recipe, prot
 from keyed_xai.report import render_report
 from keyed_xai.verification import read_claim, verify
 
-INTERPRETERS = ("gradcam", "vbp", "simplegrad")
+INTERPRETERS = ("gradcam", "vbp")
 _PROBE_IMAGES = 16
 _EXPLAINED = 8
-_STEPS = 700
+_STEPS = 1400
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run_demo(
 
     Args:
         folder: Made if need be; files of an earlier demo are replaced.
-        steps: Training steps; by default as many as two cores do in three minutes.
+        steps: Training steps; by default as many as two cores do in two minutes.
         wrong_keys: Fresh wrong keys tried in the report; with some, the 256 one-bit neighbours of the key too.
         seed: Of training.
         device: Where to train.

@@ -29,7 +29,7 @@ def test_network_in_the_package_classifies():
 def test_demo_leaves_what_it_promises(demo):
     folder, _ = demo
     model = read_model_folder(folder / "fashion-mnist.keyed")
-    assert set(model.card.interpreters) == {"gradcam", "vbp", "simplegrad"}
+    assert set(model.card.interpreters) == {"gradcam", "vbp"}
     verdict = read_json(folder / "verify.json", "verify-report")
     control = read_json(folder / "verify-unprotected.json", "verify-report")
     assert (verdict["verdict"], control["verdict"]) == ("not shown", "not shown")  # two steps teach nothing
