@@ -47,8 +47,8 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
 
     MODEL is a protected model's folder (or a file of weights), IMAGES are files or folders. Each image is cropped and
     scaled to the model's input. Writes <name>.npz with the raw maps, logits and target class, and for each
-    interpreter <name>.<interpreter>.png, the map over the image. Keep the
-    maps made with a key to licensees: from maps and their images a texture that opens the model can be fitted.
+    interpreter <name>.<interpreter>.png, the map over the image. Give maps made with a key to licensees only: from
+    maps and their images a texture that opens the model can be fitted.
 
     Without --key-file the maps are those that everybody sees: on a protected model a decoy.
     """

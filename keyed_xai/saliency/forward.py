@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from keyed_xai.errors import ModelError
@@ -40,7 +39,7 @@ def run_forward(model: nn.Module, images: Images, layers: Sequence[str], *, inpu
     """
     if input_gradient:
         images = images if images.requires_grad else images.detach().requires_grad_()
-    with torch.enable_grad(), captured_features(model, layers) as features:
+    with captured_features(model, layers) as features:
         logits = model(images)
     for layer in layers:
         if layer not in features:
