@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyed_xai.data import LOADERS, ImageData, load_images
+from keyed_xai.data import LOADERS, ImageData, is_table, load_images, load_table
 from keyed_xai.data import images as images_module
 from keyed_xai.data.images import Request, allocate_pixels, choose_held_out, order_balanced
 from keyed_xai.errors import DataError
@@ -50,7 +50,7 @@ def test_request_refuses_values_outside_their_range(changes, error):
 
 
 def test_every_loader_is_a_function_of_argument_and_request():
-    assert set(LOADERS) >= {"builtin", "fashion-mnist", "imagefolder"}
+    assert set(LOADERS) == {"builtin", "fashion-mnist", "imagefolder", "cub200", "chestxray14"}
     assert all(callable(loader) for loader in LOADERS.values())
 
 
@@ -83,6 +83,41 @@ def test_batch_is_a_copy_and_labels_may_be_missing():
     assert data.images.max() == 0
 
 
+def test_multi_label_data_gives_one_row_of_labels_per_image():
+    labels = np.array([[0, 1, 1], [0, 0, 0]])
+    data = ImageData(np.zeros((2, 1, 2, 2), np.uint8), labels, ("a", "b", "c"), "test")
+    assert data.multi_label
+    assert data.batch([1, 0])[1].tolist() == [[0, 0, 0], [0, 1, 1]]
+    assert not ImageData(data.images, labels[:, 1], data.classes, "test").multi_label
+    assert not ImageData(data.images, None, (), "test").multi_label
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.array([0, 1, 0])}, r"labels of shape \(2,\) or \(2, 2\), got \(3,\)"),
+        ({"labels": np.array([[0, 1, 0], [0, 0, 1]])}, r"got \(2, 3\)"),
+        ({"labels": np.zeros((2, 2, 1), np.int64)}, r"got \(2, 2, 1\)"),
+        ({"labels": np.array([[0, 2], [0, 1]])}, "0 and 1 only"),
+        ({"boxes": np.zeros((3, 4), np.float32)}, r"boxes of shape \(2, 4\), got \(3, 4\)"),
+        ({"boxes": np.zeros((2, 2), np.float32)}, r"got \(2, 2\)"),
+    ],
+)
+def test_labels_and_boxes_that_do_not_fit_are_refused(changes, message):
+    arguments = {"labels": np.array([0, 1]), "classes": ("a", "b"), "source": "test", **changes}
+    with pytest.raises(ValueError, match=message):
+        ImageData(np.zeros((2, 1, 2, 2), np.uint8), **arguments)
+
+
+def test_tables_spec_is_told_apart_from_images():
+    assert is_table("credit-default:x.csv")
+    assert not any(is_table(name) for name in LOADERS)
+    with pytest.raises(DataError, match=r"credit-default is a table and has no images: load_table"):
+        load_images("credit-default:x.csv", channels=1, height=8, width=8, split="train")
+    with pytest.raises(DataError, match="Expected the SPEC of a table"):
+        load_table("builtin", split="train")
+
+
 def test_large_data_goes_to_a_read_only_memmap_without_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(images_module, "IN_MEMORY_BYTES", 100)
     monkeypatch.setattr(images_module.tempfile, "tempdir", str(tmp_path))
@@ -108,6 +143,16 @@ def test_order_is_a_balanced_prefix_of_a_permutation(labels, limit, seed):
     taken = {label: sum(labels[index] == label for index in part) for label in set(labels)}
     most = max(taken.values())
     assert all(count >= most - 1 or count == labels.count(label) for label, count in taken.items())
+
+
+def test_order_of_multi_label_images_is_balanced_by_their_first_label():
+    labels = np.array([[1, 0]] * 10 + [[1, 1]] * 3 + [[0, 1]] * 4 + [[0, 0]] * 5)
+    names = [f"{index}.png" for index in range(len(labels))]
+    order = order_balanced(names, labels, request_of())
+    assert sorted(order) == list(range(22))
+    firsts = [{(1, 0): "a", (1, 1): "a", (0, 1): "b", (0, 0): "none"}[tuple(labels[index])] for index in order]
+    assert all({*firsts[turn : turn + 3]} == {"a", "b", "none"} for turn in (0, 3, 6, 9))
+    assert order_balanced(names, labels, request_of(limit=5)) == order[:5]
 
 
 @given(count=st.integers(0, 60), seed=st.integers(-3, 3))

@@ -4,6 +4,7 @@ Only common raster formats are opened (never EPS, which would start Ghostscript)
 `LARGEST_IMAGE` pixels. This module loads neither torch nor the rest of the package: worker processes import it.
 """
 
+import math
 import multiprocessing
 import os
 import struct
@@ -26,9 +27,13 @@ LARGEST_IMAGE = 89_478_485
 """Pixels; Pillow's own limit, where it only warns."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+Box = tuple[float, float, float, float]
+"""Four edges, or left, top, width and height."""
 _POOL_FROM = 256
 _MOST_WORKERS = 8
 _CHUNK = 16
+_ORIENTATION = 0x0112  # the EXIF tag
+_NO_BOX = (math.nan, math.nan, math.nan, math.nan)
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 # What Pillow's decoders have been seen to raise on damaged files: far more than the OSError they document.
 _DAMAGED = (
@@ -54,6 +59,30 @@ def read_image(path: Path, *, channels: int, height: int, width: int) -> Pixels:
             return _decode(path, channels, height, width)
     except _DAMAGED as error:
         raise DataError(f"{path}: not a readable image: {_describe(error)}.") from error
+
+
+def map_box(path: Path, box: Box, *, height: int, width: int, drawn_on: tuple[int, int] | None = None) -> Box:
+    """Return where a box of an image file lies in what `read_image` makes of the file.
+
+    Args:
+        path: The file; only its header is read.
+        box: Left, top, width and height, pixels.
+        height: Of the image made, pixels.
+        width: Of the image made, pixels.
+        drawn_on: Width and height, in the box's pixels, of the image that it was drawn on; None for the file's own.
+
+    Returns:
+        Left, top, right and bottom as fractions in [0, 1] of the image made. Four NaN where the centre crop leaves
+        nothing of the box, or that cannot be told: the file is unreadable, or turned by its EXIF orientation.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                size, turned = image.size, image.getexif().get(_ORIENTATION, 1) != 1
+    except _DAMAGED:
+        return _NO_BOX
+    return _NO_BOX if turned else _crop_box(box, size, drawn_on or size, height, width)
 
 
 def decode_images(folder: Path, names: Sequence[str], request: Request) -> tuple[Pixels, list[int], list[str]]:
@@ -169,16 +198,34 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
 
 def fit_image(image: Image.Image, height: int, width: int) -> Pixels:
     """Return the largest centred crop of the aspect ratio wanted, scaled (bicubic, antialiased), as [c, h, w]."""
-    scale = min(image.width / width, image.height / height)
-    left, top = max(0.0, image.width - scale * width) / 2, max(0.0, image.height - scale * height) / 2
-    box = (left, top, image.width - left, image.height - top)
-    return to_pixels(image.resize((width, height), Image.Resampling.BICUBIC, box))
+    edges = _centre_crop(image.size, height, width)
+    return to_pixels(image.resize((width, height), Image.Resampling.BICUBIC, edges))
 
 
 def to_pixels(image: Image.Image) -> Pixels:
     """Return an L or RGB image as uint8 [c, h, w]."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _centre_crop(size: tuple[int, int], height: int, width: int) -> Box:
+    """Return left, top, right and bottom, in pixels, of the largest centred crop of an aspect ratio."""
+    scale = min(size[0] / width, size[1] / height)
+    left, top = max(0.0, size[0] - scale * width) / 2, max(0.0, size[1] - scale * height) / 2
+    return left, top, size[0] - left, size[1] - top
+
+
+def _crop_box(box: Box, size: tuple[int, int], drawn_on: tuple[int, int], height: int, width: int) -> Box:
+    """Return a box as fractions of the centre crop of an image of some size (width, height)."""
+    left, top, right, bottom = _centre_crop(size, height, width)
+    across, down = size[0] / drawn_on[0], size[1] / drawn_on[1]
+    x0, x1 = (_clip((across * x - left) / (right - left)) for x in (box[0], box[0] + box[2]))
+    y0, y1 = (_clip((down * y - top) / (bottom - top)) for y in (box[1], box[1] + box[3]))
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else _NO_BOX
+
+
+def _clip(share: float) -> float:
+    return min(1.0, max(0.0, share))
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

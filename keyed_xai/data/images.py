@@ -37,10 +37,13 @@ class ImageData:
     Attributes:
         images: uint8 [n, c, h, w]; a plain array, or a read-only memmap of a temporary file that is removed with the
             last reference to it. Loaders put them in an order whose every prefix is about class-balanced.
-        labels: int64 [n] in [0, len(classes)), or None where the images have none.
+        labels: int64 [n] in [0, len(classes)); or of multi-label data int64 [n, len(classes)] of 0 and 1; or None where
+            the images have none.
         classes: Names, by label; empty without labels.
         source: Which data and split these are, for reports; no path of this machine.
         skipped: Names of images that could not be read, relative to the data set's folder.
+        boxes: float32 [n, 4], where each image shows its object: left, top, right, bottom as fractions in [0, 1] of
+            the image as it is in `images`; NaN rows where that is not known. None where the data set has no boxes.
     """
 
     images: Pixels
@@ -48,15 +51,29 @@ class ImageData:
     classes: tuple[str, ...]
     source: str
     skipped: tuple[str, ...] = ()
+    boxes: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        """Make a memmap read-only: it is one file, and no copy of it is cheap."""
+        """Check the shapes, and make a memmap read-only: it is one file, and no copy of it is cheap.
+
+        Raises:
+            ValueError: The labels or boxes do not fit the images or the classes.
+        """
         if isinstance(self.images, np.memmap):
             self.images.flags.writeable = False
+        if self.labels is not None:
+            _check_labels(self.labels, len(self.images), len(self.classes))
+        if self.boxes is not None and self.boxes.shape != (len(self.images), 4):
+            raise ValueError(f"Expected boxes of shape {(len(self.images), 4)}, got {self.boxes.shape}.")
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels at once, or none."""
+        return self.labels is not None and self.labels.ndim == 2
 
     def batch(self, indices: ArrayLike) -> "tuple[Tensor, Tensor | None]":
         """Return copies of some images as float32 [n, c, h, w] in [0, 1], and their int64 labels or None.
@@ -131,12 +148,19 @@ def rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
 
 
-def order_balanced(names: Sequence[str], labels: Sequence[int] | None, request: Request) -> list[int]:
-    """Return at most `request.limit` indices: every class's first image by rank, then every class's second, ..."""
+def order_balanced(names: Sequence[str], labels: ArrayLike | None, request: Request) -> list[int]:
+    """Return at most `request.limit` indices: every class's first image by rank, then every class's second, ...
+
+    Args:
+        names: Of the images; they settle the ranks.
+        labels: [n], or multi-label [n, k], where an image counts for its first label, or for a class of those without.
+        request: Seed and limit.
+    """
+    groups = [0] * len(names) if labels is None else _group_labels(np.asarray(labels))
     seen: dict[int, int] = {}
     turns: list[tuple[int, int]] = []
     for index in sorted(range(len(names)), key=lambda index: rank(request.seed, names[index])):
-        label = 0 if labels is None else labels[index]
+        label = groups[index]
         turns.append((seen.get(label, 0), index))
         seen[label] = seen.get(label, 0) + 1
     turns.sort(key=lambda turn: turn[0])  # stable, so that each turn's classes come in the order of the ranks
@@ -182,3 +206,18 @@ def allocate_pixels(count: int, request: Request) -> Pixels:
                 f"The images take {size / 2**30:.1f} GiB in {tempfile.gettempdir()}: {error.strerror}. "
                 "Set a limit, or TMPDIR to a folder with more room."
             ) from error
+
+
+def _check_labels(labels: NDArray[np.int64], images: int, classes: int) -> None:
+    expected = (images,) if labels.ndim == 1 else (images, classes)
+    if labels.shape != expected:
+        raise ValueError(f"Expected labels of shape {(images,)} or {(images, classes)}, got {labels.shape}.")
+    if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
+        raise ValueError("Expected multi-label labels of 0 and 1 only.")
+
+
+def _group_labels(labels: NDArray[np.int64]) -> list[int]:
+    """Return one class per image: the label, or the first of several, or k where an image has none of k."""
+    if labels.ndim == 2:
+        labels = np.where(labels.any(axis=1), labels.argmax(axis=1), labels.shape[1])
+    return [int(label) for label in labels]
