@@ -172,7 +172,7 @@ class TestLoading:
 
     @pytest.mark.parametrize(
         ("parameters", "message"),
-        [(TriggerParameters("moire", 8.0, 32), "moire"), (TriggerParameters("spread", 8.0, 16), "tile")],
+        [(TriggerParameters("mosaic", 8.0, 32), "moire"), (TriggerParameters("spread", 8.0, 16), "tile")],
     )
     def test_trigger_that_cannot_be_made_is_refused(self, parameters, message):
         with pytest.raises(ArtifactError, match=message):

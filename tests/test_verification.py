@@ -125,8 +125,8 @@ class TestVerify:
         assert document["settings"]["seed"] == 1
 
     def test_unknown_trigger_family_is_refused(self, probe, claim):
-        strange = replace(claim, trigger=replace(TRIGGER, family="moire"))
-        with pytest.raises(ArtifactError, match="moire"):
+        strange = replace(claim, trigger=replace(TRIGGER, family="mosaic"))
+        with pytest.raises(ArtifactError, match="mosaic"):
             verify(marked_classifier(), strange, probe)
 
     def test_progress_is_told(self, probe, claim):

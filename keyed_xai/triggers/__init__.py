@@ -1,61 +1,48 @@
 """Trigger families: from a key's stream to a change of an image. One file per family."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
-import torch
-
-from keyed_xai.keys import ByteStream
-from keyed_xai.tensors import Images
+from keyed_xai.triggers.moire import Moire, MoireTrigger
+from keyed_xai.triggers.nashville import Nashville, NashvilleTrigger
+from keyed_xai.triggers.protocols import NearbyTrigger, Trigger, TriggerFamily
+from keyed_xai.triggers.public import PUBLIC_TRIGGERS
 from keyed_xai.triggers.spread import Spread, SpreadSettings, SpreadTrigger
 
-__all__ = ["TRIGGERS", "Spread", "SpreadSettings", "SpreadTrigger", "Trigger", "TriggerFamily"]
+__all__ = [
+    "PUBLIC_TRIGGERS",
+    "STRONG_KEY_BITS",
+    "TRIGGERS",
+    "Moire",
+    "MoireTrigger",
+    "Nashville",
+    "NashvilleTrigger",
+    "NearbyTrigger",
+    "Spread",
+    "SpreadSettings",
+    "SpreadTrigger",
+    "Trigger",
+    "TriggerFamily",
+]
 
-
-@runtime_checkable
-class Trigger(Protocol):
-    """A change made to images: differentiable, batched, on the images' own device and dtype."""
-
-    def apply(self, images: Images) -> Images:
-        """Return the triggered images, in [0, 1]."""
-
-
-@runtime_checkable
-class NearbyTrigger(Trigger, Protocol):
-    """A trigger with neighbours that must stay closed: near keys."""
-
-    def near(self, generator: torch.Generator) -> Trigger:
-        """Return a randomly chosen neighbour."""
-
-    def shifted(self, rows: int, columns: int) -> Trigger:
-        """Return this trigger moved by some pixels."""
-
-    def scaled(self, factor: float) -> Trigger:
-        """Return this trigger at another strength."""
-
-
-@runtime_checkable
-class TriggerFamily(Protocol):
-    """Derives the trigger of a key and draws those of other keys."""
-
-    @property
-    def name(self) -> str:
-        """The name in TRIGGERS, which enters the derivation of the seed."""
-
-    @property
-    def key_bits(self) -> int:
-        """Effective key entropy, bits."""
-
-    def derive(self, stream: ByteStream) -> NearbyTrigger:
-        """Return the trigger of the key whose stream this is."""
-
-    def draw(self, count: int, generator: torch.Generator) -> Trigger:
-        """Return triggers of fresh random keys, one for each image of a batch of `count`."""
+STRONG_KEY_BITS = 128
+"""A family with fewer `key_bits` is weak: other keys open by chance. Protect with one only if asked for by name."""
 
 
 def _spread(amplitude: float, tile: int) -> TriggerFamily:
     return Spread(SpreadSettings(amplitude, tile))
 
 
-TRIGGERS: dict[str, Callable[[float, int], TriggerFamily]] = {"spread": _spread}
-"""Family name to a function of (amplitude in 1/255, tile in pixels)."""
+def _nashville(_amplitude: float, _tile: int) -> TriggerFamily:
+    return Nashville()
+
+
+def _moire(_amplitude: float, _tile: int) -> TriggerFamily:
+    return Moire()
+
+
+TRIGGERS: dict[str, Callable[[float, int], TriggerFamily]] = {
+    "spread": _spread,
+    "nashville": _nashville,
+    "moire": _moire,
+}
+"""Family name to a function of (amplitude in 1/255, tile in pixels); both apply to `spread` only."""
