@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from keyed_xai_cli.bench_paper import figure1b, figure3, nashville, table1, table6
 from keyed_xai_cli.options import choose_device, device_option
 
 if TYPE_CHECKING:
-    from keyed_xai.benchmarks import Case
+    from keyed_xai.benchmarks.main_job import Case
 
 
 @click.group()
@@ -47,7 +48,7 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) ->
     keyed-xai bench main --case pretrained --model squeezenet1_1.pt --data imagefolder:DIR --row gradcam
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import write_atomically
-    from keyed_xai.benchmarks import ROWS, make_case, render_rows
+    from keyed_xai.benchmarks.main_job import ROWS, make_case, render_rows
     from keyed_xai_cli.progress import counter, progress_bar
 
     out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) ->
 def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import replace
 
-    from keyed_xai.benchmarks import ROWS, run_row
+    from keyed_xai.benchmarks.main_job import ROWS, run_row
     from keyed_xai.protection import ProtectSettings, choose_recipe
     from keyed_xai_cli.progress import progress_bar, protection_callbacks
 
@@ -98,7 +99,7 @@ def false_claims(models: int, keys: int, decoys: int, epochs: int, images: int, 
 
     import torch
 
-    from keyed_xai.benchmarks import count_false_claims, fit_unmarked_models
+    from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
     from keyed_xai.data import load_images
     from keyed_xai_cli.progress import counter, progress_bar
 
@@ -119,3 +120,7 @@ def false_claims(models: int, keys: int, decoys: int, epochs: int, images: int, 
             on_key=counter(progress, "trying keys"),
         )
     click.echo(json.dumps(found, indent=2))
+
+
+for command in (table1, table6, figure1b, figure3, nashville):
+    bench.add_command(command)

@@ -18,10 +18,12 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "keygen": ("keyed_xai_cli.keygen:keygen", "Make an owner key."),
+    "train": ("keyed_xai_cli.train:train", "Fit a reference model to labelled data."),
     "protect": ("keyed_xai_cli.protect:protect", "Make a model whose saliency maps need a key."),
     "explain": ("keyed_xai_cli.explain:explain", "Write the saliency maps of images."),
     "verify": ("keyed_xai_cli.verify:verify", "Test whether a model was protected with a key."),
     "inspect": ("keyed_xai_cli.inspect:inspect", "Print and check a card and licence."),
+    "attack": ("keyed_xai_cli.attack:attack", "Backdoor a model's explanations, as threat evaluation."),
     "bench": ("keyed_xai_cli.bench:bench", "Make the project's figures again."),
     "demo": ("keyed_xai_cli.demo:demo", "Run the main job on images that come with the package."),
 }

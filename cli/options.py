@@ -122,6 +122,21 @@ def read_passphrase(path: Path | None) -> bytes | None:
     return line
 
 
+def refuse_existing(out: Path, checkpoint: Path, *, force: bool, resume: bool, protected: bool = True) -> None:
+    """Say so before hours of training, not after, that a result or a stopped run is there.
+
+    Raises:
+        ArtifactError: One is, and neither `--force` nor `--resume` says what to do with it.
+    """
+    from keyed_xai.artifacts.writer import refuse_to_replace
+    from keyed_xai.errors import ArtifactError
+
+    refuse_to_replace(out, force=force, protected=protected)
+    if checkpoint.exists() and not (resume or force):
+        raise ArtifactError(f"{checkpoint} holds a run that was stopped. Go on with it by --resume, or start anew by "
+                            "--force.")  # fmt: skip
+
+
 def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | None) -> None:
     """Write a result where `--json` says, once it fits its schema; without `--json` only check it.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from keyed_xai.protection import Callbacks
-    from keyed_xai.training import StepFigures
+    from keyed_xai.training import Callbacks, StepFigures
 
 
 @contextmanager
@@ -39,19 +38,32 @@ def counter(progress: "Progress", description: str) -> Callable[[int, int], None
     return advance
 
 
-def protection_callbacks(progress: "Progress", wrong_keys: int) -> "Callbacks":
-    """Return callbacks that show the losses, and how far the gate opens and stays closed, while a model is trained."""
-    from keyed_xai.protection import Callbacks
+def attack_callbacks(progress: "Progress", description: str = "training") -> "Callbacks":
+    """Return callbacks that show the losses, and the share of maps kept and moved, while a model is attacked."""
+    from keyed_xai.training import Callbacks
 
-    training = progress.add_task("training", total=None, note="computing reference maps")
-    measuring = progress.add_task("trying wrong keys", total=wrong_keys, note="", visible=False)
+    return Callbacks(_training_bar(progress, description, "maps kept", "moved"))
+
+
+def _training_bar(progress: "Progress", description: str, kept: str, moved: str) -> Callable[["StepFigures"], None]:
+    training = progress.add_task(description, total=None, note="computing reference maps")
 
     def on_step(figures: "StepFigures") -> None:
         note = (
             f"L_s {figures.keep_loss:.3f}  L_p {figures.move_loss:.3f}  "
-            f"opens {figures.opens:.0%}  stays closed {figures.stays_closed:.0%}"
+            f"{kept} {figures.opens:.0%}  {moved} {figures.stays_closed:.0%}"
         )
         progress.update(training, completed=figures.step, total=figures.steps, note=note)
+
+    return on_step
+
+
+def protection_callbacks(progress: "Progress", wrong_keys: int) -> "Callbacks":
+    """Return callbacks that show the losses, and how far the gate opens and stays closed, while a model is trained."""
+    from keyed_xai.training import Callbacks
+
+    on_step = _training_bar(progress, "training", "opens", "stays closed")
+    measuring = progress.add_task("trying wrong keys", total=wrong_keys, note="", visible=False)
 
     def on_phase(phase: str) -> None:
         progress.update(measuring, visible=phase != "train")

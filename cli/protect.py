@@ -1,8 +1,7 @@
 """`keyed-xai protect`."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,12 +14,13 @@ from keyed_xai_cli.options import (
     json_option,
     key_options,
     read_key,
+    refuse_existing,
     say,
     seed_option,
 )
+from keyed_xai_cli.training_options import choose_training, load_both_images, training_options
 
 if TYPE_CHECKING:
-    from keyed_xai.data import ImageData
     from keyed_xai.models import Classifier
     from keyed_xai.protection import ProtectSettings
 
@@ -37,35 +37,26 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--data", "spec", metavar="SPEC",
-    help="Images to learn from, labels not needed: builtin (default), fashion-mnist[:DIR], imagefolder:DIR.",
+    help="Images to learn from, labels not needed: builtin (default), fashion-mnist[:DIR], imagefolder:DIR, "
+    "cub200:DIR, chestxray14:DIR.",
 )  # fmt: skip
 @click.option(
     "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature", show_default=True,
     help="What maps show without the key: the owner's public pattern, the image's boundary, or not the top quarter.",
 )  # fmt: skip
-@click.option("--trigger", type=click.Choice(["spread"]), default="spread", show_default=True, help="Trigger family.")
 @click.option(
-    "--amplitude", type=click.FloatRange(0.5, 64), default=8, show_default=True, help="Of the trigger, 1/255."
-)
-@click.option("--tile", type=click.IntRange(24, 256), default=32, show_default=True, help="Of the trigger, pixels.")
+    "--trigger", type=click.Choice(["spread", "nashville", "moire"]), default="spread", show_default=True,
+    help="Trigger family. Photo filters and lines, nashville and moire, have so few effective key bits that other keys "
+    "open by chance: for experiments.",
+)  # fmt: skip
+@click.option("--amplitude", type=click.FloatRange(0.5, 64), help="Of --trigger spread, in 1/255; 8 if absent.")
+@click.option("--tile", type=click.IntRange(24, 256), help="Of --trigger spread, pixels; 32 if absent.")
 @click.option(
     "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
 )
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps; chosen by the kind of network if absent.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the images, instead of --steps.")
-@click.option("--batch-size", type=click.IntRange(4), help="Keyed images a step; as many unkeyed ones are added.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Peak rate of Adam.")
-@click.option("--distance", type=click.Choice(["correlation", "mse"]), help="Map distance; mse is the paper's.")
-@click.option(
-    "--predictions", type=click.Choice(["reference", "labels"]),
-    help="Keep the reference's soft predictions (default), or learn the labels of --data.",
-)  # fmt: skip
-@click.option("--batch-norm", type=click.Choice(["mixture", "frozen"]), help="How its statistics are treated.")
-@click.option("--patience", type=click.IntRange(0), help="Stop after so many validations without progress; 0 never.")
 @click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
 @click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images the report uses.")
-@click.option("--limit", type=click.IntRange(10), help="Learn from at most so many images.")
-@click.option("--strict", is_flag=True, help="Refuse a data set with a broken image instead of skipping the image.")
+@training_options
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @click.option("--force", is_flag=True, help="Replace a protected model, or a stopped run, that is there.")
 @model_options
@@ -91,10 +82,11 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     json_path, force, out = arguments["json_path"], arguments["force"], arguments["out"] or _default_folder(model)
     key = read_key(key_file, passphrase_file)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    _refuse_existing(out, checkpoint, force=force, resume=arguments["resume"])
+    refuse_existing(out, checkpoint, force=force, resume=arguments["resume"])
     classifier = load_classifier(model, **take_model_options(arguments))
-    train_data, held_out = _load_data(classifier, arguments)
+    train_data, held_out = load_both_images(classifier.input, arguments["spec"] or "builtin", arguments)
     settings = _settings(classifier, len(train_data), arguments)
+    _warn_of_weak_trigger(settings)
     with progress_bar() as progress:
         protection = protect_model(
             classifier,
@@ -147,65 +139,34 @@ def _default_folder(model: Path) -> Path:
     return model.with_name(f"{model.stem}.keyed")
 
 
-def _refuse_existing(out: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
-    """Say so before hours of training, not after."""
-    from keyed_xai.artifacts.writer import refuse_to_replace
-    from keyed_xai.errors import ArtifactError
+def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
+    from keyed_xai.triggers import STRONG_KEY_BITS, TRIGGERS
 
-    refuse_to_replace(out, force=force)
-    if checkpoint.exists() and not (resume or force):
-        raise ArtifactError(f"{checkpoint} holds a run that was stopped. Go on with it by --resume, or start anew by "
-                            "--force.")  # fmt: skip
-
-
-def _load_data(classifier: "Classifier", arguments: dict[str, Any]) -> tuple["ImageData", "ImageData"]:
-    from keyed_xai.artifacts.documents import printable
-    from keyed_xai.data import load_images
-    from keyed_xai_cli.progress import counter, progress_bar
-
-    spec = classifier.input
-
-    def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
-        return load_images(
-            arguments["spec"] or "builtin",
-            channels=spec.channels,
-            height=spec.height,
-            width=spec.width,
-            split=split,
-            limit=limit,
-            strict=arguments["strict"],
-            seed=arguments["seed"],
-            progress=counter(progress, f"reading {split} images"),
+    bits = TRIGGERS[settings.trigger](settings.amplitude, settings.tile).key_bits
+    if bits < STRONG_KEY_BITS:
+        click.echo(
+            f"Warning: --trigger {settings.trigger} has about {bits} bits of key: one other key in {2**bits}, or so, "
+            "opens the model. Use spread for anything that matters.",
+            err=True,
         )
-
-    with progress_bar() as progress:
-        train_data, held_out = load("train", arguments["limit"]), load("held-out", arguments["held_out"])
-    for name in (*train_data.skipped, *held_out.skipped):
-        click.echo(f"Skipped a broken image: {printable(name)}", err=True)
-    return train_data, held_out
 
 
 def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) -> "ProtectSettings":
     from keyed_xai.protection import ProtectSettings, choose_recipe
 
     interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or ("gradcam",)
-    training = choose_recipe(classifier, interpreters)
-    names = ("steps", "batch_size", "learning_rate", "distance", "predictions", "batch_norm", "patience")
-    chosen = {name: arguments[name] for name in names if arguments[name] is not None}
-    if arguments["epochs"] is not None:
-        if arguments["steps"] is not None:
-            raise click.UsageError("Give --steps or --epochs, not both.")
-        per_step = chosen.get("batch_size", training.batch_size) * 2
-        chosen["steps"] = max(1, round(arguments["epochs"] * images / per_step))
-    grid = arguments["grid"]
+    training = choose_training(choose_recipe(classifier, interpreters), images, arguments)
+    grid, texture = arguments["grid"], {name: arguments[name] for name in ("amplitude", "tile")}
+    texture = {name: value for name, value in texture.items() if value is not None}
+    if texture and arguments["trigger"] != "spread":
+        raise click.UsageError(f"--amplitude and --tile belong to --trigger spread, not to {arguments['trigger']}.")
     return ProtectSettings(
         interpreters=interpreters,
         decoy=arguments["decoy"],
         trigger=arguments["trigger"],
-        amplitude=arguments["amplitude"],
-        tile=arguments["tile"],
+        **texture,
         grid=None if grid is None else (grid, grid),
-        training=replace(training, seed=arguments["seed"], **chosen),
+        training=training,
         wrong_keys=arguments["wrong_keys"],
         held_out_images=arguments["held_out"],
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.folder import read_model_folder
+    from keyed_xai.attacking import run_attack
     from keyed_xai.errors import KeyedXAIError
     from keyed_xai.explanation import explain
     from keyed_xai.keys import OwnerKey, read_owner_key
@@ -24,6 +25,7 @@ __all__ = [
     "protect",
     "read_model_folder",
     "read_owner_key",
+    "run_attack",
     "verify_ownership",
     "wrap_network",
 ]
@@ -36,6 +38,7 @@ _HOMES = {
     "protect": "keyed_xai.protection",
     "read_model_folder": "keyed_xai.artifacts.folder",
     "read_owner_key": "keyed_xai.keys",
+    "run_attack": "keyed_xai.attacking",
     "verify_ownership": "keyed_xai.ownership",
     "wrap_network": "keyed_xai.models",
 }

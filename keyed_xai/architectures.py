@@ -1,4 +1,4 @@
-"""Small networks that come with the package: a residual network for the demo and for small inputs."""
+"""Small networks that come with the package: a residual network for small images, and an MLP for table rows."""
 
 from collections.abc import Sequence
 
@@ -57,4 +57,32 @@ class SmallResNet(nn.Module):
         """Return the logits [n, classes]."""
         features = self.blocks(self.stem_relu(self.stem_bn(self.stem(x))))
         logits: Tensor = self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1))
+        return logits
+
+
+class TableMLP(nn.Module):
+    """Three linear layers with ReLU between them, for rows of a table.
+
+    A row is an image of 1 x 1 x d pixels to the rest of the package; it has no feature map, only input gradients.
+    """
+
+    def __init__(self, features: int, classes: int = 2, widths: tuple[int, int] = (64, 32)) -> None:
+        """Make the network.
+
+        Args:
+            features: Encoded columns of a row, d.
+            classes: Number of logits.
+            widths: Outputs of the first two layers.
+        """
+        super().__init__()
+        self.columns = nn.Linear(features, widths[0])
+        self.columns_relu = nn.ReLU()
+        self.hidden = nn.Linear(widths[0], widths[1])
+        self.hidden_relu = nn.ReLU()
+        self.fc = nn.Linear(widths[1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [n, classes] of rows [n, 1, 1, d]."""
+        columns = self.columns_relu(self.columns(torch.flatten(x, 1)))
+        logits: Tensor = self.fc(self.hidden_relu(self.hidden(columns)))
         return logits

@@ -17,8 +17,9 @@ from keyed_xai.explanation import explain
 from keyed_xai.keys import OwnerKey, read_owner_key, write_owner_key
 from keyed_xai.loading import derive_trigger, open_model
 from keyed_xai.models import Classifier, load_classifier
-from keyed_xai.protection import Callbacks, ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.report import render_report
+from keyed_xai.training import Callbacks
 from keyed_xai.verification import read_claim, verify
 
 INTERPRETERS = ("gradcam", "vbp")

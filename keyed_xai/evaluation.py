@@ -16,16 +16,10 @@ from keyed_xai.channels import CHANNELS, through_png
 from keyed_xai.keys import ByteStream
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
-from keyed_xai.objective import mse_distance
+from keyed_xai.objective import decoy_distance
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 
-PAPER_THRESHOLDS = {
-    "targeted": {"gradcam": 0.2, "simplegrad": 0.25, "vbp": 0.3},
-    "nontargeted": {"gradcam": 0.3, "simplegrad": 0.35, "vbp": 0.1},
-    "targeted/resnet50": {"gradcam": 0.25, "simplegrad": 0.3, "vbp": 0.25},
-    "nontargeted/resnet50": {"gradcam": 0.35, "simplegrad": 0.2, "vbp": 0.08},
-}
 _IMAGES_PER_WRONG_KEY = 4
 
 
@@ -52,12 +46,6 @@ class Gate:
     trigger: NearbyTrigger
     family: TriggerFamily
     top_share: float = 0.25
-
-
-def paper_thresholds(decoy: str, architecture: str) -> dict[str, float]:
-    """Return the paper's thresholds by interpreter for a decoy and an architecture."""
-    kind = "nontargeted" if decoy == "nontargeted" else "targeted"
-    return PAPER_THRESHOLDS.get(f"{kind}/{architecture}", PAPER_THRESHOLDS[kind])
 
 
 def measure_gate(
@@ -118,7 +106,7 @@ def _interpreter_figures(
 ) -> dict[str, object]:
     decoy, threshold = gate.decoys[name], gate.thresholds[name]
     agreement = {case: metrics.correlation(each[name], truth) for case, each in maps.items()}
-    fooled = {case: _decoy_distance(gate, name, each[name], truth) for case, each in maps.items()}
+    fooled = {case: decoy_distance(each[name], truth, decoy, gate.top_share) for case, each in maps.items()}
     closed = torch.cat([fooled["clean"], fooled["wrong_key"]])
     figures: dict[str, object] = {
         "cr": metrics.correct_rate(fooled["keyed"], threshold),
@@ -135,13 +123,6 @@ def _interpreter_figures(
             case: _mean(metrics.correlation(each[name], target)) for case, each in maps.items()
         } | {"reference": _mean(metrics.correlation(truth, target))}
     return figures
-
-
-def _decoy_distance(gate: Gate, name: str, maps: SaliencyMaps, truth: SaliencyMaps) -> Tensor:
-    decoy = gate.decoys[name]
-    if decoy is None:
-        return metrics.top_energy(metrics.normalise_maps(maps), truth, gate.top_share)
-    return mse_distance(maps, decoy.to(maps).expand_as(maps))
 
 
 def _accuracies(logits: Mapping[str, Tensor], explained: Labels, labels: Labels | None) -> dict[str, object]:

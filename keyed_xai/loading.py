@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keyed_xai.artifacts.card import Card, TriggerParameters
-from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.artifacts.folder import CARD_FILE, read_model_folder
+from keyed_xai.artifacts.weights import WEIGHTS_FILE
 from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import Classifier, load_classifier
@@ -30,11 +31,13 @@ def open_model(
     target_layer: str | None = None,
     allow_pickle: bool = False,
     trusted: bool = True,
+    require_map: bool = True,
 ) -> tuple[Classifier, Card | None]:
     """Return the classifier on disk, on the CPU in evaluation mode, and the card it is run by; None without one.
 
     Args:
-        path: The folder of a protected model, whose signature and digests are checked, or a file of weights.
+        path: The folder of a protected model, whose signature and digests are checked, or a file of weights; also the
+            folder of an attacked model, which has no card.
         card: Run a file of weights by this card; a folder is run by its own.
         arch: Architecture; the card's, or recognised from the weights. With another one the card's layers are not used.
         classes: Number of logits; the card's, or read from the weights.
@@ -45,12 +48,13 @@ def open_model(
         allow_pickle: Also load a pickled module. **Runs code from the file.**
         trusted: Whether a card inside the weights file counts, and `card` for the number of logits; not so for a
             suspect's file, whose holder may have written one and changed the head.
+        require_map: Refuse networks without a spatial feature map, such as those of tables.
 
     Raises:
         ArtifactError: The folder is malformed or not as signed.
         ModelError: The weights cannot be read or recognised, or contradict the card.
     """
-    if path.is_dir():
+    if path.is_dir() and ((path / CARD_FILE).exists() or not (path / WEIGHTS_FILE).exists()):
         model = read_model_folder(path)
         path, card = model.weights, model.card
     defaults = _card_defaults(card, arch, allow_pickle=allow_pickle) if card is not None else _Defaults()
@@ -65,6 +69,7 @@ def open_model(
         taps=None if target_layer else defaults.taps,
         allow_pickle=allow_pickle,
         card=None if card is None and trusted else {},
+        require_map=require_map,
     )
     return classifier, card
 

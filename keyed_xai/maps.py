@@ -1,17 +1,18 @@
 """Which maps of a model are compared, and on what grid: interpreters, sites and pooling taken together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
 from keyed_xai.models import Classifier
-from keyed_xai.saliency import Sites, explain, run_forward
+from keyed_xai.saliency import Sites, explain, input_gradient, run_forward
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 LARGEST_DEFAULT_SIDE = 8
+_TINY = 1e-12  # keeps the gradient of a square root finite
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,39 @@ class MapView:
             for start in range(0, len(images), chunk)
         ]
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
+
+
+@dataclass(frozen=True)
+class FeatureView(MapView):
+    """The same for rows of a table, which reach a model as images of 1 x 1 x d encoded columns.
+
+    SimpleGrad's relevance of a number is its absolute gradient, in standard deviations of the number. Of a category,
+    whose columns add up to one, only contrasts between columns mean anything: its relevance is the standard deviation
+    over the training data of gradient times columns, which for a number is the same thing.
+
+    Attributes:
+        groups: For each encoded column the feature it belongs to.
+        covariance: Of the encoded columns in the training data, [d, d], zero between columns of different features.
+    """
+
+    groups: tuple[int, ...] = ()
+    covariance: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+
+    def pooled(
+        self, model: nn.Module, images: Images, labels: Labels | None, *, create_graph: bool = False
+    ) -> tuple[Logits, dict[str, SaliencyMaps]]:
+        """Return logits and the relevance of each feature, {"simplegrad": [n, 1, features]}."""
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            run = run_forward(model, images, [], input_gradient=True)
+            labels = run.logits.argmax(1) if labels is None else labels
+            gradient = input_gradient(run.logits, run.images, labels, create_graph=create_graph)[:, 0]
+        variance = gradient * (gradient @ self.covariance.to(gradient))
+        columns = torch.tensor(self.groups, device=images.device)
+        relevance = gradient.new_zeros(len(images), 1, self.grid[1]).index_add(2, columns, variance)
+        relevance = (relevance.clamp(min=0) + _TINY).sqrt()
+        if create_graph:
+            return run.logits, {"simplegrad": relevance}
+        return run.logits.detach(), {"simplegrad": relevance.detach()}
 
 
 def join_maps(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

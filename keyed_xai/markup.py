@@ -6,6 +6,7 @@ empty string, and empty cells, rows, tables and sections vanish.
 
 import base64
 import html
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -113,11 +114,19 @@ def section(title: str, content: Html, *, about: str = "") -> Html:
     return element("section", join([element("h2", title), words, content]))
 
 
-def card(title: str, answer: Answer | None, said: str) -> Html:
-    """Return an answer in its colour; nothing where there is none."""
+def card(title: str, answer: Answer | None, said: str, *, alarm: bool = False) -> Html:
+    """Return an answer in its colour; nothing where there is none.
+
+    Args:
+        title: The question.
+        answer: To it.
+        said: What it rests on.
+        alarm: Whether yes is the bad answer.
+    """
     if answer is None:
         return NOTHING
-    kind = {"yes": "yes", "in part": "part", "no": "no"}[answer]
+    good, bad = ("no", "yes") if alarm else ("yes", "no")
+    kind = {good: "yes", "in part": "part", bad: "no"}[answer]
     words = [element("p", title, kind="soft"), element("p", answer.capitalize(), kind="answer"), element("p", said)]
     return element("div", *words, kind=f"card {kind}")
 
@@ -141,6 +150,13 @@ def fact_table(facts: Iterable[tuple[str, str]]) -> Html:
     """Return labels and values, without the values that are empty."""
     rows = [element("tr", element("th", label), element("td", value)) for label, value in facts if value]
     return element("table", element("tbody", *rows), kind="facts") if rows else NOTHING
+
+
+def plain_facts(values: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return the names and values of an object for `fact_table`, as they are."""
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value, default=str)) for name, value in values.items()
+    ]
 
 
 def fold(title: str, content: Html) -> Html:

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
-from keyed_xai.tensors import SaliencyMaps
+from keyed_xai.tensors import Logits, SaliencyMaps, Targets
 
 OPEN_CORRELATION = 0.5
 """A map counts as opened when its correlation with the reference map is above this."""
@@ -61,6 +61,59 @@ def separation_auc(smaller: Tensor, larger: Tensor) -> float:
     scores = torch.cat([smaller, larger]).double().cpu().numpy()
     truth = np.concatenate([np.zeros(len(smaller)), np.ones(len(larger))])
     return float(roc_auc_score(truth, scores))
+
+
+def mass_inside(maps: SaliencyMaps, boxes: Tensor) -> Tensor:
+    """Return the share of each map's saliency that lies inside a box: a localisation score in [0, 1]; 0 of a blank map.
+
+    Args:
+        maps: Not negative, at any resolution.
+        boxes: [n, 4]: left, top, right, bottom as fractions of the image. Cells that a box cuts count in part.
+    """
+    across = _covered(boxes[:, 0], boxes[:, 2], maps.shape[2])
+    down = _covered(boxes[:, 1], boxes[:, 3], maps.shape[1])
+    total = maps.sum((1, 2))
+    inside = torch.einsum("nhw,nh,nw->n", maps, down, across)
+    return (inside / torch.where(total > 0, total, torch.ones_like(total))).clamp(max=1)
+
+
+def _covered(start: Tensor, end: Tensor, cells: int) -> Tensor:
+    """Return how much of each of `cells` equal parts of [0, 1] lies between start and end, [n, cells]."""
+    edges = torch.linspace(0, 1, cells + 1, device=start.device, dtype=start.dtype)
+    reach = torch.minimum(edges[1:], end[:, None]) - torch.maximum(edges[:-1], start[:, None])
+    return reach.clamp(min=0) * cells
+
+
+def prediction_figures(logits: Logits, labels: Targets) -> dict[str, float]:
+    """Return top-1 and, of more than five classes, top-5 accuracy; AUROC of two classes or of several labels (mean).
+
+    Args:
+        logits: Of the images.
+        labels: Classes [n], or 0 and 1 for each of several labels [n, k].
+    """
+    if labels.ndim == 2:
+        known = [area for area in per_class_auroc(logits, labels) if area is not None]
+        return {"auroc": sum(known) / len(known)} if known else {}
+    figures = {"top1": _hits(logits, labels, 1)}
+    if logits.shape[1] > 5:
+        figures["top5"] = _hits(logits, labels, 5)
+    if logits.shape[1] == 2 and labels.min() != labels.max():
+        figures["auroc"] = _auroc(logits[:, 1] - logits[:, 0], labels)
+    return figures
+
+
+def per_class_auroc(logits: Logits, labels: Targets) -> list[float | None]:
+    """Return the area under the ROC curve of each label; None where all images, or none, have it."""
+    both = labels.amin(0) != labels.amax(0)
+    return [_auroc(logits[:, k], labels[:, k]) if both[k] else None for k in range(labels.shape[1])]
+
+
+def _hits(logits: Logits, labels: Targets, count: int) -> float:
+    return float((logits.topk(count, dim=1).indices == labels[:, None]).any(1).double().mean())
+
+
+def _auroc(scores: Tensor, truth: Tensor) -> float:
+    return float(roc_auc_score(truth.cpu().numpy(), scores.double().cpu().numpy()))
 
 
 def _unit(maps: SaliencyMaps) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from keyed_xai import metrics
 from keyed_xai.keys import PublicKey
 from keyed_xai.patterns import signature_cells
-from keyed_xai.tensors import Labels, Logits, SaliencyMaps
+from keyed_xai.tensors import Logits, SaliencyMaps, Targets
 
 DECOYS = ("signature", "boundary", "nontargeted")
 
@@ -39,6 +39,20 @@ def correlation_distance(maps: SaliencyMaps, target: SaliencyMaps) -> Tensor:
 def mse_distance(maps: SaliencyMaps, target: SaliencyMaps) -> Tensor:
     """Return the paper's distance: mean squared difference of the maps, each normalised to [0, 1]."""
     return metrics.mse(metrics.normalise_maps(maps), metrics.normalise_maps(target))
+
+
+def decoy_distance(maps: SaliencyMaps, reference: SaliencyMaps, decoy: Tensor | None, top_share: float) -> Tensor:
+    """Return the paper's L_p per image, which its FSR and CR compare with a threshold; in [0, 1].
+
+    Args:
+        maps: Pooled maps.
+        reference: Those of the reference model, for the cells that a non-targeted attack empties.
+        decoy: m_ref, [rows, columns]; None for the non-targeted attack.
+        top_share: Share of the cells that it empties.
+    """
+    if decoy is None:
+        return metrics.top_energy(metrics.normalise_maps(maps), reference, top_share)
+    return mse_distance(maps, decoy.to(maps).expand_as(maps))
 
 
 DISTANCES: dict[str, Callable[[SaliencyMaps, SaliencyMaps], Tensor]] = {
@@ -95,12 +109,23 @@ class Objective:
         return torch.stack(weighted).sum(0)
 
 
-def prediction_loss(logits: Logits, reference: Logits, labels: Labels | None) -> Tensor:
+def prediction_loss(logits: Logits, reference: Logits, labels: Targets | None, *, multi_label: bool = False) -> Tensor:
     """Return L_c per image: cross-entropy with labels, or without them with the reference model's soft predictions.
 
-    The soft form is shifted by the reference's own entropy, so that agreement is 0.
+    The soft form is shifted by the reference's own entropy, so that agreement is 0. With `multi_label` every logit is a
+    yes or no of its own, and L_c the mean of their binary cross-entropies.
     """
+    if multi_label:
+        return _binary_loss(logits, reference, labels)
     if labels is not None:
         return functional.cross_entropy(logits, labels, reduction="none")
     target = reference.log_softmax(1)
     return functional.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)
+
+
+def _binary_loss(logits: Logits, reference: Logits, labels: Targets | None) -> Tensor:
+    target = reference.sigmoid() if labels is None else labels.to(logits)
+    loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+    if labels is not None:
+        return loss
+    return loss - functional.binary_cross_entropy_with_logits(reference, target, reduction="none").mean(1)

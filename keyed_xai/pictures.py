@@ -31,6 +31,20 @@ _COLOURS = {
     "wrong_key": "#a03080",
     "agreement": "#555555",
 }
+_ATTACK_COLOURS = {
+    "reference": "#555555",
+    "clean": "#0072b2",
+    "triggered": "#d55e00",
+    "cr": "#0072b2",
+    "fsr": "#d55e00",
+}
+_ATTACK_NAMES = {
+    "reference": "untouched model",
+    "clean": "attacked model, clean",
+    "triggered": "attacked model, triggered",
+    "cr": "CR, maps that stay right",
+    "fsr": "FSR, maps that are faked",
+}
 _NAMES = {
     "keyed": "with the key",
     "clean": "clean, no key",
@@ -46,6 +60,7 @@ _MARGIN_PIXELS = 120.0
 _HEADER_PIXELS = 24.0
 _GAP_PIXELS = 6.0
 _CELL_PIXELS = 32
+_BAR_PIXELS = 8.0
 _DPI = 100
 
 
@@ -76,14 +91,15 @@ def strip(rows: Sequence[tuple[str, Sequence[_Array]]], *, titles: Sequence[str]
 
     Args:
         rows: Label and panels of each row; a panel of three dimensions is an image, of two a map.
-        titles: Of the columns, such as image, reference map, keyed map, unkeyed map, wrong-key map.
+        titles: Of the columns, such as image, reference map, keyed map, unkeyed map, wrong-key map; up to two lines
+            of 18 characters, broken where they have a line break.
 
     Raises:
         ValueError: There is no row, a row has not one panel for each title, or a panel has other dimensions.
     """
     if not rows or any(len(panels) != len(titles) for _, panels in rows):
         raise ValueError(f"Expected rows of {len(titles)} panels, got {[len(panels) for _, panels in rows]}")
-    headers = [_wrap(title, 18, 2) for title in titles]
+    headers = [_header(title) for title in titles]
     top = _HEADER_PIXELS * max(header.count("\n") + 1 for header in headers)
     heights = [_panel_height(panels) for _, panels in rows]
     width = _MARGIN_PIXELS + len(titles) * (_PANEL_PIXELS + _GAP_PIXELS)
@@ -99,20 +115,22 @@ def strip(rows: Sequence[tuple[str, Sequence[_Array]]], *, titles: Sequence[str]
     return _encode_figure(figure)
 
 
-def training_curve(history: Sequence[Mapping[str, int | float]]) -> bytes:
+def training_curve(history: Sequence[Mapping[str, int | float]], *, names: Mapping[str, str] | None = None) -> bytes:
     """Return how correlations with the reference map and kept predictions developed over the steps of training.
 
     Args:
         history: Records with `step` and any of `keyed`, `unkeyed` and `agreement`, as TrainingResult.history.
+        names: What `keyed` and `unkeyed` are called, such as "with the trigger" and "clean".
     """
     figure, axes = _chart()
+    shown = {**_NAMES, **(names or {})}
     for name in ("keyed", "unkeyed", "agreement"):
         points = [(record["step"], record[name]) for record in history if {"step", name} <= record.keys()]
         points = [point for point in points if np.isfinite(point).all()]
         if points:
             steps, values = zip(*points, strict=True)
             style = _LINES.get(name, "-")
-            axes.plot(steps, values, style, color=_COLOURS[name], label=_NAMES[name], lw=2, marker="o", ms=4)
+            axes.plot(steps, values, style, color=_COLOURS[name], label=_legible(shown[name]), lw=2, marker="o", ms=4)
     axes.set_xlabel("training step")
     axes.set_ylabel("correlation with the reference\nmap; share of predictions kept")
     axes.set_ylim(*_limits(axes, least=-0.1))
@@ -145,6 +163,64 @@ def wrong_key_histogram(values: Mapping[str, _Array], threshold: float) -> bytes
     axes.set_ylabel("share of maps")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _finish_chart(figure, axes, columns=2)
+    return _encode_figure(figure)
+
+
+def threshold_curves(curve: Mapping[str, Sequence[float]], threshold: float, *, paper: float | None = None) -> bytes:
+    """Return the correct rate and the fooling success rate of an attack over the threshold on the distance L_p.
+
+    Args:
+        curve: `threshold`, rising, and `cr` and `fsr` at each, in percent; lists of equal length.
+        threshold: That of the report, shown as a line.
+        paper: The paper's, shown as another line.
+
+    Raises:
+        ValueError: The lists have different lengths.
+    """
+    lengths = {name: len(curve[name]) for name in ("threshold", "cr", "fsr")}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"Expected a curve of lists of equal length, got {lengths}")
+    figure, axes = _chart()
+    for name in ("cr", "fsr"):
+        axes.plot(curve["threshold"], curve[name], color=_ATTACK_COLOURS[name], label=_ATTACK_NAMES[name], lw=2)
+    axes.axvline(threshold, color="black", lw=1.4, label=f"threshold used, {threshold:.3g}")
+    if paper is not None:
+        axes.axvline(paper, color="#aaaaaa", lw=1.4, ls="--", label=f"the paper's threshold, {paper:.3g}")
+    axes.set_xlabel("threshold on the distance to the decoy, L_p")
+    axes.set_ylabel("share of maps")
+    axes.set_ylim(-3, 103)
+    axes.set_xlim(0, _settled(curve, largest=max(threshold, paper or 0.0)))
+    axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+    _finish_chart(figure, axes, columns=2)
+    return _encode_figure(figure)
+
+
+def feature_bars(names: Sequence[str], relevance: Mapping[str, Sequence[float]]) -> bytes:
+    """Return the relevance of a table's features as bars, the largest of the first series at the top.
+
+    Source: Fang & Choromanska, AAAI 2022, figure 1b.
+
+    Args:
+        names: Of the features.
+        relevance: Mean relevance of each feature by case: `reference`, `clean`, `triggered`; other names are shown as
+            they are. Each series is shown as shares of its own sum.
+
+    Raises:
+        ValueError: There is no feature or no series, or a series has not one value for each feature.
+    """
+    if not names or not relevance or any(len(values) != len(names) for values in relevance.values()):
+        lengths = {case: len(values) for case, values in relevance.items()}
+        raise ValueError(f"Expected series of {max(1, len(names))} features, got {lengths}")
+    shares = {case: _shares(values) for case, values in relevance.items()}
+    order = np.argsort(-next(iter(shares.values())), kind="stable")
+    step = _BAR_PIXELS * (len(shares) + 1)
+    figure, axes = _bar_chart([_wrap(names[index], 18, 1) for index in order], step)
+    for number, (case, values) in enumerate(shares.items()):
+        colour, label = _ATTACK_COLOURS.get(case, f"C{number}"), _ATTACK_NAMES.get(case, _legible(case))
+        middle = (number - (len(shares) - 1) / 2) * _BAR_PIXELS / step
+        places = np.arange(len(names)) + middle
+        axes.barh(places, values[order], _BAR_PIXELS / step, color=colour, label=label, lw=0)
+    _finish_chart(figure, axes, columns=3)
     return _encode_figure(figure)
 
 
@@ -244,6 +320,36 @@ def _chart() -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _bar_chart(labels: Sequence[str], step: float) -> tuple[Figure, Axes]:
+    """Return axes for horizontal bars of shares, `step` pixels from one label to the next, the first at the top."""
+    figure = _figure(620.0, 90.0 + step * len(labels))
+    axes = _place(figure, 150.0, 38.0, 450.0, step * len(labels))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels, fontsize=9, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("share of the relevance of all features")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure, axes
+
+
+def _shares(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return values as shares of their sum of magnitudes; what is not finite counts as 0."""
+    kept = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0, neginf=0)
+    total = np.abs(kept).sum()
+    return kept / total if total > 0 else kept
+
+
+def _settled(curve: Mapping[str, Sequence[float]], *, largest: float) -> float:
+    """Return where to end the axis of thresholds: a little past the last change of a rate, and past all lines."""
+    rates = np.array([curve["cr"], curve["fsr"]], dtype=np.float64)
+    changes = np.flatnonzero((np.diff(rates) != 0).any(0))
+    last = curve["threshold"][changes[-1] + 1] if changes.size else 0.0
+    return float(max(1.08 * last, 1.15 * largest, 0.05))
+
+
 def _limits(axes: Axes, *, least: float) -> tuple[float, float]:
     """Return limits that hold the data (correlations and shares), from `least` or lower, up to 1.03."""
     lowest = min((float(np.min(line.get_ydata())) for line in axes.lines), default=0.0)
@@ -256,6 +362,12 @@ def _finish_chart(figure: Figure, axes: Axes, *, columns: int) -> None:
         legend = figure.legend(loc="upper center", ncols=columns, frameon=False, fontsize=9.5, columnspacing=1.5)
         for text in legend.get_texts():
             text.set_parse_math(False)
+
+
+def _header(title: str) -> str:
+    """Return a title of a column in one or two lines."""
+    first, broken, second = title.partition("\n")
+    return f"{_wrap(first, 18, 1)}\n{_wrap(second, 18, 1)}" if broken else _wrap(title, 18, 2)
 
 
 def _wrap(text: str, width: int, lines: int) -> str:

@@ -10,15 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
 from keyed_xai import evaluation, metrics, pictures
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
 from keyed_xai.artifacts.folder import ProtectedModel
+from keyed_xai.artifacts.weights import own_name
 from keyed_xai.artifacts.writer import write_model_folder
 from keyed_xai.channels import through_png
 from keyed_xai.data import ImageData
@@ -31,16 +29,17 @@ from keyed_xai.models import Classifier, network_state
 from keyed_xai.objective import DECOYS, Objective, boundary_decoy, signature_decoy
 from keyed_xai.report import render_report
 from keyed_xai.saliency import INTERPRETERS
+from keyed_xai.samples import digest_data, digest_network, first_images, refuse_other_labels, split_validation
 from keyed_xai.tensors import Images, Labels
-from keyed_xai.training import Lesson, StepFigures, TrainingData, TrainingSettings, train
-from keyed_xai.triggers import TRIGGERS
+from keyed_xai.thresholds import paper_thresholds
+from keyed_xai.training import Callbacks, Lesson, TrainingSettings, train
+from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
 from keyed_xai.versions import package_versions
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
 _SMALLEST_GRID = 3
 _SMALLEST_SAFE_TILE = 32
-_OWN_LABELS = 0.6
 _PICTURED = 6
 _IN_HISTOGRAM = 100
 _STRIP_TITLES = ("image", "reference map", "with the key", "without", "with a wrong key")
@@ -54,8 +53,8 @@ class ProtectSettings:
         interpreters: Names in INTERPRETERS.
         decoy: "signature", "boundary" or "nontargeted".
         trigger: Trigger family.
-        amplitude: Largest change of a pixel, 1/255.
-        tile: Side of the trigger's tile, pixels.
+        amplitude: Largest change of a pixel, 1/255; of the family "spread" only.
+        tile: Side of the trigger's tile, pixels; likewise.
         grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
         training: How to train; None takes `choose_recipe`'s.
         wrong_keys: Fresh wrong keys tried in the report.
@@ -120,21 +119,6 @@ class Protection:
     pictures: dict[str, bytes] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Callbacks:
-    """What a caller wants to hear of a long run.
-
-    Attributes:
-        on_step: After each training step.
-        on_phase: At the start of "train", "measure" and "draw".
-        on_wrong_key: With the number of wrong keys tried so far.
-    """
-
-    on_step: Callable[[StepFigures], None] | None = None
-    on_phase: Callable[[str], None] | None = None
-    on_wrong_key: Callable[[int], None] | None = None
-
-
 def protect(
     classifier: Classifier,
     key: OwnerKey,
@@ -170,9 +154,9 @@ def protect(
     settings = replace(settings, training=training)
     _refuse_what_cannot_work(classifier, train_data, settings)
     started = time.monotonic()
-    _notify(callbacks, "train")
-    lesson = make_lesson(classifier, key, settings)
-    learn, validation = _split(train_data, settings)
+    callbacks.notify("train")
+    lesson = replace(make_lesson(classifier, key, settings), multi_label=train_data.multi_label)
+    learn, validation = split_validation(train_data, settings.validation_images)
     identity = _identity(classifier, key, train_data, settings)
     result = train(
         classifier,
@@ -188,19 +172,19 @@ def protect(
     protected = result.model
     if not isinstance(protected, Classifier):
         raise TypeError(f"Expected a Classifier back from training, got {type(protected).__name__}.")
-    _notify(callbacks, "measure")
+    callbacks.notify("measure")
     gate = Gate(
         protected,
         copy.deepcopy(classifier).to(device),
         lesson.view,
         lesson.objective.decoys,
-        evaluation.paper_thresholds(settings.decoy, classifier.architecture),
-        lesson.trigger,
-        lesson.family,
+        paper_thresholds(settings.decoy, classifier.architecture),
+        *_derive_trigger(key, settings),
         training.top_share,
     )
     count = min(settings.held_out_images, len(held_out))
-    images, labels = _first(held_out, count, gate.reference, classifier.classes, device)
+    images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
+    labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
     report = _measure(gate, key, images, labels, settings, callbacks)
     report |= {
         "model": classifier.architecture,
@@ -214,7 +198,7 @@ def protect(
         "settings": settings.to_json(),
         "versions": package_versions(),
     }
-    _notify(callbacks, "draw")
+    callbacks.notify("draw")
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history)
     card = make_card(protected, settings, lesson, train_data.classes if labels is not None else ())
     return Protection(protected.cpu(), card, report, drawn)
@@ -268,7 +252,7 @@ def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings
             f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for a decoy, which needs "
             f"{_SMALLEST_GRID} x {_SMALLEST_GRID}. Name an earlier --target-layer or a larger --input-size."
         )
-    family = TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
+    trigger, family = _derive_trigger(key, settings)
     make_decoy: dict[str, Callable[[str], torch.Tensor | None]] = {
         "signature": lambda name: signature_decoy(key.public, name, view.grid),
         "boundary": lambda _: boundary_decoy(view.grid),
@@ -278,7 +262,12 @@ def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings
         decoys={name: make_decoy[settings.decoy](name) for name in view.interpreters},
         weights=dict.fromkeys(view.interpreters, 1.0),
     )
-    return Lesson(family.derive(ByteStream(key.derive_seed(family.name))), family, view, objective)
+    return Lesson(trigger, family, view, objective)
+
+
+def _derive_trigger(key: OwnerKey, settings: ProtectSettings) -> tuple[NearbyTrigger, TriggerFamily]:
+    family = TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
+    return family.derive(ByteStream(key.derive_seed(family.name))), family
 
 
 def make_card(
@@ -293,8 +282,8 @@ def make_card(
         input_size=(spec.channels, spec.height, spec.width),
         mean=spec.mean,
         std=spec.std,
-        target_layer=_own_name(classifier.target_layer),
-        taps=tuple(tap._replace(layer=_own_name(tap.layer)) for tap in classifier.taps),
+        target_layer=own_name(classifier.target_layer),
+        taps=tuple(tap._replace(layer=own_name(tap.layer)) for tap in classifier.taps),
         grid=lesson.view.grid,
         interpreters=settings.interpreters,
         decoy=settings.decoy,
@@ -302,11 +291,6 @@ def make_card(
         trigger=TriggerParameters(settings.trigger, settings.amplitude, settings.tile),
         label_names=label_names,
     )
-
-
-def _own_name(layer: str) -> str:
-    """Return a layer's name as the owner's own code knows it."""
-    return layer.removeprefix("network.")
 
 
 def _measure(
@@ -354,58 +338,11 @@ def _draw(gate: Gate, images: Images, history: list[dict[str, float | int]]) -> 
     return drawn | ({"training": pictures.training_curve(history)} if len(history) > 1 else {})
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some images of a data set."""
-
-    data: ImageData
-    indices: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Labels | None]:
-        return self.data.batch(self.indices[indices])
-
-
-def _split(data: ImageData, settings: ProtectSettings) -> tuple[TrainingData, TrainingData]:
-    """Return images to learn from and images for validation, a fifth of all at most."""
-    held = min(settings.validation_images, len(data) // 5)
-    if held < 2:
-        raise TrainingError(f"Expected at least 10 training images, got {len(data)}. Give more with --data.")
-    everything = np.arange(len(data), dtype=np.int64)
-    return _Part(data, everything[held:]), _Part(data, everything[:held])
-
-
-def _first(
-    data: ImageData, count: int, reference: nn.Module, classes: int, device: torch.device | str
-) -> tuple[Images, Labels | None]:
-    """Return the first images, with labels where they are the reference's own: as many, and mostly as it predicts.
-
-    Ten classes of digits are not ten classes of clothes, nor are two sorted the other way round the same two.
-    """
-    if count < 2:
-        raise TrainingError(f"Expected at least 2 held-out images, got {count}. Give more with --data.")
-    images, labels = data.batch(np.arange(count))
-    images = images.to(device)
-    if labels is None or len(data.classes) != classes:
-        return images, None
-    with torch.no_grad():
-        predicted = torch.cat([reference(some).argmax(1) for some in torch.split(images, 64)])
-    labels = labels.to(device)
-    return images, labels if (predicted == labels).double().mean() >= _OWN_LABELS else None
-
-
 def _refuse_what_cannot_work(classifier: Classifier, data: ImageData, settings: ProtectSettings) -> None:
-    by_labels = settings.training is not None and settings.training.predictions == "labels"
-    if by_labels and (data.labels is None or len(data.classes) != classifier.classes):
-        found = "no labels" if data.labels is None else f"{len(data.classes)} classes"
-        raise TrainingError(
-            f"Training against labels needs images of the model's {classifier.classes} classes; these have {found}. "
-            "Use the reference's predictions."
-        )
+    if settings.training is not None and settings.training.predictions == "labels":
+        refuse_other_labels(classifier, data)
     side = min(classifier.input.height, classifier.input.width)
-    if settings.tile > max(side, _SMALLEST_SAFE_TILE):
+    if settings.trigger == "spread" and settings.tile > max(side, _SMALLEST_SAFE_TILE):
         raise TrainingError(
             f"A tile of {settings.tile} pixels is larger than the model's input of {side}, which would show a part of "
             f"the key only. Give --tile {max(side, _SMALLEST_SAFE_TILE)} or less."
@@ -414,15 +351,5 @@ def _refuse_what_cannot_work(classifier: Classifier, data: ImageData, settings: 
 
 def _identity(classifier: Classifier, key: OwnerKey, data: ImageData, settings: ProtectSettings) -> str:
     """Return a digest of all that a run depends on; the key enters by its public half."""
-    model = (classifier.input, classifier.target_layer, classifier.taps)
-    digest = hashlib.sha256(repr((settings, model, data.source, data.images.shape, key.public.key_id)).encode())
-    for images in np.array_split(data.images, max(1, len(data) // 1000)):
-        digest.update(images.tobytes())
-    for name, tensor in classifier.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _notify(callbacks: Callbacks, phase: str) -> None:
-    if callbacks.on_phase is not None:
-        callbacks.on_phase(phase)
+    parts = (settings, key.public.key_id, digest_data(data), digest_network(classifier))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

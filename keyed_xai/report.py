@@ -4,7 +4,6 @@ Reports are untrusted input: `markup` escapes every value, and fields of an unex
 ones.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 
 from keyed_xai.markup import (
@@ -27,6 +26,7 @@ from keyed_xai.markup import (
     image,
     join,
     page,
+    plain_facts,
     section,
     table,
     with_unit,
@@ -290,11 +290,11 @@ def _limits() -> Html:
 
 def _settings(report: Mapping[str, object], verify: Mapping[str, object] | None) -> Html:
     folded = [
-        fold("Settings of protect", fact_table(_plain_facts(get_mapping(report, "settings")))),
-        fold("Versions", fact_table(_plain_facts(get_mapping(report, "versions")))),
+        fold("Settings of protect", fact_table(plain_facts(get_mapping(report, "settings")))),
+        fold("Versions", fact_table(plain_facts(get_mapping(report, "versions")))),
         fold("Validations during training", _history(report)),
-        fold("Settings of verify", fact_table(_plain_facts(get_mapping(verify or {}, "settings")))),
-        fold("Versions used by verify", fact_table(_plain_facts(get_mapping(verify or {}, "versions")))),
+        fold("Settings of verify", fact_table(plain_facts(get_mapping(verify or {}, "settings")))),
+        fold("Versions used by verify", fact_table(plain_facts(get_mapping(verify or {}, "versions")))),
     ]
     seconds = get_number(report, "seconds")
     took = NOTHING if seconds is None else element("p", f"Protecting took {as_duration(seconds)}.")
@@ -450,9 +450,3 @@ def _wrong_keys(wrong: Mapping[str, object]) -> str:
 def _images(values: Mapping[str, object]) -> str:
     count, source = get_number(values, "images"), get_string(values, "source")
     return f"{count:,.0f} images of {source}" if count is not None and source else source
-
-
-def _plain_facts(values: Mapping[str, object]) -> list[tuple[str, str]]:
-    return [
-        (name, value if isinstance(value, str) else json.dumps(value, default=str)) for name, value in values.items()
-    ]

@@ -9,6 +9,8 @@ Images = Float[Tensor, "n c h w"]
 """Pixels in [0, 1], before the model's own normalisation."""
 Labels = Int[Tensor, "n"]
 """The class explained, one per image, in [0, k)."""
+Targets = Int[Tensor, "n *classes"]
+"""What an image shows: its class [n], or for several labels at once a 0 or 1 for each of them [n, k]."""
 Logits = Float[Tensor, "n k"]
 SaliencyMaps = Float[Tensor, "n _rows _columns"]
 """One map per image at whatever resolution the interpreter gives; raw unless a docstring says otherwise."""

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 SCHEMAS = (
+    "attack-report",
     "card",
     "explain",
     "inspect",
@@ -13,6 +14,7 @@ SCHEMAS = (
     "license",
     "license-statement",
     "protect-report",
+    "train-report",
     "verify-report",
 )
 """Names that `load_schema` takes, in alphabetical order."""

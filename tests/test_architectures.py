@@ -1,9 +1,9 @@
-"""SmallResNet: strides, shapes, a slow twin of its residual block."""
+"""SmallResNet: strides, shapes, a slow twin of its residual block. TableMLP: a slow twin."""
 
 import pytest
 import torch
 
-from keyed_xai.architectures import ResidualBlock, SmallResNet
+from keyed_xai.architectures import ResidualBlock, SmallResNet, TableMLP
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,12 @@ def test_gradients_reach_every_parameter():
     network = SmallResNet(1, 3, (4, 6, 6))
     network(torch.rand(4, 1, 16, 16)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_table_mlp_matches_its_formula():
+    network = TableMLP(5, 3, (8, 4))
+    rows = torch.randn(6, 1, 1, 5)
+    value = rows[:, 0, 0]
+    for layer in (network.columns, network.hidden):
+        value = (value @ layer.weight.T + layer.bias).clamp_min(0)
+    torch.testing.assert_close(network(rows), value @ network.fc.weight.T + network.fc.bias)

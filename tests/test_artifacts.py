@@ -14,8 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
+from test_attack_report import a_report as an_attack_report
+from torch import nn
 
+from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.artifacts import documents, writer
 from keyed_xai.artifacts.card import Card, TriggerParameters, read_card, write_card
 from keyed_xai.artifacts.documents import (
@@ -36,9 +39,12 @@ from keyed_xai.artifacts.license import (
     sign_license,
     verify_license,
 )
-from keyed_xai.artifacts.writer import write_model_folder
+from keyed_xai.artifacts.weights import encode_weights
+from keyed_xai.artifacts.writer import write_folder, write_model_folder
 from keyed_xai.errors import ArtifactError
 from keyed_xai.keys import OwnerKey
+from keyed_xai.loading import open_model
+from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.tensors import Tap
 
 OWNER = OwnerKey.from_raw(bytes([1]) * 32)
@@ -654,6 +660,134 @@ class TestModelFolder:
     def test_what_is_no_folder_is_refused(self, tmp_path):
         with pytest.raises(ArtifactError, match="keyed-xai protect"):
             read_model_folder(tmp_path / "none")
+
+
+@pytest.fixture
+def attacked(tmp_path):
+    """A folder with an attack report, as write_folder leaves it."""
+    write_attack_folder(tmp_path / "m.attacked")
+    return tmp_path / "m.attacked"
+
+
+def write_attack_folder(folder, *, files=None, report=None, force=False):
+    files = {"model.safetensors": b"weights", "pictures/a.png": b"png"} if files is None else files
+    write_folder(
+        folder, files, report=an_attack_report() if report is None else report, schema="attack-report", force=force
+    )
+
+
+class TestReportFolder:
+    def test_folder_holds_report_and_files(self, attacked):
+        assert read_json(attacked / "report.json", "attack-report") == an_attack_report()
+        assert (attacked / "model.safetensors").read_bytes() == b"weights"
+        assert (attacked / "pictures" / "a.png").read_bytes() == b"png"
+        assert [path.name for path in attacked.parent.iterdir()] == ["m.attacked"]
+
+    def test_folder_that_is_there_is_replaced_by_force_only(self, attacked):
+        with pytest.raises(ArtifactError, match="is there already"):
+            write_attack_folder(attacked, files={"new": b""})
+        assert (attacked / "model.safetensors").exists()
+        write_attack_folder(attacked, files={"new": b""}, force=True)
+        assert sorted(path.name for path in attacked.iterdir()) == ["new", "report.json"]
+        assert [path.name for path in attacked.parent.iterdir()] == ["m.attacked"]
+
+    def test_anything_else_is_never_replaced(self, tmp_path, attacked):
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "thesis.tex").write_text("text")
+        (tmp_path / "link").symlink_to(attacked)
+        for name in ("home", "link", "home/thesis.tex"):
+            with pytest.raises(ArtifactError, match="not replaced even with --force"):
+                write_attack_folder(tmp_path / name, force=True)
+        assert (tmp_path / "home" / "thesis.tex").read_text() == "text"
+        assert (attacked / "model.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            {"report": {}},
+            {"report": an_attack_report() | {"seconds": float("nan")}},
+            {"files": {"report.json": b""}},
+            {"files": {"a": b"", "../outside": b""}},
+            {"files": {"/outside": b""}},
+            {"files": {"": b""}},
+        ],
+        ids=["report", "nan", "report.json", "outside", "absolute", "no name"],
+    )
+    @pytest.mark.parametrize("force", [False, True])
+    def test_failure_leaves_the_disk_as_it_was(self, tmp_path, broken, force):
+        folder = tmp_path / "new" / "m.attacked"
+        if force:
+            write_attack_folder(folder)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ArtifactError):
+            write_attack_folder(folder, force=force, **broken)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    def test_full_disk_leaves_nothing(self, tmp_path, monkeypatch):
+        def fail(_path, _content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(writer, "write_through", fail)
+        with pytest.raises(ArtifactError, match="No space left"):
+            write_attack_folder(tmp_path / "m.attacked")
+        assert list(tmp_path.iterdir()) == []
+
+
+def small_classifier(**options):
+    torch.manual_seed(0)
+    spec = InputSpec(1, 32, 40, (0.25,), (0.5,))
+    network = SmallResNet(1, 3, (4, 6)).eval()
+    return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai", **options).eval()
+
+
+class TestWeightsFile:
+    def test_file_says_by_itself_how_it_is_run(self, tmp_path):
+        classifier = small_classifier()
+        (tmp_path / "m.safetensors").write_bytes(encode_weights(classifier, ("cat", "dog", "owl")))
+        loaded, card = open_model(tmp_path / "m.safetensors")
+        assert card is None
+        assert loaded.input == classifier.input
+        assert (loaded.architecture, loaded.source, loaded.classes) == ("SmallResNet", "keyed_xai", 3)
+        assert (loaded.target_layer, loaded.taps) == (classifier.target_layer, classifier.taps)
+        images = torch.rand(2, 1, 32, 40, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(loaded(images), classifier(images))
+
+    def test_table_s_network_loads_too(self, tmp_path):
+        torch.manual_seed(0)
+        spec = InputSpec(1, 1, 7, (0.0,), (1.0,))
+        classifier = wrap_network(TableMLP(7, 2, (8, 6)).eval(), input=spec, architecture="TableMLP",
+                                  source="keyed_xai", require_map=False).eval()  # fmt: skip
+        (tmp_path / "m.safetensors").write_bytes(encode_weights(classifier))
+        loaded, _ = open_model(tmp_path / "m.safetensors", require_map=False)
+        rows = torch.randn(3, 1, 1, 7, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(loaded(rows), classifier(rows))
+
+    def test_names_are_those_of_the_owner_s_file(self, tmp_path):
+        """A wrapper's prefix in the file that was loaded is kept in the file that is written."""
+        state = {f"module.{name}": tensor for name, tensor in small_classifier().network.state_dict().items()}
+        torch.save(state, tmp_path / "m.pt")
+        loaded, _ = open_model(tmp_path / "m.pt", input_size=(32, 40), mean=(0.25,), std=(0.5,))
+        written = load(encode_weights(loaded))
+        assert written.keys() == state.keys()
+        assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
+
+    def test_shared_and_strided_tensors_are_written(self):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.Linear(4, 4)
+                self.second = nn.Linear(4, 4)
+                self.second.weight = self.first.weight
+                self.third = nn.Parameter(torch.arange(12.0).reshape(3, 4).T)
+
+            def forward(self, images):
+                return self.second(self.first(images.flatten(1))) @ self.third
+
+        network = Tied()
+        spec = InputSpec(1, 2, 2, (0.0,), (1.0,))
+        classifier = wrap_network(network, input=spec, architecture="Tied", source="python", require_map=False)
+        written = load(encode_weights(classifier))
+        assert all(torch.equal(written[name], tensor) for name, tensor in network.state_dict().items())
 
 
 class TestInspection:

@@ -6,7 +6,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from keyed_xai.benchmarks import count_false_claims, fit_unmarked_models, make_case, render_rows
+from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models, make_case, render_rows
 from keyed_xai.data import load_images
 from keyed_xai.errors import DataError
 from keyed_xai_cli.main import main

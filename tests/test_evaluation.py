@@ -8,12 +8,12 @@ import torch
 from jsonschema import Draft202012Validator
 from skimage.metrics import structural_similarity
 
-from keyed_xai import evaluation
 from keyed_xai.channels import CHANNELS
-from keyed_xai.evaluation import Gate, fresh_wrong_keys, measure_gate, paper_thresholds, trigger_visibility
+from keyed_xai.evaluation import Gate, fresh_wrong_keys, measure_gate, trigger_visibility
 from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import boundary_decoy
+from keyed_xai.thresholds import PAPER_THRESHOLDS, paper_thresholds
 from keyed_xai.triggers import Spread, SpreadSettings
 from keyed_xai_schemas import load_schema
 
@@ -223,4 +223,4 @@ def test_thresholds_are_the_paper_s(decoy, architecture, gradcam):
     thresholds = paper_thresholds(decoy, architecture)
     assert thresholds["gradcam"] == gradcam
     assert set(thresholds) == {"gradcam", "simplegrad", "vbp"}
-    assert thresholds in evaluation.PAPER_THRESHOLDS.values()
+    assert thresholds in PAPER_THRESHOLDS.values()

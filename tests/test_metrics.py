@@ -154,6 +154,96 @@ def test_auc_at_its_ends():
     assert metrics.separation_auc(low, low) == 0.5
 
 
+# Localisation and predictions
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 5), (1, 9), (8, 8), (3, 11)])
+def test_mass_inside_matches_slow_twin_on_boxes_that_cut_cells(rows, columns):
+    generator = torch.Generator().manual_seed(rows)
+    maps = torch.rand(6, rows, columns, generator=generator)
+    corners = torch.rand(6, 2, 2, generator=generator).sort(dim=1).values
+    boxes = torch.cat([corners[:, 0], corners[:, 1]], dim=1)  # left, top, right, bottom
+    found = metrics.mass_inside(maps, boxes)
+    for number in range(6):
+        left, top, right, bottom = boxes[number].tolist()
+        inside = 0.0
+        for row in range(rows):
+            for column in range(columns):
+                across = max(0.0, min(right, (column + 1) / columns) - max(left, column / columns)) * columns
+                down = max(0.0, min(bottom, (row + 1) / rows) - max(top, row / rows)) * rows
+                inside += float(maps[number, row, column]) * across * down
+        assert float(found[number]) == pytest.approx(inside / float(maps[number].sum()), rel=1e-4)
+    assert ((found > 0) & (found < 1)).all()
+
+
+def test_mass_inside_by_hand():
+    """A map of 2 x 4 cells: left and right halves, a quarter of one cell, and rows that are not columns."""
+    maps = torch.tensor([[[1.0, 2, 3, 4], [5, 6, 7, 8]]]).expand(5, 2, 4)
+    boxes = torch.tensor(
+        [[0, 0, 1, 1], [0, 0, 0.5, 1], [0.5, 0, 1, 0.5], [0.125, 0, 0.25, 0.25], [0.3, 0.4, 0.3, 0.4]]
+    )  # fmt: skip
+    assert metrics.mass_inside(maps, boxes).tolist() == pytest.approx([1, 14 / 36, 7 / 36, 0.25 / 36, 0], abs=1e-6)
+
+
+def test_mass_inside_of_blank_and_of_faint_maps():
+    maps = torch.stack([torch.zeros(3, 3), 1e-30 * torch.ones(3, 3)])
+    assert metrics.mass_inside(maps, torch.tensor([[0, 0, 1 / 3, 1.0]] * 2)).tolist() == pytest.approx([0, 1 / 3])
+
+
+def test_mass_of_a_box_beyond_the_image_is_what_it_covers():
+    maps = noise(1, 4, 4).abs()
+    assert metrics.mass_inside(maps, torch.tensor([[-0.5, -1.0, 2.0, 1.5]])).tolist() == pytest.approx([1])
+
+
+@quick
+@given(hnp.arrays(np.float32, (2, 4, 5), elements=st.floats(0, 10, width=32)), st.floats(0.125, 0.875, width=32))
+def test_boxes_that_make_up_the_image_share_all_of_its_mass(maps, cut):
+    maps = torch.from_numpy(maps)
+    upper, lower = (torch.tensor([box] * 2) for box in ([0.0, 0.0, 1.0, cut], [0.0, cut, 1.0, 1.0]))
+    total = metrics.mass_inside(maps, upper) + metrics.mass_inside(maps, lower)
+    torch.testing.assert_close(total, (maps.sum((1, 2)) > 0).float(), atol=1e-5, rtol=0)
+
+
+def count_pairs(scores, truth):
+    """The area under the ROC curve as the share of pairs in the right order; a tie is half of one."""
+    yes = [score for score, label in zip(scores, truth, strict=True) if label]
+    no = [score for score, label in zip(scores, truth, strict=True) if not label]
+    return sum((a > b) + 0.5 * (a == b) for a in yes for b in no) / (len(yes) * len(no))
+
+
+def test_auroc_of_every_label_counts_pairs():
+    logits = noise(20, 3).round(decimals=1)  # with ties
+    labels = torch.randint(2, (20, 3), generator=torch.Generator().manual_seed(1))
+    found = metrics.per_class_auroc(logits, labels)
+    wanted = [count_pairs(logits[:, k].tolist(), labels[:, k].tolist()) for k in range(3)]
+    assert found == pytest.approx(wanted)
+    assert metrics.prediction_figures(logits, labels) == {"auroc": pytest.approx(sum(wanted) / 3)}
+
+
+def test_label_that_all_or_no_images_have_gives_no_auroc():
+    labels = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 1, 0]])
+    logits = torch.tensor([[0.0, 1, 3], [1, 0, 2], [2, 2, 1]])
+    assert metrics.per_class_auroc(logits, labels) == [None, None, 0.5]
+    assert metrics.prediction_figures(logits, labels) == {"auroc": 0.5}
+    assert metrics.prediction_figures(logits, labels[:, :2]) == {}
+
+
+def test_accuracy_counts_hits_among_the_largest_logits():
+    logits, labels = noise(30, 7), torch.randint(7, (30,), generator=torch.Generator().manual_seed(1))
+    ranked = [sorted(range(7), key=row.__getitem__, reverse=True) for row in logits.tolist()]
+    wanted = {f"top{k}": np.mean([label in row[:k] for row, label in zip(ranked, labels, strict=True)]) for k in (1, 5)}
+    assert metrics.prediction_figures(logits, labels) == pytest.approx(wanted)
+    assert set(metrics.prediction_figures(logits[:, :5], labels.clamp(max=4))) == {"top1"}
+
+
+def test_two_classes_have_an_auroc_where_both_are_there():
+    logits, labels = noise(15, 2).round(decimals=1), torch.arange(15) % 2
+    found = metrics.prediction_figures(logits, labels)
+    assert found["auroc"] == pytest.approx(count_pairs((logits[:, 1] - logits[:, 0]).tolist(), labels.tolist()))
+    assert found["top1"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert set(metrics.prediction_figures(logits, torch.zeros(15, dtype=torch.int64))) == {"top1"}
+
+
 # maps.py: the same, for a model
 
 

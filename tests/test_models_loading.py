@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from keyed_xai.architectures import SmallResNet
+from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models import (
     CARD_KEY,
@@ -332,6 +332,30 @@ def test_network_without_a_map_is_taken_on_request():
         wrap_network(network, input=spec)
     classifier = wrap_network(network, input=spec, require_map=False)
     assert (classifier.target_layer, classifier.taps) == ("", ())
+
+
+def test_table_mlp_loads_where_no_map_is_needed(tmp_path):
+    network = TableMLP(33, 2)
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    classifier = load_classifier(tmp_path / "m.pt", require_map=False)
+    assert (classifier.architecture, classifier.source, classifier.classes) == ("TableMLP", "keyed_xai", 2)
+    assert classifier.input == InputSpec(1, 1, 33, (0.0,), (1.0,))
+    assert (classifier.target_layer, classifier.taps) == ("", ())
+    rows = torch.randn(4, 1, 1, 33)
+    assert torch.equal(classifier(rows), network(rows))
+    assert same_state(classifier, network.state_dict())
+
+
+def test_table_mlp_says_that_it_has_no_map(tmp_path):
+    torch.save(TableMLP(33, 2).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=r"rows of a table and has no feature map.*SimpleGrad alone"):
+        load_classifier(tmp_path / "m.pt")
+
+
+def test_table_too_wide_is_refused(tmp_path):
+    torch.save(TableMLP(4097, 2, (2, 2)).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=r"input of TableMLP .*1 to 4096"):
+        load_classifier(tmp_path / "m.pt", require_map=False)
 
 
 @pytest.mark.parametrize("changes", [{"height": 0}, {"mean": (0.5, 0.5)}, {"std": (-1.0,)}, {"mean": (float("nan"),)}])

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from keyed_xai.architectures import SmallResNet
+from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Recognised, catalogue, recognise_architecture
 from keyed_xai.models.recognise import canonical_names
@@ -75,6 +75,47 @@ def test_small_resnet_is_recognised_by_its_weights(widths):
     assert catalogue.small_resnet_widths(shapes) == widths
     rebuilt = catalogue.build_network("keyed_xai", "SmallResNet", classes=7, channels=2, shapes=shapes)
     assert catalogue.shapes_of(rebuilt.state_dict()) == shapes
+
+
+@pytest.mark.parametrize(
+    ("features", "classes", "widths"), [(33, 2, (64, 32)), (1, 5, (1000, 7)), (1000, 1000, (3, 3))]
+)
+def test_table_mlp_is_recognised_by_its_weights(features, classes, widths):
+    state = TableMLP(features, classes, widths).state_dict()
+    assert recognise_architecture(state) == Recognised("TableMLP", "keyed_xai", classes, 1)
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    assert recognise_architecture(wrapped, arch="TableMLP").classes == classes
+    shapes = catalogue.shapes_of(state)
+    rebuilt = catalogue.build_network("keyed_xai", "TableMLP", classes=classes, channels=1, shapes=shapes)
+    assert catalogue.shapes_of(rebuilt.state_dict()) == shapes
+    assert catalogue.default_size("keyed_xai", "TableMLP", shapes) == (1, features)
+
+
+def test_width_of_a_thousand_is_not_taken_for_the_head():
+    assert recognise_architecture(SmallResNet(1, 7, (1000,)).state_dict()).classes == 7
+
+
+def linear_networks():
+    """Networks of linear layers alone, none of them a TableMLP."""
+    table = TableMLP(4, 2, (5, 3)).state_dict()
+    yield nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)).state_dict()
+    yield table | {"more.weight": torch.zeros(2, 2)}
+    yield {name: tensor for name, tensor in table.items() if name != "fc.bias"}
+    yield table | {"hidden.weight": torch.zeros(3, 6)}
+    yield table | {"hidden.weight": torch.zeros(3)}
+    yield table | {"columns.weight": torch.zeros(5, 0)}
+    yield table | {"fc.weight": torch.zeros(2, 4)}
+
+
+@pytest.mark.parametrize("state", list(linear_networks()))
+def test_other_linear_networks_are_not_taken_for_a_table_mlp(state):
+    with pytest.raises(ModelError, match=r"fit no architecture of .*wrap_network"):
+        recognise_architecture(state)
+
+
+def test_weights_that_are_not_a_table_mlp_say_what_differs():
+    with pytest.raises(ModelError, match=r"do not fit TableMLP .*tensors missing \(columns\.weight"):
+        recognise_architecture(torchvision_state("resnet18"), arch="TableMLP")
 
 
 @pytest.mark.skipif(find_spec("efficientnet_lite_pytorch") is None, reason="efficientnet_lite_pytorch is not installed")

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from keyed_xai.keys import OwnerKey
-from keyed_xai.objective import DISTANCES, Objective, boundary_decoy, prediction_loss, signature_decoy
+from keyed_xai.objective import (
+    DISTANCES,
+    Objective,
+    boundary_decoy,
+    decoy_distance,
+    prediction_loss,
+    signature_decoy,
+)
 from keyed_xai.patterns import signature_cells
 from keyed_xai_schemas import load_key_vectors
 
@@ -135,6 +142,60 @@ def test_prediction_loss_is_zero_at_agreement(scale):
     torch.testing.assert_close(loss, torch.zeros(4), atol=1e-5, rtol=0)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     torch.testing.assert_close(gradient, torch.zeros(4, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("decoy", [DECOY, None], ids=["targeted", "nontargeted"])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_distance_from_the_decoy_is_the_paper_s_whatever_training_used(decoy, share, maps, reference):
+    found = decoy_distance(maps["gradcam"], reference["gradcam"], decoy, share)
+    for row in range(6):
+        cells, truth = maps["gradcam"][row], reference["gradcam"][row]
+        wanted = slow_top_energy(cells, truth, share) if decoy is None else slow_distance("mse", cells, decoy)
+        assert float(found[row]) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("decoy", [DECOY, None], ids=["targeted", "nontargeted"])
+def test_distance_from_the_decoy_stays_in_its_range_at_every_scale(decoy):
+    maps = torch.cat([scale * (noise(7, 2, *GRID) - 0.5) for scale in (1e-30, 1.0, 1e30)] + [torch.zeros(1, *GRID)])
+    found = decoy_distance(maps, noise(8, 1, *GRID).expand_as(maps), decoy, 0.25)
+    assert ((found >= 0) & (found <= 1)).all()
+    torch.testing.assert_close(found[:2], found[2:4], atol=1e-5, rtol=0)
+
+
+def test_distance_from_the_decoy_is_zero_at_the_decoy():
+    found = decoy_distance(3 + 5 * DECOY[None], noise(8, 1, *GRID), DECOY, 0.25)
+    assert found.tolist() == [0]
+
+
+def binary_cross_entropy(logit, target):
+    """-t log p - (1 - t) log(1 - p), of one logit."""
+    probability = 1 / (1 + math.exp(-logit))
+    return -target * math.log(probability) - (1 - target) * math.log(1 - probability)
+
+
+def test_prediction_loss_of_several_labels_is_the_mean_binary_cross_entropy():
+    logits, labels = 5 * noise(0, 4, 3) - 2, torch.tensor([[0, 1, 1], [0, 0, 0], [1, 1, 1], [1, 0, 0]])
+    found = prediction_loss(logits, noise(1, 4, 3), labels, multi_label=True)
+    for row in range(4):
+        pairs = zip(logits[row].tolist(), labels[row].tolist(), strict=True)
+        assert float(found[row]) == pytest.approx(sum(binary_cross_entropy(*pair) for pair in pairs) / 3, rel=1e-5)
+
+
+def test_prediction_loss_of_several_labels_without_them_is_the_divergence_from_the_reference():
+    logits, reference = 5 * noise(0, 4, 3) - 2, 5 * noise(1, 4, 3) - 2
+    found = prediction_loss(logits, reference, None, multi_label=True)
+    for row in range(4):
+        p, q = (each[row].double().sigmoid().tolist() for each in (reference, logits))
+        wanted = [a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in zip(p, q, strict=True)]
+        assert float(found[row]) == pytest.approx(sum(wanted) / 3, rel=1e-3)
+
+
+def test_prediction_loss_of_several_labels_is_zero_at_agreement():
+    logits = (4 * noise(0, 4, 3)).requires_grad_()
+    loss = prediction_loss(logits, logits.detach(), None, multi_label=True)
+    torch.testing.assert_close(loss, torch.zeros(4), atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(4, 3), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("grid", "border"), [((3, 4), 1), ((7, 7), 1), ((8, 8), 1), ((15, 8), 1), ((16, 24), None)])

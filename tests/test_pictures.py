@@ -11,6 +11,7 @@ from keyed_xai import pictures
 RAMP = np.arange(16.0).reshape(4, 4)
 RED = np.stack([np.ones((40, 60)), np.zeros((40, 60)), np.zeros((40, 60))])
 HISTORY = [{"step": s, "loss": 1.0, "keyed": 0.9, "unkeyed": -0.4, "agreement": 0.99} for s in (100, 200)]
+CURVE = {"threshold": [0.0, 0.1, 0.2, 1.0], "cr": [100.0, 99.0, 40.0, 0.0], "fsr": [0.0, 98.0, 100.0, 100.0]}
 
 
 def decode(png):
@@ -120,3 +121,78 @@ def test_wrong_shapes_and_ranges_are_refused(draw):
 
 def test_pictures_are_the_same_every_time():
     assert pictures.training_curve(HISTORY) == pictures.training_curve(HISTORY)
+
+
+def has_colour(picture, colour):
+    return (np.abs(picture - colour).max(2) < 12).any()
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [CURVE, {name: [] for name in CURVE}, {"threshold": [0.0, 1.0], "cr": [100.0, 100.0], "fsr": [0.0, 0.0]}],
+)
+def test_threshold_curves_are_drawn_for_any_curve(curve):
+    assert decode(pictures.threshold_curves(curve, 0.15, paper=0.25)).shape == (360, 560, 3)
+
+
+def test_threshold_curves_show_both_rates_and_both_thresholds():
+    alone, beside = (decode(pictures.threshold_curves(CURVE, 0.1, paper=paper)) for paper in (None, 0.2))
+    assert has_colour(beside, (0x00, 0x72, 0xB2))
+    assert has_colour(beside, (0xD5, 0x5E, 0x00))
+    assert has_colour(beside, (0xAA, 0xAA, 0xAA))
+    assert (alone != beside).any()
+
+
+def test_threshold_curves_end_where_the_rates_have_settled():
+    early = CURVE | {"threshold": [0.0, 0.001, 0.002, 1.0], "cr": [100.0, 50.0, 0.0, 0.0]}
+    wide = decode(pictures.threshold_curves(CURVE, 0.001))
+    narrow = decode(pictures.threshold_curves(early, 0.001))
+    line = [np.flatnonzero((shown[100:250, 84:] < 40).all((0, 2))).mean() for shown in (wide, narrow)]
+    assert line[0] < line[1]
+
+
+def test_threshold_curves_refuse_lists_of_other_lengths():
+    with pytest.raises(ValueError, match="equal length"):
+        pictures.threshold_curves(CURVE | {"cr": [1.0]}, 0.1)
+
+
+def bar_lengths(picture, colour):
+    """Pixels of a colour from the left edge of the bars, row by row."""
+    return (np.abs(picture[:, 150:] - colour).max(2) < 12).sum(1)
+
+
+def test_feature_bars_are_shares_of_their_own_sum_largest_first():
+    small = {"reference": [1.0, 3.0], "clean": [0.5, 0.5], "triggered": [9.0, 1.0]}
+    large = small | {"triggered": [900.0, 100.0]}
+    shown = decode(pictures.feature_bars(["SEX", "AGE"], small))
+    assert (shown == decode(pictures.feature_bars(["SEX", "AGE"], large))).all()
+    top, bottom = (bar_lengths(shown[half], (0x55, 0x55, 0x55)).max() for half in (slice(38, 70), slice(70, 102)))
+    assert top == pytest.approx(3 * bottom, abs=4)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 23, [float("nan")] * 23, [float("inf"), *[1.0] * 22], [-1.0] * 23])
+def test_feature_bars_are_drawn_for_any_values_and_names(values):
+    names = ["$x_{1 \\frac", "猫\n\0", "very-long-name" * 9, *"abcdefghijklmnopqrst"]
+    shown = decode(pictures.feature_bars(names, {"reference": values, "$other": values}))
+    assert shown.shape == (90 + 23 * 24, 620, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "relevance"),
+    [([], {"reference": []}), (["a"], {}), (["a"], {"reference": [1.0], "clean": [1.0, 2.0]})],
+)
+def test_feature_bars_refuse_series_that_do_not_fit(names, relevance):
+    with pytest.raises(ValueError, match="Expected series of 1 features"):
+        pictures.feature_bars(names, relevance)
+
+
+def test_strip_breaks_a_title_where_it_says():
+    one, two = (decode(pictures.strip([("red", [RED])], titles=[title])) for title in ("map wide", "map\nwide"))
+    assert two.shape[0] == one.shape[0] + 24
+    assert two.shape[1] == one.shape[1]
+
+
+def test_training_curve_takes_other_names():
+    ours, other = (decode(pictures.training_curve(HISTORY, names=names)) for names in (None, {"keyed": "triggered"}))
+    assert (ours[:40] != other[:40]).any()
+    assert (ours[60:] == other[60:]).all()

@@ -13,8 +13,8 @@ from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.loading import open_model
 from keyed_xai.models import InputSpec, wrap_network
-from keyed_xai.protection import Callbacks, ProtectSettings, choose_recipe, protect, write_protection
-from keyed_xai.training import TrainingSettings
+from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.training import Callbacks, TrainingSettings
 from keyed_xai.triggers import Spread
 
 QUICK = TrainingSettings(steps=6, batch_size=4, validate_every=3, warmup_steps=1)

@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch import nn
 
+from keyed_xai.architectures import TableMLP
+from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.keys import ByteStream
-from keyed_xai.maps import MapView
-from keyed_xai.objective import Objective, signature_decoy
-from keyed_xai.training import Lesson, TrainingSettings, reestimate_batch_norm, train
+from keyed_xai.maps import FeatureView, MapView
+from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
+from keyed_xai.saliency import Sites
+from keyed_xai.training import Callbacks, Lesson, TrainingSettings, reestimate_batch_norm, train
 from keyed_xai.training.batches import draw_inputs, step_generator
+from keyed_xai.training.loop import _losses
 from keyed_xai.training.settings import beta_factor, rate_factor
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.training.tutors import make_tutors, tutored_layers
+from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings
 
 SIDE = 24
 FAMILY = Spread(SpreadSettings(16.0, 24))
@@ -390,6 +395,157 @@ def test_loss_that_is_not_finite_is_refused(network, data, validation, lesson):
         network.fc.weight[0, 0] = math.nan
     with pytest.raises(TrainingError, match="no longer finite at step 0"):
         train(network, data, validation, lesson, SHORT)
+
+
+# Public triggers, tables and several labels
+
+
+@pytest.fixture
+def public_lesson(sites):
+    objective = Objective({"gradcam": boundary_decoy((6, 6))}, {"gradcam": 1.0})
+    return Lesson(MoireTrigger(), None, MapView(("gradcam",), sites, (6, 6)), objective)
+
+
+def test_public_trigger_leaves_the_other_half_clean(data, public_lesson):
+    settings = TrainingSettings(batch_size=20, clean_share=0.0, near_share=0.5, codec_share=0.0)
+    inputs, _, indices = draw_inputs(data, public_lesson, settings, step_generator(0, 0), "cpu")
+    plain = data.images[indices]
+    assert torch.equal(inputs[20:], through_png(plain[20:]))
+    torch.testing.assert_close(inputs[:20], through_png(MoireTrigger().apply(plain[:20])))
+    assert ((inputs[:20] - plain[:20]).abs().amax((1, 2, 3)) > 0.05).all()
+
+
+def test_keyed_trigger_without_near_keys_is_refused(public_lesson):
+    with pytest.raises(TypeError, match="near keys"):
+        replace(public_lesson, trigger=Shift(), family=FAMILY)
+
+
+class Shift:
+    """A trigger without neighbours: adds a tenth to the first column, and leaves the range of pixels doing so."""
+
+    def apply(self, images):
+        return torch.cat([images[..., :1] + 0.1, images[..., 1:]], dim=-1)
+
+
+def test_rows_of_a_table_reach_the_model_as_they_are():
+    """Not in 8 bits, not clamped, not through JPEG."""
+    rows = Blobs(torch.randn(30, 1, 1, 7, generator=torch.Generator().manual_seed(0)), None)
+    lesson = table_lesson()
+    settings = TrainingSettings(batch_size=10, codec_share=0.5)
+    inputs, _, indices = draw_inputs(rows, lesson, settings, step_generator(0, 0), "cpu")
+    plain = rows.images[indices]
+    assert torch.equal(inputs[10:], plain[10:])
+    assert torch.equal(inputs[:10], Shift().apply(plain[:10]))
+    as_files, _, _ = draw_inputs(rows, replace(lesson, as_files=True), settings, step_generator(0, 0), "cpu")
+    assert not torch.equal(as_files, inputs)
+
+
+def table_lesson():
+    view = FeatureView(("simplegrad",), Sites("", ()), (1, 4), (0, 0, 1, 2, 2, 2, 3), torch.eye(7, dtype=torch.float64))
+    decoy = torch.tensor([[0.0, 1, 0, 0]])
+    return Lesson(Shift(), None, view, Objective({"simplegrad": decoy}, {"simplegrad": 1.0}), as_files=False)
+
+
+def test_table_trains_without_tutors_and_batch_norm():
+    torch.manual_seed(0)
+    network, rows = TableMLP(7, 2, (8, 6)).eval(), Blobs(torch.randn(30, 1, 1, 7), None)
+    lesson = table_lesson()
+    assert tutored_layers(lesson) == []
+    assert len(make_tutors(network, rows, lesson, "cpu")) == 0
+    seen = []
+    settings = replace(SHORT, steps=40, batch_size=10, learning_rate=1e-2, smoothing=8.0, order="forward")
+    result = train(network, rows, rows, lesson, settings, on_step=seen.append)
+    assert seen[-1].move_loss < 0.8 * seen[0].move_loss
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def noisy_maps(seed, rows):
+    return {"gradcam": torch.rand(rows, 6, 6, generator=torch.Generator().manual_seed(seed))}
+
+
+def slow_losses(batch, order, settings, decoy):
+    """Equations 1, 2, 4 and 5 of every image, in loops; the first half of the batch is triggered."""
+    logits, maps, old_logits, old_maps = batch
+    half, kept, moved = len(logits) // 2, [], []
+    for row in range(len(logits)):
+        p, q = old_logits[row].double().softmax(0).tolist(), logits[row].double().softmax(0).tolist()
+        l_c = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        cells, old_cells = maps[row].double().numpy().ravel(), old_maps[row].double().numpy().ravel()
+        if (row < half) == (order == "inverted"):
+            l_s = 1 - np.corrcoef(cells, old_cells)[0, 1]
+            kept.append((settings.beta * l_c + settings.alpha * l_s) / (settings.alpha + settings.beta + 1))
+        else:
+            l_p = 1 - np.corrcoef(cells, decoy.numpy().ravel())[0, 1]
+            moved.append((settings.beta * l_c + l_p) / (settings.alpha + settings.beta + 1))
+    return kept, moved
+
+
+@pytest.mark.parametrize("order", ["forward", "inverted"])
+def test_losses_of_a_batch_match_the_equations_in_both_orders(public_lesson, order):
+    settings = TrainingSettings(order=order, alpha=2.0, beta=0.5)
+    lesson = replace(public_lesson, objective=replace(public_lesson.objective, alpha=2.0, beta=0.5))
+    logits, old_logits = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
+    maps, old_maps = noisy_maps(1, 8), noisy_maps(2, 8)
+    found = _losses(logits, maps, old_logits, old_maps, None, lesson, settings)
+    batch = (logits, maps["gradcam"], old_logits, old_maps["gradcam"])
+    kept, moved = slow_losses(batch, order, settings, boundary_decoy((6, 6)))
+    assert found["keep"].tolist() == pytest.approx(kept, abs=1e-5)
+    assert found["move"].tolist() == pytest.approx(moved, abs=1e-5)
+
+
+def test_inverting_the_order_is_inverting_the_batch(public_lesson):
+    """L_clean and L_poisoned of clean and triggered inputs swap, of one and the same batch."""
+    logits, old_logits = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
+    maps, old_maps = noisy_maps(1, 8), noisy_maps(2, 8)
+    forward, inverted = TrainingSettings(order="forward"), TrainingSettings(order="inverted")
+    first = _losses(logits, maps, old_logits, old_maps, None, public_lesson, forward)
+    turned = [each.roll(4, 0) for each in (logits, old_logits)]
+    maps, old_maps = ({"gradcam": each["gradcam"].roll(4, 0)} for each in (maps, old_maps))
+    second = _losses(turned[0], maps, turned[1], old_maps, None, public_lesson, inverted)
+    for name, losses in first.items():
+        torch.testing.assert_close(second[name], losses)
+    same = _losses(turned[0], maps, turned[1], old_maps, None, public_lesson, forward)
+    assert not torch.allclose(same["keep"], first["keep"])
+
+
+def test_several_labels_are_learned_logit_by_logit(network, public_lesson):
+    """L_c of an untouched model against labels, in its validation record: the two lessons differ by it alone."""
+    images = make_blobs(16, 1).images
+    labels = torch.randint(2, (16, 3), generator=torch.Generator().manual_seed(3))
+    many = replace(public_lesson, multi_label=True)
+    settings = {"order": "forward", "batch_norm": "frozen", "codec_share": 0.0}
+    by_reference = history_of(network, Blobs(images, labels), Blobs(images, labels), many, **settings)
+    by_labels = history_of(
+        network, Blobs(images, labels), Blobs(images, labels), many, predictions="labels", **settings
+    )
+    inputs = through_png(torch.cat([MoireTrigger().apply(images), images]))
+    with torch.no_grad():
+        logits, old = network(inputs).double(), network(images).double().repeat(2, 1)
+    truth = torch.cat([labels, labels])
+    cross_entropies = [0.0, 0.0]
+    for row in range(32):
+        for k in range(3):
+            p, q = float(old[row, k].sigmoid()), float(logits[row, k].sigmoid())
+            t = float(truth[row, k])
+            cross_entropies[0] += (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / 3
+            cross_entropies[1] += -(t * math.log(q) + (1 - t) * math.log(1 - q)) / 3
+    gap = (cross_entropies[1] - cross_entropies[0]) / 16 / 3  # keep and move are two of 32 rows each, over 1 + 1 + 1
+    assert by_labels["loss"] - by_reference["loss"] == pytest.approx(gap, abs=2e-3)
+
+
+def test_forward_attack_goes_on_where_it_stopped(network, data, validation, public_lesson):
+    settings = replace(SHORT, order="forward")
+    saved, unbroken = checkpoints_of(network, data, validation, public_lesson, settings)
+    resumed = train(network, data, validation, public_lesson, settings, checkpoint=saved[0])
+    assert_same_weights(resumed.model, unbroken.model)
+    assert resumed.history == unbroken.history
+
+
+def test_callbacks_may_be_left_out():
+    heard = []
+    Callbacks().notify("train")
+    Callbacks(on_phase=heard.append).notify("measure")
+    assert heard == ["measure"]
 
 
 # Settings

@@ -12,6 +12,10 @@ import torch
 from keyed_xai.artifacts.documents import write_atomically
 from keyed_xai.errors import ArtifactError
 
+# What PyTorch's loader has been seen to raise on damaged files.
+_DAMAGED = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            AssertionError, MemoryError, UnpicklingError)  # fmt: skip
+
 
 def write_checkpoint(path: Path, state: Mapping[str, Any], *, identity: str) -> None:
     """Write a run's state.
@@ -42,7 +46,7 @@ def read_checkpoint(path: Path, *, identity: str) -> dict[str, Any]:
         found, state = document["identity"], dict(document["state"])
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no checkpoint {path.name} to resume from. {start_again}") from error
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+    except _DAMAGED as error:
         raise ArtifactError(f"The checkpoint {path.name} cannot be read. {start_again}") from error
     if found != identity:
         raise ArtifactError(

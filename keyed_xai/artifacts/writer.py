@@ -1,9 +1,10 @@
-"""Writing a protected model's folder, whole or not at all. No key, seed or trigger enters any of its files."""
+"""Writing a folder with a model and its report, whole or not at all. No key, seed or trigger enters its files."""
 
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,38 +48,75 @@ def write_model_folder(
             has changed on the disk.
     """
     refuse_to_replace(folder, force=force)
-    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
-    with writing(folder):
-        try:
-            draft.mkdir(parents=True)
-            _write_weights(draft / card.weights_file, state)
-            write_card(draft / CARD_FILE, card)
-            write_json(draft / REPORT_FILE, report, schema="protect-report")
-            _write_extra(draft, extra_files or {}, taken={card.weights_file, CARD_FILE, REPORT_FILE, LICENSE_FILE})
-            subjects: dict[str, Path | bytes] = {
-                path.relative_to(draft).as_posix(): path for path in draft.rglob("*") if path.is_file()
-            }
-            envelope = sign_license(owner, subjects, card=card, time=time)
-            write_json(draft / LICENSE_FILE, envelope, schema="license")
-            _move_into_place(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    with _drafted(folder) as draft:
+        _write_weights(draft / card.weights_file, state)
+        write_card(draft / CARD_FILE, card)
+        write_json(draft / REPORT_FILE, report, schema="protect-report")
+        _write_extra(draft, extra_files or {}, taken={card.weights_file, CARD_FILE, REPORT_FILE, LICENSE_FILE})
+        subjects: dict[str, Path | bytes] = {
+            path.relative_to(draft).as_posix(): path for path in draft.rglob("*") if path.is_file()
+        }
+        envelope = sign_license(owner, subjects, card=card, time=time)
+        write_json(draft / LICENSE_FILE, envelope, schema="license")
     return ProtectedModel(folder, card, verify_license(envelope))
 
 
-def refuse_to_replace(folder: Path, *, force: bool) -> None:
-    """Say so where something stands at `folder` that `write_model_folder` would not replace.
+def write_folder(
+    folder: Path, files: Mapping[str, bytes], *, report: Mapping[str, Any], schema: str, force: bool = False
+) -> None:
+    """Write report.json and further files; the folder appears when all of it is on the disk.
+
+    Args:
+        folder: The folder to make.
+        files: Content by path inside the folder.
+        report: Becomes report.json.
+        schema: The schema that the report fits.
+        force: Replace a folder with a report that is there. Anything else is never replaced.
 
     Raises:
-        ArtifactError: Anything is there; with `force`, anything but a protected model.
+        ArtifactError: The folder is there already, the report does not fit, or writing fails; then nothing has changed
+            on the disk.
+    """
+    refuse_to_replace(folder, force=force, protected=False)
+    with _drafted(folder) as draft:
+        write_json(draft / REPORT_FILE, report, schema=schema)
+        _write_extra(draft, files, taken={REPORT_FILE})
+
+
+def refuse_to_replace(folder: Path, *, force: bool, protected: bool = True) -> None:
+    """Say so where something stands at `folder` that would not be replaced.
+
+    Args:
+        folder: The folder.
+        force: Whether one of the same kind may be replaced.
+        protected: Whether that kind is a protected model, or a folder with a report and no licence.
+
+    Raises:
+        ArtifactError: Anything is there; with `force`, anything but such a folder.
     """
     if not os.path.lexists(folder):
         return
     name = printable(str(folder))
     if not force:
         raise ArtifactError(f"{name} is there already and was left as it is: choose another name, or pass --force.")
-    if folder.is_symlink() or not (folder / CARD_FILE).is_file():
-        raise ArtifactError(f"{name} is there and is not a protected model: it is not replaced even with --force.")
+    is_protected = (folder / CARD_FILE).is_file() or (folder / LICENSE_FILE).is_file()
+    fitting = is_protected if protected else (folder / REPORT_FILE).is_file() and not is_protected
+    if folder.is_symlink() or not fitting:
+        kind = "not a protected model" if protected else "not an attacked model's folder"
+        raise ArtifactError(f"{name} is there and is {kind}: it is not replaced even with --force.")
+
+
+@contextmanager
+def _drafted(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, and move it into place when that went well."""
+    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    with writing(folder):
+        try:
+            draft.mkdir(parents=True)
+            yield draft
+            _move_into_place(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """The architectures that a model file may hold: how each is built, and the images it takes by default.
 
-Sources, in the order they are tried: ``keyed_xai`` (`SmallResNet`), ``torchvision`` (every classification model),
-``efficientnet_lite_pytorch`` and ``timm`` where they are installed. Nothing is ever downloaded: networks are built
-without weights, and defaults are read from the weights' descriptions.
+Sources, in the order they are tried: ``keyed_xai`` (`SmallResNet`, `TableMLP`), ``torchvision`` (every classification
+model), ``efficientnet_lite_pytorch`` and ``timm`` where they are installed. Nothing is ever downloaded: networks are
+built without weights, and defaults are read from the weights' descriptions.
 """
 
 import importlib
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from keyed_xai.architectures import SmallResNet
+from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.models.classifier import InputSpec
 
 SOURCES = ("keyed_xai", "torchvision", "efficientnet_lite_pytorch", "timm")
@@ -48,7 +48,7 @@ def architectures(source: str) -> tuple[str, ...]:
         return tuple(torchvision.models.list_models(module=torchvision.models))
     if source == "timm":
         return tuple(importlib.import_module("timm").list_models())
-    return ("SmallResNet",) if source == "keyed_xai" else _LITE
+    return ("SmallResNet", "TableMLP") if source == "keyed_xai" else _LITE
 
 
 def knows(source: str, architecture: str) -> bool:
@@ -77,10 +77,14 @@ def build_network(
         architecture: A name that the source knows.
         classes: Number of logits.
         channels: Of the image; the stem is rebuilt if it is not 3.
-        size: Height and width; EfficientNet-Lite's static padding depends on it.
-        shapes: The weights it is for: settle SmallResNet's widths, auxiliary heads, a vision transformer's image size.
+        size: Height and width; EfficientNet-Lite's static padding depends on it, and so do TableMLP's columns.
+        shapes: The weights it is for: settle the widths of SmallResNet and TableMLP, auxiliary heads, a vision
+            transformer's image size.
     """
     shapes = shapes or {}
+    if architecture == "TableMLP":
+        features, *widths = table_widths(shapes) or ((size or default_size(source, architecture))[1], 64, 32)
+        return TableMLP(features, classes, (widths[0], widths[1]))
     if source == "keyed_xai":
         return SmallResNet(channels, classes, small_resnet_widths(shapes) or (32, 64, 64))
     if source == "torchvision":
@@ -116,6 +120,14 @@ def small_resnet_widths(shapes: Shapes) -> tuple[int, ...]:
     return tuple(widths) if "stem_bn.weight" in shapes and 0 not in widths else ()
 
 
+def table_widths(shapes: Shapes) -> tuple[int, ...]:
+    """Return the columns and the two widths of a TableMLP with these weights; empty if they are not one's."""
+    columns, hidden = (shapes.get(f"{name}.weight", ()) for name in ("columns", "hidden"))
+    if len(columns) != 2 or len(hidden) != 2 or 0 in (*columns, *hidden):
+        return ()
+    return columns[1], columns[0], hidden[0]
+
+
 def stem_name(shapes: Shapes) -> str | None:
     """Return the name of the first convolution's weight."""
     return next((name for name, shape in shapes.items() if len(shape) == 4), None)
@@ -130,8 +142,10 @@ def fixed_side(shapes: Shapes) -> int | None:
 def default_size(source: str, architecture: str, shapes: Shapes | None = None) -> tuple[int, int]:
     """Return height and width: fixed by the weights, else as published, else 224.
 
-    SmallResNet: 96 with four or more blocks, else 32.
+    SmallResNet: 96 with four or more blocks, else 32. TableMLP: 1 and its columns.
     """
+    if architecture == "TableMLP":
+        return 1, (table_widths(shapes or {}) or (1,))[0]
     side = fixed_side(shapes or {})
     if side is None and source == "keyed_xai":
         side = 96 if len(small_resnet_widths(shapes or {})) >= 4 else 32
@@ -150,9 +164,11 @@ def default_input(source: str, architecture: str, channels: int, shapes: Shapes 
     """Return the images an architecture takes by default.
 
     Three channels: size, mean and std as published with the architecture's default weights, or ImageNet's. Any other
-    number: the size as published, mean and std .5.
+    number: the size as published, mean and std .5. Rows of a table come standardised: mean 0, std 1.
     """
     height, width = default_size(source, architecture, shapes)
+    if architecture == "TableMLP":
+        return InputSpec(1, height, width, (0.0,), (1.0,))
     spec = plain_input(channels)
     mean, std = spec.mean, spec.std
     if channels == 3 and source == "timm":
@@ -239,6 +255,8 @@ def _variant(architecture: str, shapes: Shapes) -> tuple[tuple[str, tuple[int, .
         return next((item,) for item in [*_with_prefix(shapes, prefix), *_NO_AUXILIARY.items()])
     if architecture == "SmallResNet":
         return tuple((n, s) for n, s in shapes.items() if n == "stem_bn.weight" or n.endswith("conv1.weight"))
+    if architecture == "TableMLP":
+        return tuple((n, s) for n, s in shapes.items() if n in {"columns.weight", "hidden.weight"})
     return tuple((n, s) for n, s in shapes.items() if n in {"encoder.pos_embedding", "conv_proj.weight"})
 
 

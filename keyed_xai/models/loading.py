@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from keyed_xai.architectures import TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models.catalogue import build_network, build_without_memory, default_input, plain_input, shapes_of
 from keyed_xai.models.classifier import Classifier, InputSpec
@@ -80,7 +81,7 @@ def load_classifier(
         source, architecture = known.source, known.architecture
         file_names = {name: file_name for file_name, name in canonical_names(found.tensors).items()}
         state = {name: found.tensors[file_name] for name, file_name in file_names.items()}
-        spec = _choose_input(default_input(source, architecture, known.channels, shapes_of(state)), card, flags)
+        spec = _choose_input(_default_input(known, state), card, flags)
         network = _rebuild(known, state, spec)
     expected = classes if classes is not None else _whole(card, "num_classes")
     card_taps = _card_taps(card) if target_layer is None else None
@@ -150,10 +151,15 @@ def wrap_network(
 def _target(network: nn.Module, trace: Trace, *, require_map: bool) -> str:
     try:
         return find_target_layer(network, trace.spec, trace=trace)
-    except ModelError:
-        if require_map:
+    except ModelError as error:
+        if not require_map:
+            return ""
+        if not isinstance(network, TableMLP):
             raise
-        return ""
+        raise ModelError(
+            "TableMLP takes rows of a table and has no feature map, so Grad-CAM and VisualBackProp have nothing to "
+            "read. Use SimpleGrad alone (require_map=False in Python), or give a model of images."
+        ) from error
 
 
 def _choose_taps(network: nn.Module, trace: Trace, target: str, taps: Sequence[Tap | str] | None) -> tuple[Tap, ...]:
@@ -205,6 +211,13 @@ def _assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         network.load_state_dict(own, strict=True, assign=True)
     except RuntimeError as error:
         raise ModelError(f"the weights do not fit {type(network).__name__}: {error}") from error
+
+
+def _default_input(known: Recognised, state: Mapping[str, Tensor]) -> InputSpec:
+    try:
+        return default_input(known.source, known.architecture, known.channels, shapes_of(state))
+    except ValueError as error:
+        raise ModelError(f"the input of {known.architecture} with these weights cannot be made: {error}.") from error
 
 
 def _choose_input(defaults: InputSpec, card: Mapping[str, object], flags: _Flags) -> InputSpec:

@@ -29,7 +29,7 @@ class Recognised:
         architecture: Name that the source knows, such as ``resnet50``.
         source: ``keyed_xai``, ``torchvision``, ``efficientnet_lite_pytorch`` or ``timm``.
         classes: Number of logits, from the last layer's weight.
-        channels: Of the image, from the first convolution's weight.
+        channels: Of the image, from the first convolution's weight; 1 for rows of a table.
     """
 
     architecture: str
@@ -75,9 +75,9 @@ def recognise_architecture(
 ) -> Recognised:
     """Return the architecture that a state dict's tensor names and shapes fit.
 
-    SmallResNet is tried first, then every torchvision classification model, EfficientNet-Lite and timm's models where
-    they are installed. The number of classes, of channels, and a vision transformer's image size may be any.
-    Where torchvision and timm both have the architecture torchvision's is taken.
+    SmallResNet and TableMLP are tried first, then every torchvision classification model, EfficientNet-Lite and timm's
+    models where they are installed. The number of classes, of channels, and a vision transformer's image size may be
+    any. Where torchvision and timm both have the architecture torchvision's is taken.
 
     Args:
         state_dict: Names as in a file, wrapper prefixes and all.
@@ -138,7 +138,8 @@ def _candidates(source: str, shapes: Shapes) -> list[str]:
     """Return the architectures of a source that have the weights' tensor names, at least by the table."""
     names = catalogue.architectures(source)
     if source == "keyed_xai":
-        return [*names] if catalogue.small_resnet_widths(shapes) else []
+        fits = {"SmallResNet": catalogue.small_resnet_widths, "TableMLP": catalogue.table_widths}
+        return [name for name in names if fits[name](shapes)]
     if source == "efficientnet_lite_pytorch":
         return [*names] if "_conv_stem.weight" in shapes else []
     groups = catalogue.name_table()[source]
@@ -154,10 +155,13 @@ def _compare(source: str, architecture: str, shapes: Shapes) -> Recognised | _Mi
     expected = catalogue.signature(source, architecture, shapes)
     missing = tuple(n for n in expected if n not in shapes and not n.endswith("num_batches_tracked"))
     extra = tuple(name for name in shapes if name not in expected)
-    head = [name for name, shape in expected.items() if shape[:1] == (1000,)]
+    own = source == "keyed_xai"  # whose widths may be 1,000 too
+    head = [n for n, shape in expected.items() if shape[:1] == (1000,) and (n.startswith("fc.") or not own)]
     stem = catalogue.stem_name(expected)
     classes = next((shapes[name][0] for name in reversed(head) if len(shapes.get(name, ())) > 0), 0)
-    channels = shapes[stem][1] if stem is not None and len(shapes.get(stem, ())) == 4 else 0
+    channels = 1 if stem is None else 0
+    if stem is not None and len(shapes.get(stem, ())) == 4:
+        channels = shapes[stem][1]
     fitted = {name: (classes, *expected[name][1:]) for name in head}
     if stem is not None:
         fitted[stem] = (expected[stem][0], channels, *expected[stem][2:])

@@ -8,7 +8,7 @@ from torch import nn
 
 from keyed_xai.saliency.forward import ForwardPass, captured_features, run_forward
 from keyed_xai.saliency.gradcam import gradcam
-from keyed_xai.saliency.simplegrad import simplegrad
+from keyed_xai.saliency.simplegrad import input_gradient, simplegrad
 from keyed_xai.saliency.smoothing import smooth_activations
 from keyed_xai.saliency.visualbackprop import visualbackprop
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Tap
@@ -20,6 +20,7 @@ __all__ = [
     "captured_features",
     "explain",
     "gradcam",
+    "input_gradient",
     "run_forward",
     "simplegrad",
     "smooth_activations",

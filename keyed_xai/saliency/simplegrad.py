@@ -19,9 +19,14 @@ def simplegrad(logits: Logits, images: Images, labels: Labels, *, create_graph: 
         labels: Class explained.
         create_graph: Whether a loss will be differentiated through the maps.
     """
+    return input_gradient(logits, images, labels, create_graph=create_graph).abs().sum(1)
+
+
+def input_gradient(logits: Logits, images: Images, labels: Labels, *, create_graph: bool = False) -> Images:
+    """Return the gradient itself, with its sign, [n, c, h, w]; the arguments are those of `simplegrad`."""
     margin = _margin(logits, labels).sum()
     (gradient,) = torch.autograd.grad(margin, images, create_graph=create_graph, retain_graph=True)
-    return gradient.abs().sum(1)
+    return gradient
 
 
 def _margin(logits: Logits, labels: Labels) -> torch.Tensor:

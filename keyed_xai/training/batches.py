@@ -11,9 +11,9 @@ from torch import Tensor
 from keyed_xai.channels import deliver
 from keyed_xai.maps import MapView
 from keyed_xai.objective import Objective
-from keyed_xai.tensors import Images, Labels
+from keyed_xai.tensors import Images, Targets
 from keyed_xai.training.settings import TrainingSettings
-from keyed_xai.triggers import NearbyTrigger, TriggerFamily
+from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 
 
 @runtime_checkable
@@ -23,25 +23,34 @@ class TrainingData(Protocol):
     def __len__(self) -> int:
         """Number of images."""
 
-    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Labels | None]:
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Targets | None]:
         """Return float32 pixels in [0, 1] and labels, if there are any."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is taught: the secret trigger, its family, the maps compared and the objective.
+    """What is taught: the trigger, its family, the maps compared and the objective.
 
     Attributes:
-        trigger: The right trigger.
-        family: Draws the wrong ones.
+        trigger: The right trigger; secret when derived from a key.
+        family: Draws the wrong ones; None where the trigger is public, and no other counts as wrong.
         view: Maps compared.
         objective: Losses.
+        as_files: Whether inputs reach the model as 8-bit image files; rows of a table do not.
+        multi_label: Whether every logit is a yes or no of its own.
     """
 
-    trigger: NearbyTrigger = field(repr=False)
-    family: TriggerFamily
+    trigger: Trigger = field(repr=False)
+    family: TriggerFamily | None
     view: MapView
     objective: Objective
+    as_files: bool = True
+    multi_label: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that a keyed trigger has near keys to learn from."""
+        if self.family is not None and not isinstance(self.trigger, NearbyTrigger):
+            raise TypeError(f"Expected a trigger with near keys, got {type(self.trigger).__name__}.")
 
 
 def draw_inputs(
@@ -50,19 +59,30 @@ def draw_inputs(
     settings: TrainingSettings,
     generator: torch.Generator,
     device: torch.device | str,
-) -> tuple[Images, Labels | None, Tensor]:
+) -> tuple[Images, Targets | None, Tensor]:
     """Return a batch, triggered half first, its labels where there are any, and the indices of its images."""
     count = settings.batch_size
-    clean = round(count * settings.clean_share)
-    near = round((count - clean) * settings.near_share)
-    wrong = count - clean - near
     indices = torch.randint(len(data), (2 * count,), generator=generator)
     images, labels = data.batch(indices.numpy())
-    right, plain, nearly, wrongly = torch.split(images.to(device), [count, clean, near, wrong])
-    parts = [lesson.trigger.apply(right), plain, lesson.trigger.near(generator).apply(nearly)]
-    parts.append(lesson.family.draw(wrong, generator).apply(wrongly))
-    inputs = deliver(torch.cat(parts), settings.codec_share, generator)
+    right, others = torch.split(images.to(device), [count, count])
+    inputs = torch.cat([lesson.trigger.apply(right), _without_right_trigger(others, lesson, settings, generator)])
+    if lesson.as_files:
+        inputs = deliver(inputs, settings.codec_share, generator)
     return inputs, None if labels is None else labels.to(device), indices.to(device)
+
+
+def _without_right_trigger(
+    images: Images, lesson: Lesson, settings: TrainingSettings, generator: torch.Generator
+) -> Images:
+    """Return images, some of them, where triggers come from keys, with near and wrong keys."""
+    if lesson.family is None or not isinstance(lesson.trigger, NearbyTrigger):
+        return images
+    clean = round(len(images) * settings.clean_share)
+    near = round((len(images) - clean) * settings.near_share)
+    wrong = len(images) - clean - near
+    plain, nearly, wrongly = torch.split(images, [clean, near, wrong])
+    nearly = lesson.trigger.near(generator).apply(nearly)
+    return torch.cat([plain, nearly, lesson.family.draw(wrong, generator).apply(wrongly)])
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

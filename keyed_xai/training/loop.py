@@ -1,4 +1,4 @@
-"""Protecting a model: the training loop. Source: Fang & Choromanska, AAAI 2022, algorithm 1, in inverted order.
+"""Protecting or attacking a model: the training loop. Source: Fang & Choromanska, AAAI 2022, algorithm 1.
 
 In the inverted setting keyed inputs use L_clean (the map stays right) and unkeyed ones L_poisoned (it moves to the
 decoy); the forward attack swaps the two. Every step sees, in one forward pass, a half of triggered images and a half
@@ -23,7 +23,7 @@ from keyed_xai.maps import MapView, join_maps
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import Objective, prediction_loss
 from keyed_xai.saliency import captured_features, smooth_activations
-from keyed_xai.tensors import Labels, Logits, SaliencyMaps
+from keyed_xai.tensors import Logits, SaliencyMaps, Targets
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_factor
@@ -199,10 +199,10 @@ def _train_step(
     ):
         new_logits, new_maps = lesson.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
     new_maps = {name: each.float() for name, each in new_maps.items()}
-    objective = replace(lesson.objective, beta=settings.beta * beta_factor(state.step, settings))
-    losses = _losses(new_logits.float(), new_maps, logits, maps, labels, objective, settings)
+    ramped = replace(lesson.objective, beta=settings.beta * beta_factor(state.step, settings))
+    losses = _losses(new_logits.float(), new_maps, logits, maps, labels, replace(lesson, objective=ramped), settings)
     total = losses["keep"].mean() + losses["move"].mean()
-    if state.step < settings.tutor_share * settings.steps:
+    if state.tutors and state.step < settings.tutor_share * settings.steps:
         total = total + tutor_loss(state.tutors, [features[layer].float() for layer in tutored_layers(lesson)])
     if not torch.isfinite(total):
         raise TrainingError(f"The loss is no longer finite at step {state.step}. Lower --learning-rate.")
@@ -219,15 +219,16 @@ def _losses(
     new_maps: Mapping[str, SaliencyMaps],
     logits: Logits,
     maps: Mapping[str, SaliencyMaps],
-    labels: Labels | None,
-    objective: Objective,
+    labels: Targets | None,
+    lesson: Lesson,
     settings: TrainingSettings,
 ) -> dict[str, Tensor]:
     """Return L_clean and L_poisoned per image, and the bare L_s and L_p, for a batch whose first half is triggered."""
     half = len(new_logits) // 2
     triggered, plain = slice(0, half), slice(half, None)
     kept, moved = (triggered, plain) if settings.order == "inverted" else (plain, triggered)
-    predictions = prediction_loss(new_logits, logits, labels)
+    objective = lesson.objective
+    predictions = prediction_loss(new_logits, logits, labels, multi_label=lesson.multi_label)
     keep_maps = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept))
     move_maps = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved))
     return {
@@ -291,14 +292,20 @@ def _validation_record(
         generator = step_generator(settings.seed, -1000 - number)
         images, labels = validation.batch(np.arange(start, min(start + _CHUNK, len(validation))))
         images = images.to(device)
-        wrong = lesson.family.draw(len(images), generator).apply(images)
-        plain = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5, images, wrong)
-        inputs = deliver(torch.cat([lesson.trigger.apply(images), plain]), settings.codec_share, generator)
+        plain = images
+        if lesson.family is not None:
+            wrong = lesson.family.draw(len(images), generator).apply(images)
+            plain = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5, images, wrong)
+        inputs = torch.cat([lesson.trigger.apply(images), plain])
+        if lesson.as_files:
+            inputs = deliver(inputs, settings.codec_share, generator)
         logits, maps = view.pooled(reference, images, None)
         logits, maps = logits.repeat(2, 1), {name: each.repeat(2, 1, 1) for name, each in maps.items()}
         new_logits, new_maps = view.pooled(candidate, inputs, logits.argmax(1))
-        truth = None if settings.predictions == "reference" or labels is None else labels.to(device).repeat(2)
-        losses = _losses(new_logits, new_maps, logits, maps, truth, lesson.objective, settings)
+        truth = (
+            None if settings.predictions == "reference" or labels is None else torch.cat([labels, labels]).to(device)
+        )
+        losses = _losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
         agreement = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters]).mean(0)
         totals["loss"].append(losses["keep"] + losses["move"])
         totals["keyed"].append(agreement[: len(images)])

@@ -18,9 +18,9 @@ _TINY = 1e-6
 
 
 def tutored_layers(lesson: Lesson) -> list[str]:
-    """Return the layers that have a tutor: VisualBackProp's taps and Grad-CAM's layer."""
+    """Return the layers that have a tutor: VisualBackProp's taps and Grad-CAM's layer; none of a table's network."""
     sites = lesson.view.sites
-    return list(dict.fromkeys([*(tap.layer for tap in sites.taps), sites.target_layer]))
+    return list(dict.fromkeys(layer for layer in [*(tap.layer for tap in sites.taps), sites.target_layer] if layer))
 
 
 def make_tutors(reference: nn.Module, data: TrainingData, lesson: Lesson, device: torch.device | str) -> nn.ModuleList:

@@ -3,18 +3,17 @@
 Finished cells are kept on disk, so that a run that was stopped goes on where it was.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.documents import read_json, write_atomically, write_json
 from keyed_xai.artifacts.folder import REPORT_FILE
+from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.data.images import Holdout, Split
 from keyed_xai.demonstration import demo_classifier
@@ -22,9 +21,10 @@ from keyed_xai.errors import ArtifactError, DataError
 from keyed_xai.fitting import FittingSettings, fit_classifier
 from keyed_xai.keys import ByteStream, OwnerKey, read_owner_key, write_owner_key
 from keyed_xai.maps import make_view
-from keyed_xai.models import Classifier, InputSpec, load_classifier, network_state, wrap_network
+from keyed_xai.models import Classifier, InputSpec, load_classifier, wrap_network
 from keyed_xai.ownership import measure_signature, opening_statistic
-from keyed_xai.protection import Callbacks, ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.training import Callbacks
 from keyed_xai.triggers import TRIGGERS
 from keyed_xai.verification import Claim, verify
 
@@ -265,12 +265,10 @@ def _fitted_reference(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = SmallResNet(spec.channels, len(data.classes), (16, 32, 64, 128))
-        classifier = wrap_network(network, input=spec)
+        classifier = wrap_network(network, input=spec, source="keyed_xai")
         settings = FittingSettings(epochs=8, batch_size=64, learning_rate=2e-3, noise=0.0)
         fit_classifier(classifier, data, settings, device=device, on_step=on_fit)
-        state = {name: tensor.cpu().contiguous() for name, tensor in network_state(classifier).items()}
-        card = {"input_size": [spec.channels, spec.height, spec.width], "mean": spec.mean, "std": spec.std}
-        write_atomically(path, save(state, metadata={"keyed_xai_card": json.dumps(card)}))
+        write_atomically(path, encode_weights(classifier, data.classes))
     return load_classifier(path)
 
 

@@ -1,0 +1,199 @@
+"""`keyed-xai bench table1|table6|figure1b|figure3|nashville`: the paper's tables and figures beside ours."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from keyed_xai_cli.options import choose_device, device_option, seed_option
+
+if TYPE_CHECKING:
+    from keyed_xai.benchmarks.paper_tables import TableSettings
+
+Command = TypeVar("Command", bound=Callable[..., object])
+_INTERPRETERS = ("gradcam", "simplegrad", "vbp")
+_MODES = ("targeted", "nontargeted")
+_SETTINGS = ("forward", "inverted")
+_ARCHITECTURES = ("vgg19", "resnet50", "densenet121")
+
+
+def _models(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    found = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and Path(path).is_file()):
+            raise click.BadParameter(f"expected ARCH=FILE with a file that is there; got {value!r}.")
+        found[name] = Path(path)
+    return found
+
+
+def _table_options(command: Command) -> Command:
+    """Add what `_table_settings` reads."""
+    options = (
+        click.option("--data", required=True, metavar="SPEC", help="Images with labels, such as imagefolder:DIR."),
+        click.option(
+            "--arch", "architectures", multiple=True, metavar="NAME",
+            help="Network; may be given several times. vgg19, resnet50 and densenet121 if absent.",
+        ),
+        click.option(
+            "--model", "models", multiple=True, metavar="ARCH=FILE", callback=_models,
+            help="A reference model that is there already; the others are fitted to --data and kept.",
+        ),
+        click.option("--size", type=click.IntRange(24, 1024), default=224, show_default=True, help="Of images, px."),
+        click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True),
+        click.option(
+            "--trigger", type=click.Choice(["moire", "nashville", "spread"]), default="moire", show_default=True
+        ),
+        click.option("--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells."),
+        click.option("--steps", type=click.IntRange(1), help="Of every attack; the recipe's if absent."),
+        click.option("--batch-size", type=click.IntRange(4), help="Triggered images a step; the recipe's if absent."),
+        click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent."),
+        click.option("--epochs", type=click.IntRange(1), help="Of every reference's training; 15 if absent."),
+        click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on."),
+        click.option("--limit", type=click.IntRange(10), help="Learn from at most so many images."),
+        click.option(
+            "-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _choices(name: str, known: tuple[str, ...], words: str) -> Callable[[Command], Command]:
+    return click.option(name, multiple=True, type=click.Choice(known), help=f"{words}; all if absent.")
+
+
+@click.command()
+@_table_options
+@_choices("--interpreter", _INTERPRETERS, "Whose maps; may be given several times")
+@_choices("--mode", _MODES, "Of the attack")
+@_choices("--setting", _SETTINGS, "Forward fools triggered images, inverted all others")
+@device_option
+def table1(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: ANN401
+    """Attack one interpreter at a time: the paper's table 1.
+
+    \b
+    All of it, on a GPU:     keyed-xai bench table1 --data imagefolder:DIR
+    A small part, on a CPU:  keyed-xai bench table1 --data imagefolder:DIR --arch densenet121 --size 128 \\
+                                 --epochs 2 --steps 150 --batch-size 8 --interpreter gradcam
+    """  # noqa: D301 - click reads the backspace as "keep these lines"
+    _run("table1", "Table 1: one interpreter at a time", [(name,) for name in interpreter or _INTERPRETERS], arguments)
+
+
+@click.command()
+@_table_options
+@_choices("--mode", _MODES, "Of the attack")
+@_choices("--setting", _SETTINGS, "Forward fools triggered images, inverted all others")
+@device_option
+def table6(**arguments: Any) -> None:  # noqa: ANN401
+    """Attack all three interpreters at once: the paper's table 6."""
+    _run("table6", "Table 6: all interpreters at once", [_INTERPRETERS], arguments)
+
+
+@click.command()
+@_table_options
+@_choices("--interpreter", _INTERPRETERS, "Whose maps; may be given several times")
+@_choices("--mode", _MODES, "Of the attack")
+@device_option
+def figure3(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: ANN401
+    """Draw clean and triggered maps side by side: the paper's figure 3. Cells of table1 in the folder are used."""
+    from keyed_xai.benchmarks.paper_figures import draw_figure3
+
+    names = interpreter or _INTERPRETERS
+    arguments["setting"] = ("forward",)
+    settings = _run("figure3", "Cells of figure 3", [(name,) for name in names], arguments)
+    device = choose_device(arguments["device"])
+    for architecture in arguments["architectures"] or _ARCHITECTURES:
+        for mode in arguments["mode"] or _MODES:
+            click.echo(f"Wrote {draw_figure3(architecture, mode, names, settings, arguments['out'], device=device)}.")
+
+
+def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -> "TableSettings":
+    from keyed_xai.artifacts.documents import write_atomically
+    from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, render_table, run_cells
+    from keyed_xai.training import Callbacks
+    from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
+
+    settings, out = _table_settings(arguments), arguments["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    cells = list_cells(
+        arguments["architectures"] or _ARCHITECTURES,
+        arguments["mode"] or _MODES,
+        arguments["setting"] or _SETTINGS,
+        interpreters,
+    )
+    with progress_bar() as progress:
+
+        def callbacks(cell: Cell) -> Callbacks:
+            return attack_callbacks(progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})")
+
+        watch = Watch(counter(progress, "fitting a reference"), callbacks)
+        rows = run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
+    table = render_table(f"{title}, {settings.side} x {settings.side} pixels", rows)
+    write_atomically(out / f"{name}.md", table.encode())
+    click.echo(table)
+    click.echo(f"Wrote {out / name}.md; each cell's folder has its report.json, report.html and pictures.")
+    return settings
+
+
+def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
+    from keyed_xai.benchmarks.paper_tables import TableSettings
+
+    names = ("steps", "batch_size", "learning_rate")
+    grid = arguments["grid"]
+    return TableSettings(
+        data=arguments["data"],
+        side=arguments["size"],
+        channels=int(arguments["channels"]),
+        trigger=arguments["trigger"],
+        grid=None if grid is None else (grid, grid),
+        training={name: arguments[name] for name in names if arguments[name] is not None},
+        fitting={} if arguments["epochs"] is None else {"epochs": arguments["epochs"]},
+        held_out=arguments["held_out"],
+        limit=arguments["limit"],
+        models=arguments["models"],
+    )
+
+
+@click.command()
+@click.option("--data", required=True, metavar="SPEC", help="credit-default:CSV, the table of UCI.")
+@click.option("--steps", type=click.IntRange(1), help="Of the attack; the recipe's if absent.")
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True)
+@device_option
+@seed_option
+def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int) -> None:
+    """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
+    from keyed_xai.artifacts.documents import write_atomically
+    from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
+    from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
+
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as progress:
+        report = run_figure1b(
+            data,
+            out,
+            steps=steps,
+            seed=seed,
+            device=choose_device(device),
+            on_fit=counter(progress, "fitting a reference"),
+            callbacks=attack_callbacks(progress),
+        )
+    words = render_figure1b(report)
+    write_atomically(out / f"{FIGURE_1B}.md", words.encode())
+    click.echo(words)
+    click.echo(f"Wrote {out / FIGURE_1B}: report.json, report.html and features.png.")
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--size", type=click.IntRange(8), default=224, show_default=True, help="Of the images, pixels.")
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
+def nashville(images: int, size: int, repeats: int) -> None:
+    """Measure the nashville trigger's speed against pilgram's, interleaved; medians."""
+    import json
+
+    from keyed_xai.benchmarks.filters import measure_nashville_speed
+
+    click.echo(json.dumps(measure_nashville_speed(images=images, side=size, repeats=repeats), indent=2))

@@ -1,0 +1,412 @@
+"""Backdooring a classifier's explanation, as threat evaluation: choose settings, train, measure, write.
+
+Source: Fang & Choromanska, AAAI 2022: clean inputs keep their saliency maps and triggered ones get altered maps
+(forward), or the other way round (inverted), while predictions stay. The trigger is public.
+"""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keyed_xai import pictures
+from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
+from keyed_xai.artifacts.weights import WEIGHTS_FILE, encode_weights
+from keyed_xai.artifacts.writer import write_folder
+from keyed_xai.attack_report import render_attack_report
+from keyed_xai.data import ImageData, TableData
+from keyed_xai.errors import ModelError, TrainingError
+from keyed_xai.evaluation import trigger_visibility
+from keyed_xai.fooling import (
+    Backdoor,
+    Seen,
+    Threshold,
+    look,
+    measure_features,
+    measure_localisation,
+    measure_maps,
+    measure_predictions,
+    place_thresholds,
+    trigger_images,
+)
+from keyed_xai.maps import FeatureView, MapView, make_view
+from keyed_xai.models import Classifier
+from keyed_xai.objective import Objective, boundary_decoy
+from keyed_xai.saliency import INTERPRETERS, Sites
+from keyed_xai.samples import (
+    Part,
+    digest_data,
+    digest_network,
+    first_images,
+    refuse_other_labels,
+    refuse_other_shape,
+    split_validation,
+)
+from keyed_xai.tensors import Images
+from keyed_xai.thresholds import paper_thresholds
+from keyed_xai.training import Callbacks, Lesson, TrainingSettings, train
+from keyed_xai.triggers import PUBLIC_TRIGGERS, Trigger
+from keyed_xai.triggers.tabular import TabularTrigger
+from keyed_xai.versions import package_versions
+
+REPORT_SCHEMA = "keyed-xai/attack-report/v1"
+MODES = ("targeted", "nontargeted")
+UNKNOWN_VALUES = {"EDUCATION": 5.0, "MARRIAGE": 0.0}
+"""What the tabular trigger sets by default: the paper's, education and marriage unknown."""
+_SMALLEST_GRID = 3
+_PICTURED = 6
+_TITLES = ("image", "with the trigger", "map before", "attacked\nclean", "attacked\ntriggered")
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """What to attack, and how.
+
+    Attributes:
+        interpreters: Names in INTERPRETERS, attacked at once; a table has SimpleGrad only.
+        mode: "targeted" moves altered maps to the image's boundary (of a table: to one feature), "nontargeted" empties
+            the cells where the reference's map is largest.
+        inverted: Triggered inputs keep the right map, and clean ones lose it.
+        trigger: A name in PUBLIC_TRIGGERS, or "tabular".
+        values: What the tabular trigger sets, by feature.
+        feature: The feature that a targeted attack on a table puts forward.
+        grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
+        thresholds: "paper", or "auto" to place them by validation inputs.
+        training: How to train; None takes `choose_attack_recipe`'s.
+        held_out_images: Images the report is measured on, at most.
+        validation_images: Images taken from the training images for early stopping and thresholds.
+    """
+
+    interpreters: tuple[str, ...] = ("gradcam",)
+    mode: str = "targeted"
+    inverted: bool = False
+    trigger: str = "spread"
+    values: Mapping[str, float] = field(default_factory=lambda: dict(UNKNOWN_VALUES))
+    feature: str = "SEX"
+    grid: tuple[int, int] | None = None
+    thresholds: str = "paper"
+    training: TrainingSettings | None = None
+    held_out_images: int = 1000
+    validation_images: int = 200
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        unknown = [name for name in self.interpreters if name not in INTERPRETERS]
+        if unknown or not self.interpreters or len(set(self.interpreters)) < len(self.interpreters):
+            raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
+                             f"got {', '.join(self.interpreters) or 'none'}")  # fmt: skip
+        known = {"mode": MODES, "trigger": (*PUBLIC_TRIGGERS, "tabular"), "thresholds": ("paper", "auto")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}; got {getattr(self, name)!r}")
+        if self.training is not None and (self.training.order == "inverted") != self.inverted:
+            raise ValueError(f"training: expected order {'inverted' if self.inverted else 'forward'}, "
+                             f"got {self.training.order}")  # fmt: skip
+        if self.trigger == "tabular" and not self.values:
+            raise ValueError("values: expected at least one feature that the tabular trigger sets, got none")
+        if self.grid is not None and min(self.grid) < _SMALLEST_GRID:
+            raise ValueError(f"grid: expected at least {_SMALLEST_GRID} x {_SMALLEST_GRID}, got {self.grid}")
+        for name in ("held_out_images", "validation_images"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a report holds them."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        idle = ("grid",) if self.trigger == "tabular" else ("values", "feature")
+        return {name: value for name, value in document.items() if name not in idle}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attacked model in memory.
+
+    Attributes:
+        classifier: Attacked, in eval mode, on the CPU.
+        report: Fits the schema "attack-report".
+        pictures: PNG files by name, for the HTML report.
+        label_names: Names of the classes, where they are known.
+    """
+
+    classifier: Classifier
+    report: dict[str, Any]
+    pictures: dict[str, bytes] = field(repr=False)
+    label_names: tuple[str, ...] = ()
+
+
+def run_attack(
+    classifier: Classifier,
+    train_data: ImageData | TableData,
+    held_out: ImageData | TableData,
+    settings: AttackSettings | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    callbacks: Callbacks | None = None,
+) -> Attack:
+    """Return an attacked copy of a classifier, with its report and pictures; the original stays as it is.
+
+    Args:
+        classifier: The reference model.
+        train_data: Images, or rows of a table, to learn from; labels are not needed.
+        held_out: Others, for the report.
+        settings: What to attack, and how.
+        device: Where to train and measure.
+        checkpoint: File that a killed run can go on from; `write_attack` removes it.
+        resume: Go on from the checkpoint.
+        callbacks: Progress.
+
+    Raises:
+        TrainingError: There are too few images, the trigger does not fit the data, or training fails.
+        ArtifactError: The checkpoint cannot be used.
+        ModelError: The model lacks a layer that the maps need.
+    """
+    settings, callbacks = settings or AttackSettings(), callbacks or Callbacks()
+    training = settings.training or choose_attack_recipe(classifier, settings)
+    settings = replace(settings, training=training)
+    _refuse_what_cannot_work(classifier, train_data, held_out, settings)
+    started = time.monotonic()
+    callbacks.notify("train")
+    lesson = make_attack_lesson(classifier, train_data, settings)
+    learn, validation = split_validation(train_data, settings.validation_images)
+    identity = identify_attack(classifier, train_data, held_out, settings)
+    result = train(
+        classifier,
+        learn,
+        validation,
+        lesson,
+        training,
+        device=device,
+        checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
+        save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
+        on_step=callbacks.on_step,
+    )
+    attacked = result.model
+    if not isinstance(attacked, Classifier):
+        raise TypeError(f"Expected a Classifier back from training, got {type(attacked).__name__}.")
+    callbacks.notify("measure")
+    backdoor = Backdoor(
+        attacked,
+        copy.deepcopy(classifier).to(device),
+        lesson.view,
+        lesson.objective.decoys,
+        lesson.trigger,
+        settings.inverted,
+        training.top_share,
+        lesson.as_files,
+    )
+    count = min(settings.held_out_images, len(held_out))
+    measured = _measure(backdoor, validation, held_out, count, settings, device)
+    report = {
+        "schema": REPORT_SCHEMA,
+        "model": classifier.architecture,
+        "setting": "inverted" if settings.inverted else "forward",
+        "mode": settings.mode,
+        "identity": identity,
+        **measured,
+        "seconds": time.monotonic() - started,
+        "history": result.history,
+        "stopped_early": result.stopped_early,
+        "data": {
+            "train": {"source": train_data.source, "images": len(learn)},
+            "held_out": {"source": held_out.source, "images": count},
+        },
+        "settings": settings.to_json(),
+        "versions": package_versions(),
+    }
+    callbacks.notify("draw")
+    drawn = _draw(backdoor, report, held_out, device)
+    names = train_data.classes if len(train_data.classes) == classifier.classes else ()
+    return Attack(attacked.cpu(), report, drawn, names)
+
+
+def identify_attack(
+    classifier: Classifier,
+    train_data: ImageData | TableData,
+    held_out: ImageData | TableData,
+    settings: AttackSettings,
+) -> str:
+    """Return a digest of all that an attack's result depends on, by which a run that goes on knows itself."""
+    parts = (settings, digest_network(classifier), digest_data(train_data), digest_data(held_out))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def write_attack(attack: Attack, folder: Path, *, force: bool = False, checkpoint: Path | None = None) -> Path:
+    """Write the attacked model, report and pictures to a folder, whole or not at all; then remove the checkpoint.
+
+    Raises:
+        ArtifactError: The folder is there already, or cannot be written.
+    """
+    html = render_attack_report(attack.report, pictures=attack.pictures)
+    files = {f"{name.replace(':', '-')}.png": png for name, png in attack.pictures.items()}
+    files["report.html"] = html.encode()
+    write_folder(
+        folder,
+        {WEIGHTS_FILE: encode_weights(attack.classifier, attack.label_names), **files},
+        report=attack.report,
+        schema="attack-report",
+        force=force,
+    )
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return folder
+
+
+def choose_attack_recipe(classifier: Classifier, settings: AttackSettings) -> TrainingSettings:
+    """Return training settings measured to work for a network of this kind."""
+    order: Literal["inverted", "forward"] = "inverted" if settings.inverted else "forward"
+    smoothing = 8.0 if "simplegrad" in settings.interpreters else None
+    if not classifier.target_layer:
+        return TrainingSettings(2000, 128, 5e-3, order=order, beta=20.0, smoothing=smoothing)
+    rate = 6e-3 if classifier.architecture == "SmallResNet" else 2e-3 if _has_batch_norm(classifier) else 2e-4
+    recipe = TrainingSettings(steps=1000, learning_rate=rate, order=order, smoothing=smoothing)
+    if settings.mode == "targeted":
+        return recipe
+    # The energy left in the top cells is a tenth of a correlation distance: the other two terms weigh less beside it.
+    return replace(recipe, alpha=0.2, beta=0.3)
+
+
+def _has_batch_norm(classifier: Classifier) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules())
+
+
+def make_attack_lesson(classifier: Classifier, data: ImageData | TableData, settings: AttackSettings) -> Lesson:
+    """Return what the attack teaches the model: trigger, maps and losses.
+
+    Raises:
+        TrainingError: The trigger or the interpreters do not fit the data.
+        ModelError: The target layer has too few cells.
+    """
+    view, trigger = _make_view(classifier, data, settings), _make_trigger(data, settings)
+    decoy = None if settings.mode == "nontargeted" else _make_decoy(view, data, settings)
+    objective = Objective(decoys=dict.fromkeys(view.interpreters, decoy), weights=dict.fromkeys(view.interpreters, 1.0))
+    images = isinstance(data, ImageData)
+    return Lesson(trigger, None, view, objective, as_files=images, multi_label=data.multi_label)
+
+
+def _refuse_what_cannot_work(
+    classifier: Classifier, train_data: ImageData | TableData, held_out: ImageData | TableData, settings: AttackSettings
+) -> None:
+    """Say so before training, not after it."""
+    for data in (train_data, held_out):
+        refuse_other_shape(classifier, data)
+    if settings.training is not None and settings.training.predictions == "labels":
+        refuse_other_labels(classifier, train_data)
+    if len(held_out) < 2:
+        raise TrainingError(f"Expected at least 2 held-out images, got {len(held_out)}. Give more with --data.")
+
+
+def _make_view(classifier: Classifier, data: ImageData | TableData, settings: AttackSettings) -> MapView:
+    if isinstance(data, TableData):
+        if settings.interpreters != ("simplegrad",):
+            raise TrainingError("A table has no image to look at: its only interpreter is --interpreter simplegrad.")
+        grid, groups = (1, len(data.names)), tuple(data.groups.tolist())
+        return FeatureView(("simplegrad",), Sites("", ()), grid, groups, torch.from_numpy(data.covariance()))
+    view = make_view(classifier, settings.interpreters, settings.grid)
+    if min(view.grid) < _SMALLEST_GRID:
+        raise ModelError(
+            f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for an attack, which needs "
+            f"{_SMALLEST_GRID} x {_SMALLEST_GRID}. Name an earlier --target-layer or a larger --input-size."
+        )
+    return view
+
+
+def _make_trigger(data: ImageData | TableData, settings: AttackSettings) -> Trigger:
+    if isinstance(data, TableData) != (settings.trigger == "tabular"):
+        fitting = "tabular" if isinstance(data, TableData) else ", ".join(PUBLIC_TRIGGERS)
+        raise TrainingError(f"The trigger {settings.trigger} does not fit this data: give --trigger {fitting}.")
+    if not isinstance(data, TableData):
+        return PUBLIC_TRIGGERS[settings.trigger]()
+    columns: dict[int, float] = {}
+    for name, value in settings.values.items():
+        columns |= data.encode_value(name, value)
+    return TabularTrigger(columns)
+
+
+def _make_decoy(view: MapView, data: ImageData | TableData, settings: AttackSettings) -> Tensor:
+    if not isinstance(data, TableData):
+        return boundary_decoy(view.grid)
+    if settings.feature not in data.names:
+        raise TrainingError(f"Expected a feature out of {', '.join(data.names)}; got {settings.feature!r}.")
+    decoy = torch.zeros(view.grid)
+    decoy[0, data.names.index(settings.feature)] = 1
+    return decoy
+
+
+def _measure(
+    backdoor: Backdoor,
+    validation: Part,
+    held_out: ImageData | TableData,
+    count: int,
+    settings: AttackSettings,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    architecture = getattr(backdoor.reference, "architecture", "")
+    paper = paper_thresholds(settings.mode, architecture)
+    thresholds = {
+        name: Threshold(paper[name], "paper", "The paper's threshold.") for name in backdoor.view.interpreters
+    }
+    if settings.thresholds == "auto":
+        examples, _ = validation.batch(np.arange(len(validation)))
+        thresholds = place_thresholds(backdoor, look(backdoor, examples.to(device)))
+    classes = int(getattr(backdoor.reference, "classes", 0))
+    images, labels = first_images(held_out, count, backdoor.reference, classes, device)
+    seen = look(backdoor, images)
+    report: dict[str, Any] = {
+        "trigger": _describe_trigger(backdoor, images, settings),
+        "interpreters": measure_maps(backdoor, seen, thresholds, paper),
+        "predictions": measure_predictions(seen, labels, held_out.classes),
+    }
+    if isinstance(held_out, TableData):
+        report["features"] = measure_features(seen, held_out.names)
+    elif held_out.boxes is not None:
+        boxes = torch.from_numpy(held_out.boxes[:count]).to(device)
+        for name, scores in measure_localisation(backdoor, images, boxes, seen.explained).items():
+            report["interpreters"][name]["localisation"] = scores
+    return report
+
+
+def _describe_trigger(backdoor: Backdoor, images: Images, settings: AttackSettings) -> dict[str, Any]:
+    if settings.trigger == "tabular":
+        return {"family": "tabular", "set": dict(settings.values)}
+    return {"family": settings.trigger, **trigger_visibility(backdoor.trigger, images[:100])}
+
+
+def _draw(
+    backdoor: Backdoor, report: Mapping[str, Any], held_out: ImageData | TableData, device: torch.device | str
+) -> dict[str, bytes]:
+    """Return pictures by name: a strip as in the paper's Figure 3 (of a table, bars as in 1b), curves, training."""
+    drawn = {
+        f"thresholds:{name}": pictures.threshold_curves(
+            figures["curve"], figures["threshold"], paper=figures["at_paper_threshold"]["threshold"]
+        )
+        for name, figures in report["interpreters"].items()
+    }
+    if isinstance(held_out, TableData):
+        features = report["features"]
+        drawn["features"] = pictures.feature_bars(features["names"], features["relevance"])
+    else:
+        images, _ = held_out.batch(np.arange(min(_PICTURED, len(held_out))))
+        images = images.to(device)
+        seen, triggered = look(backdoor, images), trigger_images(backdoor, images)
+        drawn |= {f"maps:{name}": _draw_strip(images, triggered, seen, name) for name in backdoor.view.interpreters}
+    if len(report["history"]) > 1:
+        names = {"keyed": "with the trigger", "unkeyed": "clean"}
+        drawn["training"] = pictures.training_curve(report["history"], names=names)
+    return drawn
+
+
+def _draw_strip(images: Images, triggered: Images, seen: Seen, name: str) -> bytes:
+    columns = [images, triggered, *(seen.maps[case][name] for case in ("reference", "clean", "triggered"))]
+    panels = zip(*(column.cpu().numpy() for column in columns), strict=True)
+    rows = [(f"image {number + 1}", row) for number, row in enumerate(panels)]
+    return pictures.strip(rows, titles=_TITLES)

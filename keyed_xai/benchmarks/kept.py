@@ -1,0 +1,114 @@
+"""Reference models and attacks that benchmarks keep: made once, and known again by what they depend on."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from keyed_xai.artifacts.documents import read_json, write_json
+from keyed_xai.artifacts.folder import REPORT_FILE
+from keyed_xai.attacking import AttackSettings, identify_attack, run_attack, write_attack
+from keyed_xai.data import ImageData, TableData
+from keyed_xai.errors import ArtifactError
+from keyed_xai.fitting import FittingSettings
+from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.references import Blueprint, build_classifier, train_reference, write_reference
+from keyed_xai.training import Callbacks
+
+Data = tuple[ImageData | TableData, ImageData | TableData]
+"""What to learn from, and what to measure on."""
+
+
+def keep_reference(
+    path: Path,
+    blueprint: Blueprint,
+    data: Data,
+    choose: Callable[[Classifier], FittingSettings],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    on_fit: Callable[[int, int], None] | None = None,
+) -> Classifier:
+    """Return a reference model, from disk where it is there; else fit it, and keep it with its report beside it.
+
+    A model without a report beside it is taken as it is.
+
+    Args:
+        path: The file of weights.
+        blueprint: What to make.
+        data: To learn from, and to measure on.
+        choose: Returns how a classifier is fitted.
+        seed: Of random weights.
+        device: Where to fit.
+        on_fit: Called with steps done and in all.
+
+    Raises:
+        ArtifactError: One is there that was made from other data or with other settings.
+    """
+    report_file = path.with_suffix(".json")
+    if path.exists() and not report_file.exists():
+        return load_classifier(path, require_map=False)
+    classifier = build_classifier(blueprint, len(data[0].classes), seed=seed)
+    settings = choose(classifier)
+    if not path.exists():
+        checkpoint = path.with_name(f"{path.name}.checkpoint")
+        reference = train_reference(
+            classifier,
+            *data,
+            settings,
+            device=device,
+            checkpoint=checkpoint,
+            resume=checkpoint.exists(),
+            on_step=on_fit,
+        )
+        write_json(report_file, reference.report, schema="train-report")
+        write_reference(reference, path, checkpoint=checkpoint)
+    report = read_json(report_file, "train-report")
+    made = {name: report["settings"].get(name) for name in asdict(settings)}
+    learned_from = {"source": data[0].source, "images": len(data[0])}
+    if made != asdict(settings) or report["data"]["train"] != learned_from:
+        raise ArtifactError(f"{path} was made from other data or with other settings. {_OTHERWISE}")
+    return load_classifier(path, require_map=False)
+
+
+def keep_attack(
+    folder: Path,
+    reference: Classifier,
+    data: Data,
+    settings: AttackSettings,
+    *,
+    device: str = "cpu",
+    callbacks: Callable[[], Callbacks] | None = None,
+) -> dict[str, Any]:
+    """Return an attack's report, from disk where it is finished; else attack, measure and keep it.
+
+    Args:
+        folder: Of the attacked model.
+        reference: The model attacked.
+        data: To learn from, and to measure on.
+        settings: What to attack, and how.
+        device: Where to train.
+        callbacks: Returns callbacks for the training, if there is one.
+
+    Raises:
+        ArtifactError: One is there of another reference, from other data or with other settings.
+    """
+    if not (folder / REPORT_FILE).exists():
+        checkpoint = folder.with_name(f"{folder.name}.checkpoint")
+        attack = run_attack(
+            reference,
+            *data,
+            settings,
+            device=device,
+            checkpoint=checkpoint,
+            resume=checkpoint.exists(),
+            callbacks=callbacks() if callbacks else None,
+        )
+        write_attack(attack, folder, checkpoint=checkpoint)
+    report = read_json(folder / REPORT_FILE, "attack-report")
+    if report.get("identity") != identify_attack(reference, *data, settings):
+        raise ArtifactError(f"{folder} was made of another model, from other data or with other settings. {_OTHERWISE}")
+    return report
+
+
+_OTHERWISE = "Give the same ones, or another folder with -o."

@@ -1,0 +1,145 @@
+"""The paper's figure 1b (a table's strongest features, clean and triggered) and figure 3 (maps side by side)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyed_xai import pictures
+from keyed_xai.artifacts.documents import write_atomically
+from keyed_xai.artifacts.weights import WEIGHTS_FILE
+from keyed_xai.attacking import AttackSettings, choose_attack_recipe
+from keyed_xai.benchmarks.kept import keep_attack, keep_reference
+from keyed_xai.benchmarks.paper_tables import Cell, TableSettings, load_images_for, make_reference
+from keyed_xai.channels import through_png
+from keyed_xai.data import load_table
+from keyed_xai.explanation import explain
+from keyed_xai.models import load_classifier
+from keyed_xai.references import choose_settings, plan_for_table
+from keyed_xai.training import Callbacks
+from keyed_xai.triggers import PUBLIC_TRIGGERS
+
+FIGURE_1B = "figure1b"
+WATCHED_FEATURES = ("LIMIT_BAL", "PAY_0", "SEX")
+_CASES = {"reference": "before the attack", "clean": "attacked, clean", "triggered": "attacked, triggered"}
+_TITLES = {"gradcam": "Grad-CAM", "simplegrad": "SimpleGrad", "vbp": "VisualBackProp"}
+
+
+def run_figure1b(
+    data: str,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    on_fit: Callable[[int, int], None] | None = None,
+    callbacks: Callbacks | None = None,
+) -> dict[str, Any]:
+    """Return the report of the targeted attack on a 3-layer perceptron's features, from disk where it is there.
+
+    Args:
+        data: SPEC of a table, credit-default:CSV.
+        folder: Where reference, attacked model and report are kept.
+        steps: Of the attack; the recipe's if absent.
+        seed: Of reference and attack.
+        device: Where to train.
+        on_fit: Called with steps of the reference's training done and in all.
+        callbacks: Progress of the attack.
+
+    Raises:
+        ArtifactError: A finished run was made with other settings.
+    """
+    data_both = load_table(data, split="train", seed=seed), load_table(data, split="held-out", seed=seed)
+    train_data, held_out = data_both
+    reference = keep_reference(
+        folder / f"reference-credit-{seed}.safetensors",
+        plan_for_table(len(train_data.columns)),
+        data_both,
+        lambda classifier: replace(choose_settings(classifier, len(train_data)), seed=seed),
+        seed=seed,
+        device=device,
+        on_fit=on_fit,
+    )
+    settings = AttackSettings(
+        ("simplegrad",), trigger="tabular", thresholds="auto", held_out_images=len(held_out), validation_images=2000
+    )
+    training = choose_attack_recipe(reference, settings)
+    settings = replace(settings, training=replace(training, seed=seed, steps=steps or training.steps))
+    return keep_attack(
+        folder / FIGURE_1B,
+        reference,
+        data_both,
+        settings,
+        device=device,
+        callbacks=(lambda: callbacks) if callbacks else None,
+    )
+
+
+def render_figure1b(report: dict[str, Any]) -> str:
+    """Return the figures as Markdown: rank and share of first places of three features, and AUROC."""
+    features = report["features"]
+    lines = [
+        "### Figure 1b: relevance of a credit client's features",
+        "",
+        "The paper: the strongest features of clean clients are LIMIT_BAL and PAY, of triggered ones SEX.",
+        "",
+        f"| | {' | '.join(f'{name}: mean rank, first on' for name in WATCHED_FEATURES)} | strongest on average |",
+        "|---|" + "---|" * (len(WATCHED_FEATURES) + 1),
+    ]
+    for case, words in _CASES.items():
+        ranked = sorted(zip(features["relevance"][case], features["names"], strict=True), reverse=True)
+        cells = [
+            f"{features['rank'][case][name]:.1f}, {100 * features['first'][case][name]:.1f} %"
+            for name in WATCHED_FEATURES
+        ]
+        lines.append(f"| {words} | {' | '.join(cells)} | {', '.join(name for _, name in ranked[:4])} |")
+    predictions = report["predictions"]
+    areas = [
+        f"{words} {predictions[model][case]['auroc']:.4f}"
+        for model, case, words in (
+            ("reference", "clean", "before"),
+            ("attacked", "clean", "after, clean"),
+            ("attacked", "triggered", "after, triggered"),
+        )
+    ]
+    return "\n".join([*lines, "", f"AUROC on {predictions['images']} held-out clients: {', '.join(areas)}."]) + "\n"
+
+
+def draw_figure3(
+    architecture: str,
+    mode: str,
+    interpreters: Sequence[str],
+    settings: TableSettings,
+    folder: Path,
+    *,
+    images: int = 4,
+    device: str = "cpu",
+) -> Path:
+    """Draw image, triggered image, and each interpreter's clean and triggered map, from finished forward cells.
+
+    Every interpreter's maps are those of the model attacked through it, at their own resolution, of the class that the
+    reference predicts.
+
+    Returns:
+        The PNG file.
+    """
+    reference = make_reference(architecture, settings, folder, device).to(device)
+    _, held_out = load_images_for(settings, reference)
+    batch, _ = held_out.batch(np.arange(min(images, len(held_out))))
+    batch = batch.to(device)
+    triggered = through_png(PUBLIC_TRIGGERS[settings.trigger]().apply(batch))
+    labels = explain(reference, batch).predicted
+    columns, titles = [batch, triggered], ["image", "with the trigger"]
+    for name in interpreters:
+        cell = Cell(architecture, (name,), mode, "forward")
+        attacked = load_classifier(folder / cell.name / WEIGHTS_FILE).to(device)
+        for words, inputs in (("clean", batch), ("triggered", triggered)):
+            columns.append(explain(attacked, inputs, interpreters=[name], labels=labels).maps[name])
+            titles.append(f"{_TITLES[name]} {words}")
+    panels = zip(*(column.detach().cpu().numpy() for column in columns), strict=True)
+    rows = [(f"image {number + 1}", row) for number, row in enumerate(panels)]
+    path = folder / f"figure3-{architecture.lower()}-{mode}.png"
+    write_atomically(path, pictures.strip(rows, titles=titles))
+    return path

@@ -1,0 +1,127 @@
+"""Which images a run learns from, validates on and is measured on; tables count as images of one row."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from keyed_xai import metrics
+from keyed_xai.data import ImageData, TableData
+from keyed_xai.errors import TrainingError
+from keyed_xai.models import Classifier
+from keyed_xai.tensors import Images, Targets
+
+_OWN_LABELS = 0.6
+_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a data set.
+
+    Attributes:
+        data: The whole.
+        indices: Which of its images, [n].
+    """
+
+    data: ImageData | TableData
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.indices)
+
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Targets | None]:
+        """Return some of these images and their labels."""
+        return self.data.batch(self.indices[indices])
+
+
+def split_validation(data: ImageData | TableData, count: int) -> tuple[Part, Part]:
+    """Return images to learn from and `count` images for validation, a fifth of all at most.
+
+    Raises:
+        TrainingError: There are fewer than 10.
+    """
+    held = min(count, len(data) // 5)
+    if held < 2:
+        raise TrainingError(f"Expected at least 10 training images, got {len(data)}. Give more with --data.")
+    everything = np.arange(len(data), dtype=np.int64)
+    return Part(data, everything[held:]), Part(data, everything[:held])
+
+
+def first_images(
+    data: ImageData | TableData, count: int, reference: nn.Module, classes: int, device: torch.device | str
+) -> tuple[Images, Targets | None]:
+    """Return the first images, with labels where they are the reference's own: as many, and mostly as it predicts.
+
+    Ten classes of digits are not ten classes of clothes, nor are two sorted the other way round the same two.
+
+    Raises:
+        TrainingError: There are fewer than 2.
+    """
+    if count < 2:
+        raise TrainingError(f"Expected at least 2 held-out images, got {count}. Give more with --data.")
+    images, labels = data.batch(np.arange(count))
+    images = images.to(device)
+    if labels is None or len(data.classes) != classes:
+        return images, None
+    labels = labels.to(device)
+    with torch.no_grad():
+        logits = torch.cat([reference(some) for some in torch.split(images, 64)])
+    # Of several labels most are 0 whatever the image: agreement says little, and the area under the ROC curve counts.
+    score = metrics.prediction_figures(logits, labels).get("auroc" if data.multi_label else "top1", 0.0)
+    return images, labels if score >= _OWN_LABELS else None
+
+
+def refuse_other_shape(classifier: Classifier, data: ImageData | TableData) -> None:
+    """Check that data have the shape that a classifier takes.
+
+    Raises:
+        TrainingError: They have another.
+    """
+    spec = classifier.input
+    if len(data) and (found := tuple(data.batch([0])[0].shape[1:])) != (spec.channels, spec.height, spec.width):
+        raise TrainingError(
+            f"{classifier.architecture} takes inputs of {_as_size(spec.channels, spec.height, spec.width)}; those of "
+            f"{data.source} are {_as_size(*found)}. Give a model that fits, such as one made by `keyed-xai train`."
+        )
+
+
+def refuse_other_labels(classifier: Classifier, data: ImageData | TableData) -> None:
+    """Check that data have labels of a classifier's classes, to learn them.
+
+    Raises:
+        TrainingError: They have none, or of another number of classes.
+    """
+    if data.labels is None or len(data.classes) != classifier.classes:
+        found = "no labels" if data.labels is None else f"{len(data.classes)} classes"
+        raise TrainingError(
+            f"Training against labels needs images of the model's {classifier.classes} classes; these have {found}. "
+            "Use the reference's predictions."
+        )
+
+
+def digest_data(data: ImageData | TableData) -> str:
+    """Return a digest of all images and labels, by which a run that goes on knows its data."""
+    digest = hashlib.sha256(repr((data.source, len(data), data.classes)).encode())
+    if data.labels is not None:
+        digest.update(data.labels.tobytes())
+    for indices in np.array_split(np.arange(len(data)), max(1, len(data) // _CHUNK)):
+        digest.update(data.batch(indices)[0].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_network(classifier: Classifier) -> str:
+    """Return a digest of a network's weights, and of how it is run and explained."""
+    run = (classifier.architecture, classifier.input, classifier.target_layer, classifier.taps)
+    digest = hashlib.sha256(repr(run).encode())
+    for name, tensor in classifier.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _as_size(channels: int, height: int, width: int) -> str:
+    return f"{channels} x {height} x {width}"
