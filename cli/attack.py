@@ -31,8 +31,10 @@ def _assignments(_ctx: click.Context, _parameter: click.Parameter, values: tuple
             found[name] = float(number)
         except ValueError:
             equals = ""
-        if not (name and equals) or list(values).count(value) > 1:
+        if not (name and equals):
             raise click.BadParameter(f"expected FEATURE=NUMBER, such as EDUCATION=5; got {value!r}.")
+    if len(found) < len(values):
+        raise click.BadParameter("a feature is set twice.")
     return found or None
 
 
@@ -63,9 +65,9 @@ def _assignments(_ctx: click.Context, _parameter: click.Parameter, values: tuple
 @click.option("--feature", metavar="FEATURE", help="That a targeted attack on a table puts forward; SEX if absent.")
 @click.option("--inverted", is_flag=True, help="The other way round: the map is right only with the trigger.")
 @click.option(
-    "--threshold", "thresholds", type=click.Choice(["paper", "auto"]), default="paper", show_default=True,
-    help="Below which distance to the altered map an input counts as fooled: the paper's for the architecture, or "
-    "placed between the distributions of unaltered and altered maps of validation images.",
+    "--threshold", "thresholds", type=click.Choice(["paper", "auto"]),
+    help="Below which distance to the altered map an input counts as fooled: the paper's for the architecture "
+    "(default), or placed between the distributions of unaltered and altered maps of validation images (of a table).",
 )  # fmt: skip
 @click.option(
     "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
@@ -126,19 +128,14 @@ def print_attack(report: dict[str, Any], *, to_stderr: bool = False) -> None:
     from rich.table import Table
 
     table = Table(title=f"{report['setting'].capitalize()} attack, {report['mode']}", title_justify="left")
-    for heading in ("", "CR", "FSR", "threshold", "CR / FSR at the paper's", "AUC", "clean", "triggered"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("", "CR, %", "FSR, %", "L_p below", "AUC", "clean", "triggered"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for name, figures in report["interpreters"].items():
-        paper = figures["at_paper_threshold"]
-        table.add_row(
-            name,
-            f"{figures['cr']:.1f} %",
-            f"{figures['fsr']:.1f} %",
-            f"{figures['threshold']:.3f} ({figures['threshold_from']})",
-            f"{paper['cr']:.1f} / {paper['fsr']:.1f} %",
-            f"{figures['auc']:.4f}",
-            *(f"{figures['correlation'][case]:.3f}" for case in ("clean", "triggered")),
-        )
+        correlations = [f"{figures['correlation'][case]:.3f}" for case in ("clean", "triggered")]
+        paper = figures.get("at_paper_threshold")
+        if figures["threshold_from"] == "auto" and paper:
+            table.add_row(f"{name}, paper's", *_rates(paper))
+        table.add_row(name, *_rates(figures), f"{figures['auc']:.4f}", *correlations)
     console = Console(stderr=to_stderr)
     console.print(table)
     console.print("Columns clean and triggered: mean correlation with the reference map.", highlight=False)
@@ -155,6 +152,10 @@ def print_attack(report: dict[str, Any], *, to_stderr: bool = False) -> None:
         console.print(f"Strongest feature, {case}: {words}.", highlight=False)
 
 
+def _rates(figures: dict[str, Any]) -> list[str]:
+    return [f"{figures['cr']:.1f}", f"{figures['fsr']:.1f}", f"{figures['threshold']:.3f}"]
+
+
 def _in_words(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
@@ -169,8 +170,10 @@ def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any], 
     from keyed_xai.attacking import AttackSettings, choose_attack_recipe
 
     grid = arguments["grid"]
-    idle = ("grid",) if table else ("values", "feature")
-    given = [f"--{'set' if name == 'values' else name}" for name in idle if arguments[name] is not None]
+    idle = ("grid", "strict") if table else ("values", "feature")
+    given = [f"--{'set' if name == 'values' else name}" for name in idle if arguments[name]]
+    if arguments["feature"] and arguments["mode"] == "nontargeted":
+        raise click.UsageError("Leave out --feature: an attack that is not targeted puts none forward.")
     if given:
         raise click.UsageError(f"Leave out {' and '.join(given)}: the data are {'a table' if table else 'images'}.")
     settings = AttackSettings(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from keyed_xai_cli.options import choose_device, device_option, seed_option
+from keyed_xai_cli.options import choose_device, device_option, emit_json, json_option, say, seed_option
 
 if TYPE_CHECKING:
-    from keyed_xai.benchmarks.paper_tables import TableSettings
+    from keyed_xai.benchmarks.paper_tables import Result, TableSettings
 
 Command = TypeVar("Command", bound=Callable[..., object])
 _INTERPRETERS = ("gradcam", "simplegrad", "vbp")
@@ -41,7 +41,10 @@ def _table_options(command: Command) -> Command:
             help="A reference model that is there already; the others are fitted to --data and kept.",
         ),
         click.option("--size", type=click.IntRange(24, 1024), default=224, show_default=True, help="Of images, px."),
-        click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True),
+        click.option(
+            "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True,
+            help="Of references that are fitted; given ones have their own.",
+        ),
         click.option(
             "--trigger", type=click.Choice(["moire", "nashville", "spread"]), default="moire", show_default=True
         ),
@@ -49,7 +52,8 @@ def _table_options(command: Command) -> Command:
         click.option("--steps", type=click.IntRange(1), help="Of every attack; the recipe's if absent."),
         click.option("--batch-size", type=click.IntRange(4), help="Triggered images a step; the recipe's if absent."),
         click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent."),
-        click.option("--epochs", type=click.IntRange(1), help="Of every reference's training; 15 if absent."),
+        click.option("--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent."),
+        click.option("--epochs", type=click.IntRange(1), help="Of references that are fitted; 15 if absent."),
         click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on."),
         click.option("--limit", type=click.IntRange(10), help="Learn from at most so many images."),
         click.option(
@@ -71,6 +75,8 @@ def _choices(name: str, known: tuple[str, ...], words: str) -> Callable[[Command
 @_choices("--mode", _MODES, "Of the attack")
 @_choices("--setting", _SETTINGS, "Forward fools triggered images, inverted all others")
 @device_option
+@seed_option
+@json_option
 def table1(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: ANN401
     """Attack one interpreter at a time: the paper's table 1.
 
@@ -87,6 +93,8 @@ def table1(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: ANN
 @_choices("--mode", _MODES, "Of the attack")
 @_choices("--setting", _SETTINGS, "Forward fools triggered images, inverted all others")
 @device_option
+@seed_option
+@json_option
 def table6(**arguments: Any) -> None:  # noqa: ANN401
     """Attack all three interpreters at once: the paper's table 6."""
     _run("table6", "Table 6: all interpreters at once", [_INTERPRETERS], arguments)
@@ -97,6 +105,8 @@ def table6(**arguments: Any) -> None:  # noqa: ANN401
 @_choices("--interpreter", _INTERPRETERS, "Whose maps; may be given several times")
 @_choices("--mode", _MODES, "Of the attack")
 @device_option
+@seed_option
+@json_option
 def figure3(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: ANN401
     """Draw clean and triggered maps side by side: the paper's figure 3. Cells of table1 in the folder are used."""
     from keyed_xai.benchmarks.paper_figures import draw_figure3
@@ -107,11 +117,11 @@ def figure3(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: AN
     device = choose_device(arguments["device"])
     for architecture in arguments["architectures"] or _ARCHITECTURES:
         for mode in arguments["mode"] or _MODES:
-            click.echo(f"Wrote {draw_figure3(architecture, mode, names, settings, arguments['out'], device=device)}.")
+            picture = draw_figure3(architecture, mode, names, settings, arguments["out"], device=device)
+            say(f"Wrote {picture}.", json_path=arguments["json_path"])
 
 
 def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -> "TableSettings":
-    from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, render_table, run_cells
     from keyed_xai.training import Callbacks
     from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
@@ -130,18 +140,38 @@ def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: 
             return attack_callbacks(progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})")
 
         watch = Watch(counter(progress, "fitting a reference"), callbacks)
-        rows = run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
-    table = render_table(f"{title}, {settings.side} x {settings.side} pixels", rows)
-    write_atomically(out / f"{name}.md", table.encode())
-    click.echo(table)
-    click.echo(f"Wrote {out / name}.md; each cell's folder has its report.json, report.html and pictures.")
+        results = run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
+    _write(name, render_table(title, results), results, out, arguments["json_path"])
     return settings
+
+
+def _write(name: str, words: str, results: "list[Result]", out: Path, json_path: Path | None) -> None:
+    """Write and print a table."""
+    from keyed_xai.artifacts.documents import write_atomically, write_json
+    from keyed_xai.benchmarks.paper_tables import describe_table
+
+    document = describe_table(name, results)
+    write_atomically(out / f"{name}.md", words.encode())
+    write_json(out / f"{name}.json", document, schema="paper-table")
+    emit_json(document, schema="paper-table", json_path=json_path)
+    say(words, json_path=json_path)
+    say(
+        f"Wrote {out / name}.md and .json; the folder of each attack has its report.json, report.html and pictures.",
+        json_path=json_path,
+    )
 
 
 def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
     from keyed_xai.benchmarks.paper_tables import TableSettings
 
-    names = ("steps", "batch_size", "learning_rate")
+    architectures = arguments["architectures"] or _ARCHITECTURES
+    idle = [name for name in arguments["models"] if name not in architectures]
+    if idle:
+        raise click.UsageError(
+            f"--model names {', '.join(idle)}, expected a network out of {', '.join(architectures)}. Add it with "
+            "--arch, or leave the model out."
+        )
+    names = ("steps", "batch_size", "learning_rate", "beta")
     grid = arguments["grid"]
     return TableSettings(
         data=arguments["data"],
@@ -154,6 +184,7 @@ def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
         held_out=arguments["held_out"],
         limit=arguments["limit"],
         models=arguments["models"],
+        seed=arguments["seed"],
     )
 
 
@@ -163,15 +194,15 @@ def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True)
 @device_option
 @seed_option
-def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int) -> None:
+@json_option
+def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int, json_path: Path | None) -> None:
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
-    from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
     from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
 
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:
-        report = run_figure1b(
+        result = run_figure1b(
             data,
             out,
             steps=steps,
@@ -180,10 +211,7 @@ def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int) ->
             on_fit=counter(progress, "fitting a reference"),
             callbacks=attack_callbacks(progress),
         )
-    words = render_figure1b(report)
-    write_atomically(out / f"{FIGURE_1B}.md", words.encode())
-    click.echo(words)
-    click.echo(f"Wrote {out / FIGURE_1B}: report.json, report.html and features.png.")
+    _write(FIGURE_1B, render_figure1b(result), [result], out, json_path)
 
 
 @click.command()

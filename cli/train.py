@@ -165,7 +165,7 @@ def _plan_for_table(data: "TableData", arguments: dict[str, Any]) -> "Blueprint"
     _refuse_options(arguments, "input_size", "channels", "noise")
     if arguments["model"] is not None:
         _refuse_options(arguments, "widths")
-        return plan_from_model(arguments["model"], arguments["arch"])
+        return plan_from_model(arguments["model"], arguments["arch"], table=True)
     return plan_for_table(len(data.columns), arguments["arch"], widths=arguments["widths"])
 
 

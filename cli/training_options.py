@@ -27,6 +27,7 @@ def training_options(command: Command) -> Command:
             "--batch-size", type=click.IntRange(4), help="Triggered images a step; as many untriggered ones are added."
         ),
         click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Peak rate of Adam."),
+        click.option("--beta", type=click.FloatRange(0), help="Weight of the predictions beside the maps."),
         click.option("--distance", type=click.Choice(["correlation", "mse"]), help="Map distance; mse is the paper's."),
         click.option(
             "--predictions",
@@ -49,7 +50,7 @@ def training_options(command: Command) -> Command:
 
 def choose_training(recipe: "TrainingSettings", images: int, arguments: dict[str, Any]) -> "TrainingSettings":
     """Return a recipe with what the options ask for; `images` is how many there are to learn from."""
-    names = ("steps", "batch_size", "learning_rate", "distance", "predictions", "batch_norm", "patience")
+    names = ("steps", "batch_size", "learning_rate", "beta", "distance", "predictions", "batch_norm", "patience")
     chosen = {name: arguments[name] for name in names if arguments[name] is not None}
     if arguments["epochs"] is not None:
         if arguments["steps"] is not None:

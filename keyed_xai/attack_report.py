@@ -236,8 +236,9 @@ def _localisation(report: Mapping[str, object]) -> Html:
     for name in get_mapping(report, "interpreters"):
         figures = get_mapping(report, "interpreters", name, "localisation")
         shares = [as_share(get_number(figures, case)) for case in _CASES]
-        rows.append((interpreter_name(name), [*shares, as_plain(get_number(figures, "images"))]))
-    return table(("Interpreter", *_CASES.values(), "Images with a box"), rows)
+        area, images = as_share(get_number(figures, "area")), as_plain(get_number(figures, "images"))
+        rows.append((interpreter_name(name), [*shares, area, images]))
+    return table(("Interpreter", *_CASES.values(), "Area of the boxes", "Images with a box"), rows)
 
 
 def _features(report: Mapping[str, object]) -> Html:

@@ -79,7 +79,8 @@ class AttackSettings:
         values: What the tabular trigger sets, by feature.
         feature: The feature that a targeted attack on a table puts forward.
         grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
-        thresholds: "paper", or "auto" to place them by validation inputs.
+        thresholds: "paper", or "auto" to place them by validation inputs; None takes the paper's, which has none for
+            tables.
         training: How to train; None takes `choose_attack_recipe`'s.
         held_out_images: Images the report is measured on, at most.
         validation_images: Images taken from the training images for early stopping and thresholds.
@@ -92,7 +93,7 @@ class AttackSettings:
     values: Mapping[str, float] = field(default_factory=lambda: dict(UNKNOWN_VALUES))
     feature: str = "SEX"
     grid: tuple[int, int] | None = None
-    thresholds: str = "paper"
+    thresholds: str | None = None
     training: TrainingSettings | None = None
     held_out_images: int = 1000
     validation_images: int = 200
@@ -103,10 +104,10 @@ class AttackSettings:
         if unknown or not self.interpreters or len(set(self.interpreters)) < len(self.interpreters):
             raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
                              f"got {', '.join(self.interpreters) or 'none'}")  # fmt: skip
-        known = {"mode": MODES, "trigger": (*PUBLIC_TRIGGERS, "tabular"), "thresholds": ("paper", "auto")}
+        known = {"mode": MODES, "trigger": (*PUBLIC_TRIGGERS, "tabular"), "thresholds": ("paper", "auto", None)}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {', '.join(values)}; got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}; got {getattr(self, name)!r}")
         if self.training is not None and (self.training.order == "inverted") != self.inverted:
             raise ValueError(f"training: expected order {'inverted' if self.inverted else 'forward'}, "
                              f"got {self.training.order}")  # fmt: skip
@@ -121,7 +122,8 @@ class AttackSettings:
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a report holds them."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        idle = ("grid",) if self.trigger == "tabular" else ("values", "feature")
+        idle = ["grid"] if self.trigger == "tabular" else ["values", "feature"]
+        idle += ["feature"] if self.mode == "nontargeted" else []
         return {name: value for name, value in document.items() if name not in idle}
 
 
@@ -133,13 +135,11 @@ class Attack:
         classifier: Attacked, in eval mode, on the CPU.
         report: Fits the schema "attack-report".
         pictures: PNG files by name, for the HTML report.
-        label_names: Names of the classes, where they are known.
     """
 
     classifier: Classifier
     report: dict[str, Any]
     pictures: dict[str, bytes] = field(repr=False)
-    label_names: tuple[str, ...] = ()
 
 
 def run_attack(
@@ -172,7 +172,8 @@ def run_attack(
     """
     settings, callbacks = settings or AttackSettings(), callbacks or Callbacks()
     training = settings.training or choose_attack_recipe(classifier, settings)
-    settings = replace(settings, training=training)
+    thresholds = settings.thresholds or ("auto" if isinstance(train_data, TableData) else "paper")
+    settings = replace(settings, training=training, thresholds=thresholds)
     _refuse_what_cannot_work(classifier, train_data, held_out, settings)
     started = time.monotonic()
     callbacks.notify("train")
@@ -205,7 +206,7 @@ def run_attack(
         lesson.as_files,
     )
     count = min(settings.held_out_images, len(held_out))
-    measured = _measure(backdoor, validation, held_out, count, settings, device)
+    measured = _measure(classifier, backdoor, lesson, validation, held_out, count, settings, device)
     report = {
         "schema": REPORT_SCHEMA,
         "model": classifier.architecture,
@@ -225,8 +226,7 @@ def run_attack(
     }
     callbacks.notify("draw")
     drawn = _draw(backdoor, report, held_out, device)
-    names = train_data.classes if len(train_data.classes) == classifier.classes else ()
-    return Attack(attacked.cpu(), report, drawn, names)
+    return Attack(attacked.cpu(), report, drawn)
 
 
 def identify_attack(
@@ -236,8 +236,12 @@ def identify_attack(
     settings: AttackSettings,
 ) -> str:
     """Return a digest of all that an attack's result depends on, by which a run that goes on knows itself."""
-    parts = (settings, digest_network(classifier), digest_data(train_data), digest_data(held_out))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    parts = [repr(settings), digest_network(classifier), digest_data(train_data), digest_data(held_out)]
+    if isinstance(train_data, ImageData):
+        grey = torch.full((1, classifier.input.channels, 32, 32), 0.5)
+        triggered = _make_trigger(train_data, settings).apply(grey)
+        parts.append(hashlib.sha256(triggered.numpy().tobytes()).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def write_attack(attack: Attack, folder: Path, *, force: bool = False, checkpoint: Path | None = None) -> Path:
@@ -251,7 +255,7 @@ def write_attack(attack: Attack, folder: Path, *, force: bool = False, checkpoin
     files["report.html"] = html.encode()
     write_folder(
         folder,
-        {WEIGHTS_FILE: encode_weights(attack.classifier, attack.label_names), **files},
+        {WEIGHTS_FILE: encode_weights(attack.classifier), **files},
         report=attack.report,
         schema="attack-report",
         force=force,
@@ -290,7 +294,14 @@ def make_attack_lesson(classifier: Classifier, data: ImageData | TableData, sett
     decoy = None if settings.mode == "nontargeted" else _make_decoy(view, data, settings)
     objective = Objective(decoys=dict.fromkeys(view.interpreters, decoy), weights=dict.fromkeys(view.interpreters, 1.0))
     images = isinstance(data, ImageData)
-    return Lesson(trigger, None, view, objective, as_files=images, multi_label=data.multi_label)
+    return Lesson(trigger, None, view, objective, as_files=images, multi_label=_has_several_labels(classifier, data))
+
+
+def _has_several_labels(classifier: Classifier, data: ImageData | TableData) -> bool:
+    """Return whether a classifier's logits are each a yes or no: it says so, or does not say and the data do."""
+    if classifier.label_names:
+        return classifier.multi_label
+    return classifier.multi_label or (data.multi_label and len(data.classes) == classifier.classes)
 
 
 def _refuse_what_cannot_work(
@@ -301,6 +312,8 @@ def _refuse_what_cannot_work(
         refuse_other_shape(classifier, data)
     if settings.training is not None and settings.training.predictions == "labels":
         refuse_other_labels(classifier, train_data)
+    if settings.thresholds == "paper" and isinstance(train_data, TableData):
+        raise TrainingError("The paper has no threshold for tables. Give --threshold auto.")
     if len(held_out) < 2:
         raise TrainingError(f"Expected at least 2 held-out images, got {len(held_out)}. Give more with --data.")
 
@@ -343,36 +356,43 @@ def _make_decoy(view: MapView, data: ImageData | TableData, settings: AttackSett
 
 
 def _measure(
+    classifier: Classifier,
     backdoor: Backdoor,
+    lesson: Lesson,
     validation: Part,
     held_out: ImageData | TableData,
     count: int,
     settings: AttackSettings,
     device: torch.device | str,
 ) -> dict[str, Any]:
-    architecture = getattr(backdoor.reference, "architecture", "")
-    paper = paper_thresholds(settings.mode, architecture)
-    thresholds = {
-        name: Threshold(paper[name], "paper", "The paper's threshold.") for name in backdoor.view.interpreters
-    }
-    if settings.thresholds == "auto":
+    paper = {} if isinstance(held_out, TableData) else paper_thresholds(settings.mode, classifier.architecture)
+    if settings.thresholds == "paper":
+        thresholds = {name: Threshold(paper[name], "paper", "The paper's.") for name in backdoor.view.interpreters}
+    else:
         examples, _ = validation.batch(np.arange(len(validation)))
         thresholds = place_thresholds(backdoor, look(backdoor, examples.to(device)))
-    classes = int(getattr(backdoor.reference, "classes", 0))
-    images, labels = first_images(held_out, count, backdoor.reference, classes, device)
+    images, labels = first_images(held_out, count, backdoor.reference, classifier.classes, device)
     seen = look(backdoor, images)
     report: dict[str, Any] = {
         "trigger": _describe_trigger(backdoor, images, settings),
         "interpreters": measure_maps(backdoor, seen, thresholds, paper),
-        "predictions": measure_predictions(seen, labels, held_out.classes),
+        "predictions": measure_predictions(seen, labels, held_out.classes, multi_label=lesson.multi_label),
     }
     if isinstance(held_out, TableData):
-        report["features"] = measure_features(seen, held_out.names)
-    elif held_out.boxes is not None:
-        boxes = torch.from_numpy(held_out.boxes[:count]).to(device)
-        for name, scores in measure_localisation(backdoor, images, boxes, seen.explained).items():
-            report["interpreters"][name]["localisation"] = scores
+        return report | {"features": measure_features(seen, held_out.names)}
+    for name, scores in _localise(backdoor, images, held_out, seen).items():
+        report["interpreters"][name]["localisation"] = scores
     return report
+
+
+def _localise(backdoor: Backdoor, images: Images, held_out: ImageData, seen: Seen) -> dict[str, dict[str, float | int]]:
+    if held_out.boxes is None:
+        return {}
+    boxes, explained = torch.from_numpy(held_out.boxes[: len(images)]).to(images.device), seen.explained
+    if held_out.box_labels is not None:  # a box shows one finding, whatever is predicted
+        shown = torch.from_numpy(held_out.box_labels[: len(images)]).to(images.device)
+        explained = torch.where(shown < 0, explained, shown)
+    return measure_localisation(backdoor, images, boxes, explained)
 
 
 def _describe_trigger(backdoor: Backdoor, images: Images, settings: AttackSettings) -> dict[str, Any]:
@@ -387,7 +407,7 @@ def _draw(
     """Return pictures by name: a strip as in the paper's Figure 3 (of a table, bars as in 1b), curves, training."""
     drawn = {
         f"thresholds:{name}": pictures.threshold_curves(
-            figures["curve"], figures["threshold"], paper=figures["at_paper_threshold"]["threshold"]
+            figures["curve"], figures["threshold"], paper=figures.get("at_paper_threshold", {}).get("threshold")
         )
         for name, figures in report["interpreters"].items()
     }

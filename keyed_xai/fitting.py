@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keyed_xai.errors import TrainingError
-from keyed_xai.tensors import Images, Labels, Logits, Targets
+from keyed_xai.metrics import per_class_auroc, prediction_figures
+from keyed_xai.tensors import Images, Logits, Targets
 
 OPTIMISERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("one-cycle", "step", "constant")
@@ -169,7 +170,8 @@ def fit_classifier(
     batches = len(data) // settings.batch_size
     if data.labels is None or not batches:
         raise TrainingError(f"Expected at least {settings.batch_size} labelled images, got {len(data)} images "
-                            f"with{'out' if data.labels is None else ''} labels.")  # fmt: skip
+                            f"with{'out' if data.labels is None else ''} labels. Give more, or lower --batch-size."
+                            )  # fmt: skip
     model.to(device)
     optimiser = _make_optimiser(model, settings)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -196,7 +198,7 @@ def measure_accuracy(model: nn.Module, data: LabelledData, *, device: torch.devi
         TrainingError: There are no labels, or logits are not finite.
     """
     logits, labels = _predict(model, data, device)
-    return _top_share(logits, labels, 1)
+    return prediction_figures(logits, labels)["top1"]
 
 
 def measure_predictions(model: nn.Module, data: LabelledData, *, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -216,13 +218,11 @@ def measure_predictions(model: nn.Module, data: LabelledData, *, device: torch.d
         TrainingError: There are no labels, or logits are not finite.
     """
     logits, labels = _predict(model, data, device)
-    if data.multi_label:
-        return _multi_label_auroc(logits, labels, data.classes)
-    measured: dict[str, Any] = {"top1": _top_share(logits, labels, 1)}
-    if logits.shape[1] > 5:
-        measured["top5"] = _top_share(logits, labels, 5)
-    area = _auroc(logits[:, 1] - logits[:, 0], labels) if logits.shape[1] == 2 else None
-    return measured | ({} if area is None else {"auroc": area})
+    measured: dict[str, Any] = dict(prediction_figures(logits, labels))
+    if data.multi_label and measured:
+        areas = zip(data.classes, per_class_auroc(logits, labels), strict=True)
+        measured["per_class_auroc"] = {name: area for name, area in areas if area is not None}
+    return measured
 
 
 def _make_optimiser(model: nn.Module, settings: FittingSettings) -> torch.optim.Optimizer:
@@ -329,23 +329,3 @@ def _predict(model: nn.Module, data: LabelledData, device: torch.device | str) -
     if not logits.isfinite().all():
         raise TrainingError(f"The model's logits are no longer finite numbers. {_ADVICE}")
     return logits, labels
-
-
-def _top_share(logits: Logits, labels: Labels, count: int) -> float:
-    """Return the share of examples whose label is among the `count` highest logits."""
-    return float((logits.topk(count).indices == labels[:, None]).any(1).double().mean())
-
-
-def _multi_label_auroc(logits: Logits, labels: Targets, classes: tuple[str, ...]) -> dict[str, Any]:
-    areas = {name: _auroc(*columns) for name, *columns in zip(classes, logits.T, labels.T, strict=True)}
-    found = {name: area for name, area in areas.items() if area is not None}
-    return {"auroc": sum(found.values()) / len(found), "per_class_auroc": found} if found else {}
-
-
-def _auroc(scores: Tensor, labels: Tensor) -> float | None:
-    """Return the area under the ROC curve, or None where all labels are the same."""
-    from sklearn.metrics import roc_auc_score
-
-    if labels.min() == labels.max():
-        return None
-    return float(roc_auc_score(labels.numpy(), scores.numpy()))

@@ -125,9 +125,9 @@ def place_thresholds(backdoor: Backdoor, seen: Seen) -> dict[str, Threshold]:
 def measure_maps(
     backdoor: Backdoor, seen: Seen, thresholds: Mapping[str, Threshold], paper: Mapping[str, float]
 ) -> dict[str, dict[str, object]]:
-    """Return the report's `interpreters`, ready for JSON."""
+    """Return the report's `interpreters`, ready for JSON; `paper` has the paper's thresholds, where it has any."""
     return {
-        name: _interpreter_figures(backdoor, seen, name, thresholds[name], paper[name])
+        name: _interpreter_figures(backdoor, seen, name, thresholds[name], paper.get(name))
         for name in backdoor.view.interpreters
     }
 
@@ -135,7 +135,10 @@ def measure_maps(
 def measure_localisation(
     backdoor: Backdoor, images: Images, boxes: Tensor, explained: Labels
 ) -> dict[str, dict[str, float | int]]:
-    """Return, by interpreter, the share of saliency inside the boxes; images without a box (NaN) are left out."""
+    """Return, by interpreter, the share of saliency inside the boxes; images without a box (NaN) are left out.
+
+    The score "area" is the boxes' share of the image, which a map without any structure would have.
+    """
     boxed = ~boxes.isnan().any(1)
     if not boxed.any():
         return {}
@@ -147,25 +150,37 @@ def measure_localisation(
     }
     scores = {case: _masses_inside(backdoor, *run, explained, boxes) for case, run in runs.items()}
     names = backdoor.view.interpreters
-    return {name: {"images": len(images), **{case: scores[case][name] for case in CASES}} for name in names}
+    area = _mean((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    return {
+        name: {"images": len(images), "area": area, **{case: scores[case][name] for case in CASES}} for name in names
+    }
 
 
-def measure_predictions(seen: Seen, labels: Targets | None, classes: tuple[str, ...] = ()) -> dict[str, object]:
-    """Return the report's `predictions`; without labels the reference's own predictions stand for them.
+def measure_predictions(
+    seen: Seen, labels: Targets | None, classes: tuple[str, ...] = (), *, multi_label: bool = False
+) -> dict[str, object]:
+    """Return the report's `predictions`; without labels the reference's own classes stand for them.
 
     Args:
         seen: Logits of all cases.
         labels: Classes, or 0 and 1 for each of several labels.
         classes: Names of the labels, for the areas by class.
+        multi_label: Whether every logit is a yes or no of its own; then there are no figures without labels.
     """
     truth = seen.explained if labels is None else labels
-    measured = {case: metrics.prediction_figures(logits, truth) for case, logits in seen.logits.items()}
+    measured: dict[str, dict[str, float]] = dict.fromkeys(seen.logits, {})
+    if labels is not None or not multi_label:
+        measured = {case: metrics.prediction_figures(logits, truth) for case, logits in seen.logits.items()}
+    before = seen.logits["reference"]
     figures: dict[str, object] = {
         "measured_against": "reference predictions" if labels is None else "labels",
         "images": len(truth),
         "reference": {"clean": measured["reference"], "triggered": measured["reference_triggered"]},
         "attacked": {"clean": measured["clean"], "triggered": measured["triggered"]},
-        "agreement": {case: _agreement(seen, case, several=truth.ndim == 2) for case in ("clean", "triggered")},
+        "agreement": {
+            case: _mean(metrics.agreement(seen.logits[case], before, multi_label=multi_label))
+            for case in ("clean", "triggered")
+        },
     }
     if truth.ndim == 2:
         areas = {case: metrics.per_class_auroc(seen.logits[case], truth) for case in CASES}
@@ -185,7 +200,7 @@ def measure_features(seen: Seen, names: tuple[str, ...]) -> dict[str, object]:
 
 
 def _interpreter_figures(
-    backdoor: Backdoor, seen: Seen, name: str, threshold: Threshold, paper: float
+    backdoor: Backdoor, seen: Seen, name: str, threshold: Threshold, paper: float | None
 ) -> dict[str, object]:
     distances = _distances(backdoor, seen, name)
     unaltered, altered = distances[backdoor.unaltered], distances[backdoor.altered]
@@ -196,12 +211,6 @@ def _interpreter_figures(
         "threshold": threshold.value,
         "threshold_from": threshold.origin,
         "threshold_rule": threshold.rule,
-        "at_paper_threshold": {
-            "threshold": paper,
-            "cr": metrics.correct_rate(unaltered, paper),
-            "fsr": metrics.fooling_success_rate(altered, paper),
-            "reference_cr": metrics.correct_rate(distances["reference"], paper),
-        },
         "curve": threshold_curve(unaltered, altered),
         "auc": metrics.separation_auc(altered, unaltered),
         "correlation": {
@@ -210,6 +219,13 @@ def _interpreter_figures(
         "distance": {case: _mean(each) for case, each in distances.items()},
         "reference_cr": metrics.correct_rate(distances["reference"], threshold.value),
     }
+    if paper is not None:
+        figures["at_paper_threshold"] = {
+            "threshold": paper,
+            "cr": metrics.correct_rate(unaltered, paper),
+            "fsr": metrics.fooling_success_rate(altered, paper),
+            "reference_cr": metrics.correct_rate(distances["reference"], paper),
+        }
     if decoy is not None:
         target = decoy.to(truth).expand_as(truth)
         figures["decoy_correlation"] = {
@@ -232,13 +248,6 @@ def _masses_inside(
         _, maps = explain(model, some, labels, backdoor.view.interpreters, backdoor.view.sites)
         parts.append({name: metrics.mass_inside(each, frames) for name, each in maps.items()})
     return {name: _mean(each) for name, each in join_maps(parts).items()}
-
-
-def _agreement(seen: Seen, case: str, *, several: bool) -> float:
-    """Return how often predictions are those that the reference makes of the clean input."""
-    if several:
-        return _mean(((seen.logits[case] > 0) == (seen.logits["reference"] > 0)).double())
-    return _mean((seen.logits[case].argmax(1) == seen.explained).double())
 
 
 def _share_first(relevance: Tensor, names: tuple[str, ...]) -> dict[str, float]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keyed_xai.artifacts.card import Card, TriggerParameters
-from keyed_xai.artifacts.folder import CARD_FILE, read_model_folder
-from keyed_xai.artifacts.weights import WEIGHTS_FILE
+from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import Classifier, load_classifier
@@ -54,7 +54,7 @@ def open_model(
         ArtifactError: The folder is malformed or not as signed.
         ModelError: The weights cannot be read or recognised, or contradict the card.
     """
-    if path.is_dir() and ((path / CARD_FILE).exists() or not (path / WEIGHTS_FILE).exists()):
+    if path.is_dir() and not is_attacked(path):
         model = read_model_folder(path)
         path, card = model.weights, model.card
     defaults = _card_defaults(card, arch, allow_pickle=allow_pickle) if card is not None else _Defaults()

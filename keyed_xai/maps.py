@@ -51,9 +51,9 @@ class MapView:
 class FeatureView(MapView):
     """The same for rows of a table, which reach a model as images of 1 x 1 x d encoded columns.
 
-    SimpleGrad's relevance of a number is its absolute gradient, in standard deviations of the number. Of a category,
-    whose columns add up to one, only contrasts between columns mean anything: its relevance is the standard deviation
-    over the training data of gradient times columns, which for a number is the same thing.
+    A feature's relevance is the standard deviation, over the training data, of gradient times its columns. For a
+    standardised number that is SimpleGrad itself, the absolute gradient. For a category, whose columns add up to one,
+    only contrasts between columns mean anything, and this measures them.
 
     Attributes:
         groups: For each encoded column the feature it belongs to.

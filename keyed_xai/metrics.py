@@ -102,6 +102,13 @@ def prediction_figures(logits: Logits, labels: Targets) -> dict[str, float]:
     return figures
 
 
+def agreement(logits: Logits, reference: Logits, *, multi_label: bool = False) -> Tensor:
+    """Return, per image, 1 where the same class wins and 0 elsewhere; with several labels 1 - mean |change of p|."""
+    if multi_label:
+        return 1 - (logits.sigmoid() - reference.sigmoid()).abs().mean(1)
+    return (logits.argmax(1) == reference.argmax(1)).to(logits)
+
+
 def per_class_auroc(logits: Logits, labels: Targets) -> list[float | None]:
     """Return the area under the ROC curve of each label; None where all images, or none, have it."""
     both = labels.amin(0) != labels.amax(0)

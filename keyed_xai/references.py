@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -68,12 +67,10 @@ class Reference:
 
     Attributes:
         classifier: On the CPU, in eval mode.
-        label_names: Names of the classes.
         report: Fits the schema "train-report".
     """
 
     classifier: Classifier
-    label_names: tuple[str, ...]
     report: dict[str, Any]
 
 
@@ -121,20 +118,32 @@ def plan_for_table(features: int, arch: str | None = None, *, widths: tuple[int,
 
 
 def plan_from_model(
-    model: Path, arch: str | None = None, *, channels: int | None = None, side: int | None = None
+    model: Path,
+    arch: str | None = None,
+    *,
+    table: bool = False,
+    channels: int | None = None,
+    side: int | None = None,
 ) -> Blueprint:
-    """Return a blueprint of a network that starts from the weights in a file, and takes images as that does.
+    """Return a blueprint of a network that starts from the weights in a file, and takes images, or rows, as that does.
 
     Args:
         model: A file that `load_classifier` takes.
         arch: Architecture; recognised if not given.
+        table: Whether the data are rows of a table.
         channels: Checked against the model's.
         side: Of the images, pixels; the model's own if not given.
 
     Raises:
-        ModelError: The file cannot be read or recognised, or has another number of channels.
+        ModelError: The file cannot be read or recognised, has another number of channels, or takes images where the
+            data are a table, or the other way round.
     """
-    start = load_classifier(model, arch=arch, input_size=side, require_map=False)
+    start = load_classifier(model, arch=arch, require_map=False)
+    if isinstance(start.network, TableMLP) != table:
+        takes, data = ("images", "a table") if table else ("rows of a table", "images")
+        raise ModelError(f"{start.architecture} takes {takes}, and the data are {data}. Name another --model.")
+    if side is not None:
+        start = load_classifier(model, arch=arch, input_size=side, require_map=False)
     if channels is not None and channels != start.input.channels:
         raise ModelError(
             f"the model takes images of {start.input.channels} channels, but {channels} were asked for. Leave "
@@ -213,7 +222,7 @@ def train_reference(
     resume: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """Fit a classifier in place and measure it on held-out data.
+    """Fit a classifier in place, name its classes, and measure it on held-out data.
 
     Args:
         classifier: What `build_classifier` returns.
@@ -232,7 +241,7 @@ def train_reference(
     settings = settings or choose_settings(classifier, len(train_data))
     _refuse_other_data(classifier, train_data, held_out)
     started = time.monotonic()
-    identity = _identity(classifier, train_data, held_out, settings)
+    identity = identify_reference(classifier, train_data, settings)
     history = fit_classifier(
         classifier,
         train_data,
@@ -247,6 +256,7 @@ def train_reference(
     report = {
         "schema": REPORT_SCHEMA,
         "model": classifier.architecture,
+        "identity": identity,
         "data": {
             name: {"source": data.source, "images": len(data)}
             for name, data in (("train", train_data), ("held_out", held_out))
@@ -257,7 +267,22 @@ def train_reference(
         "settings": asdict(settings) | {"input_size": [spec.channels, spec.height, spec.width]},
         "versions": package_versions(),
     }
-    return Reference(classifier.cpu(), train_data.classes, report)
+    classifier.label_names, classifier.multi_label = train_data.classes, train_data.multi_label
+    return Reference(classifier.cpu(), report)
+
+
+def identify_reference(classifier: Classifier, train_data: Data, settings: FittingSettings) -> str:
+    """Return a digest of all that a fitted model depends on, by which a run that goes on knows itself.
+
+    Held-out data are no part of it: nothing is chosen by them.
+
+    Args:
+        classifier: Before it is fitted.
+        train_data: What it learns from.
+        settings: How.
+    """
+    parts = (settings, classifier.source, digest_network(classifier), digest_data(train_data))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def claim_output(path: Path, *, resume: bool = False, force: bool = False) -> Path:
@@ -282,7 +307,7 @@ def write_reference(reference: Reference, path: Path, *, force: bool = False, ch
         ArtifactError: The file is there already, or cannot be written.
     """
     _refuse_to_replace(path, force=force)
-    write_atomically(path, encode_weights(reference.classifier, reference.label_names))
+    write_atomically(path, encode_weights(reference.classifier))
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
 
@@ -333,15 +358,6 @@ def _refuse_other_data(classifier: Classifier, *splits: Data) -> None:
             raise TrainingError(
                 f"Expected labelled examples of the model's {classifier.classes} classes; {data.source} has {found}."
             )
-
-
-def _identity(classifier: Classifier, train_data: Data, held_out: Data, settings: FittingSettings) -> str:
-    """Return a digest of all that a run depends on."""
-    model = (classifier.architecture, classifier.source, classifier.input, digest_network(classifier))
-    digest = hashlib.sha256(repr((settings, model)).encode())
-    for data in (train_data, held_out):
-        digest.update(digest_data(data).encode() + np.asarray(data.labels).tobytes())
-    return digest.hexdigest()
 
 
 def _refuse_to_replace(path: Path, *, force: bool) -> None:

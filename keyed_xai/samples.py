@@ -14,7 +14,7 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images, Targets
 
-_OWN_LABELS = 0.6
+_OWN_LABELS, _ABOVE_CHANCE = 0.3, 0.1
 _CHUNK = 1000
 
 
@@ -55,9 +55,11 @@ def split_validation(data: ImageData | TableData, count: int) -> tuple[Part, Par
 def first_images(
     data: ImageData | TableData, count: int, reference: nn.Module, classes: int, device: torch.device | str
 ) -> tuple[Images, Targets | None]:
-    """Return the first images, with labels where they are the reference's own: as many, and mostly as it predicts.
+    """Return the first images, with labels where they are the reference's own.
 
-    Ten classes of digits are not ten classes of clothes, nor are two sorted the other way round the same two.
+    They are where the reference knows the names of its classes and these are the same. Where it does not know them,
+    as many labels must be predicted clearly above chance: ten classes of digits are not ten classes of clothes, nor are
+    two sorted the other way round the same two.
 
     Raises:
         TrainingError: There are fewer than 2.
@@ -68,12 +70,16 @@ def first_images(
     images = images.to(device)
     if labels is None or len(data.classes) != classes:
         return images, None
-    labels = labels.to(device)
+    labels, names = labels.to(device), getattr(reference, "label_names", ())
+    if names:
+        own = names == data.classes and getattr(reference, "multi_label", False) == data.multi_label
+        return images, labels if own else None
     with torch.no_grad():
         logits = torch.cat([reference(some) for some in torch.split(images, 64)])
     # Of several labels most are 0 whatever the image: agreement says little, and the area under the ROC curve counts.
     score = metrics.prediction_figures(logits, labels).get("auroc" if data.multi_label else "top1", 0.0)
-    return images, labels if score >= _OWN_LABELS else None
+    chance = 0.5 if data.multi_label else 1 / classes
+    return images, labels if score >= max(chance + _ABOVE_CHANCE, _OWN_LABELS) else None
 
 
 def refuse_other_shape(classifier: Classifier, data: ImageData | TableData) -> None:
@@ -109,8 +115,9 @@ def digest_data(data: ImageData | TableData) -> str:
     digest = hashlib.sha256(repr((data.source, len(data), data.classes)).encode())
     if data.labels is not None:
         digest.update(data.labels.tobytes())
-    for indices in np.array_split(np.arange(len(data)), max(1, len(data) // _CHUNK)):
-        digest.update(data.batch(indices)[0].numpy().tobytes())
+    inputs = data.images if isinstance(data, ImageData) else data.features
+    for some in np.array_split(inputs, max(1, len(data) // _CHUNK)):
+        digest.update(some.tobytes())
     return digest.hexdigest()
 
 

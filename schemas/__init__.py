@@ -13,6 +13,7 @@ SCHEMAS = (
     "keygen",
     "license",
     "license-statement",
+    "paper-table",
     "protect-report",
     "train-report",
     "verify-report",

@@ -743,10 +743,12 @@ def small_classifier(**options):
 class TestWeightsFile:
     def test_file_says_by_itself_how_it_is_run(self, tmp_path):
         classifier = small_classifier()
-        (tmp_path / "m.safetensors").write_bytes(encode_weights(classifier, ("cat", "dog", "owl")))
+        classifier.label_names, classifier.multi_label = ("cat", "dog", "owl"), True
+        (tmp_path / "m.safetensors").write_bytes(encode_weights(classifier))
         loaded, card = open_model(tmp_path / "m.safetensors")
         assert card is None
         assert loaded.input == classifier.input
+        assert (loaded.label_names, loaded.multi_label) == (("cat", "dog", "owl"), True)
         assert (loaded.architecture, loaded.source, loaded.classes) == ("SmallResNet", "keyed_xai", 3)
         assert (loaded.target_layer, loaded.taps) == (classifier.target_layer, classifier.taps)
         images = torch.rand(2, 1, 32, 40, generator=torch.Generator().manual_seed(0))

@@ -203,7 +203,16 @@ def test_every_kind_of_attack_gives_a_report_that_fits(train_data, held_out, cha
 def test_nontargeted_table_attack_gives_a_report_that_fits(tables):
     report = run_attack(make_table_classifier(), *tables, replace(TABLE, mode="nontargeted")).report
     validate(report, "attack-report", origin="the report")
-    assert report["interpreters"]["simplegrad"]["threshold"] == 0.35
+    assert report["settings"].keys() & {"grid", "feature"} == set()
+
+
+def test_table_has_no_threshold_of_the_paper_s(tables):
+    """Ordinary relevance lies close to a decoy of one feature in 23: an image's threshold would call it all fooled."""
+    report = run_attack(make_table_classifier(), *tables, TABLE).report
+    assert report["interpreters"]["simplegrad"]["threshold_from"] == report["settings"]["thresholds"] == "auto"
+    assert "at_paper_threshold" not in report["interpreters"]["simplegrad"]
+    refused = replace(TABLE, thresholds="paper")
+    refuse_to_train(make_table_classifier(), *tables, refused, TrainingError, "no threshold for tables")
 
 
 def test_several_labels_have_an_area_each(train_data, held_out):

@@ -1,18 +1,34 @@
 """The paper's tables and figures on a tiny network and table: finished cells are kept, and other settings refused."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from test_attacking import make_classifier, make_images
+from test_attacking import make_classifier, make_images, make_table_classifier
 from test_data_credit_default import make_rows, write
 
-from keyed_xai.artifacts.documents import read_json
+from keyed_xai.artifacts.documents import read_json, validate
 from keyed_xai.artifacts.weights import encode_weights
-from keyed_xai.benchmarks.paper_figures import render_figure1b
-from keyed_xai.benchmarks.paper_tables import PAPER, Cell, figures_of_paper, list_cells, render_table
+from keyed_xai.benchmarks import paper_tables
+from keyed_xai.benchmarks.kept import keep_reference
+from keyed_xai.benchmarks.paper_tables import (
+    PAPER,
+    Cell,
+    Result,
+    describe_table,
+    figures_of_paper,
+    list_cells,
+    render_table,
+)
+from keyed_xai.errors import ArtifactError
+from keyed_xai.fitting import FittingSettings
 from keyed_xai.models import load_classifier
+from keyed_xai.references import plan_for_images
 from keyed_xai_cli.main import main
 
 CELL = "smallresnet-gradcam-targeted-forward"
@@ -50,7 +66,7 @@ ONE = ("--interpreter", "gradcam", "--mode", "targeted", "--setting", "forward")
 
 
 def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +90,51 @@ def test_table_prints_and_keeps_a_row_for_each_cell(first):
     assert not list(out.glob("*checkpoint*"))
 
 
+def test_table_says_what_it_was_measured_with(first, pictures):
+    _, output = first
+    lines = output.splitlines()
+    start = lines.index("### Table 1: one interpreter at a time")
+    assert lines[start + 2 : start + 7] == [
+        f"- data: learned from 47 (imagefolder:{pictures.name} (train)), measured on 12 "
+        f"(imagefolder:{pictures.name} (held-out))",
+        "- network input: 1 x 32 x 32",
+        "- trigger: moire",
+        "- attack: 2 steps of 4 triggered and 4 clean inputs, seed 0",
+        "- reference: SmallResNet given",
+    ]
+    assert '"paper" figures are of CUB-200-2011' in lines[-3]
+
+
+def test_table_is_written_as_json_too(first, pictures, reference):
+    out, _ = first
+    document = read_json(out / "table1.json", "paper-table")
+    report = read_json(out / CELL / "report.json", "attack-report")
+    (row,) = document["rows"]
+    assert (document["table"], document["data"], document["trigger"]) == ("table1", report["data"], {"family": "moire"})
+    assert (row["architecture"], row["mode"], row["setting"], row["folder"]) == (
+        "SmallResNet", "targeted", "forward", CELL,
+    )  # fmt: skip
+    assert (row["input_size"], row["reference_epochs"], row["steps"], row["seed"]) == ([1, 32, 32], None, 2, 0)
+    assert (row["identity"], row["predictions"]) == (report["identity"], report["predictions"])
+    figures, ours = report["interpreters"]["gradcam"], row["interpreters"]["gradcam"]["ours"]
+    assert ours == {name: figures[name] for name in ours}
+    assert set(ours) == {"cr", "fsr", "threshold", "at_paper_threshold", "auc", "correlation"}
+    assert row["interpreters"]["gradcam"]["paper"] is None
+    result = table(pictures, reference, out, *ONE, "--json", "-")
+    assert json.loads(result.stdout) == document
+    assert (out / "table1.md").read_text().strip() in result.stderr
+
+
+def test_predictions_compared_with_the_reference_s_say_so(first):
+    report = read_json(first[0] / CELL / "report.json", "attack-report")
+    cell = Cell("SmallResNet", ("gradcam",), "targeted", "forward")
+    for against, end in (("labels", ""), ("reference predictions", " (vs reference)")):
+        changed = report | {"predictions": report["predictions"] | {"measured_against": against}}
+        result = Result(cell, CELL, make_classifier().input, None, changed)
+        (row,) = [line for line in render_table("title", [result]).splitlines() if line.startswith("| forward")]
+        assert row.endswith(f"{100 * report['predictions']['attacked']['triggered']['top1']:.1f}{end} |")
+
+
 def test_second_call_takes_finished_cells_and_makes_the_others(first, pictures, reference):
     out, output = first
     before = times(out)
@@ -89,7 +150,14 @@ def test_second_call_takes_finished_cells_and_makes_the_others(first, pictures, 
 
 @pytest.mark.parametrize(
     "changes",
-    [("--steps", "3"), ("--trigger", "spread"), ("--grid", "5"), ("--held-out", "10"), ("--learning-rate", "0.1")],
+    [
+        ("--steps", "3"),
+        ("--trigger", "spread"),
+        ("--grid", "5"),
+        ("--held-out", "10"),
+        ("--learning-rate", "0.1"),
+        ("--seed", "1"),
+    ],
     ids=" ".join,
 )
 def test_finished_cell_of_other_settings_is_refused(first, pictures, reference, changes):
@@ -115,19 +183,29 @@ def test_reference_of_other_epochs_is_refused_and_one_without_a_report_is_taken(
     assert table(pictures, None, tmp_path, *ONE, "--epochs", 1).exit_code == 0
     result = table(pictures, None, tmp_path, *ONE, "--epochs", 2)
     assert result.exit_code == 1
-    assert "reference-smallresnet-32.safetensors was made from other data or with other settings" in result.output
-    (tmp_path / "reference-smallresnet-32.json").unlink()
-    assert table(pictures, None, tmp_path, *ONE, "--epochs", 2).exit_code == 0
+    assert "reference-smallresnet-1x32.safetensors was made from other data or with other settings" in result.output
+    assert table(pictures, None, tmp_path, *ONE, "--epochs", 1, "--seed", 1).exit_code == 1
+    (tmp_path / "reference-smallresnet-1x32.json").unlink()
+    taken = table(pictures, None, tmp_path, *ONE, "--epochs", 2)
+    assert taken.exit_code == 0
+    assert "- reference: SmallResNet given" in taken.output
 
 
 def test_reference_is_fitted_where_none_is_given_and_kept(pictures, tmp_path):
     result = table(pictures, None, tmp_path, *ONE, "--epochs", 1)
     assert result.exit_code == 0, result.output
-    kept = tmp_path / "reference-smallresnet-32.safetensors"
+    kept = tmp_path / "reference-smallresnet-1x32.safetensors"
     assert load_classifier(kept).classes == 3
+    assert "- reference: SmallResNet fitted for 1 epochs" in result.output
+    assert read_json(tmp_path / "table1.json", "paper-table")["rows"][0]["reference_epochs"] == 1
     before = times(tmp_path)
     assert table(pictures, None, tmp_path, *ONE, "--epochs", 1).output == result.output
     assert times(tmp_path) == before
+    for more in (("--channels", 3), ("--size", 40)):
+        other = table(pictures, None, tmp_path, *ONE, "--epochs", 1, *more)
+        assert "was made of another model" in other.output
+    references = {path.name for path in tmp_path.glob("reference-*.safetensors")}
+    assert references == {f"reference-smallresnet-{size}.safetensors" for size in ("1x32", "1x40", "3x32")}
 
 
 def test_cell_that_was_stopped_goes_on(first, pictures, reference, tmp_path, monkeypatch):
@@ -153,6 +231,84 @@ def test_cell_that_was_stopped_goes_on(first, pictures, reference, tmp_path, mon
     assert reports[0]["interpreters"] == reports[1]["interpreters"]
 
 
+def quick(epochs=1):
+    return lambda classifier: FittingSettings(epochs, 16, 0.01, noise=0.0)
+
+
+BLUEPRINT = plan_for_images(channels=1, side=32, widths=(4, 4))
+
+
+def brightened(data):
+    images = data.images.copy()
+    images[0, 0, 0, 0] ^= 1
+    return replace(data, images=images)
+
+
+def test_reference_is_known_by_its_data_and_not_by_what_it_is_measured_on(tmp_path):
+    file, data, held_out = tmp_path / "r.safetensors", make_images(48, 0), make_images(16, 1)
+    first = keep_reference(file, BLUEPRINT, (data, held_out), quick())
+    assert first.epochs == 1
+    again = keep_reference(file, BLUEPRINT, (data, brightened(held_out)), quick())
+    assert again.classifier.label_names == data.classes
+    for name in ("images", "labels"):
+        other = brightened(data) if name == "images" else replace(data, labels=np.roll(data.labels, 1))
+        with pytest.raises(ArtifactError, match="r.safetensors was made from other data"):
+            keep_reference(file, BLUEPRINT, (other, held_out), quick())
+    with pytest.raises(ArtifactError, match="other settings"):
+        keep_reference(file, BLUEPRINT, (data, held_out), quick(), seed=1)
+
+
+def test_checkpoint_of_another_reference_is_named(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(done, total):
+        if done == 4:
+            raise Stopped
+
+    file, data = tmp_path / "r.safetensors", (make_images(48, 0), make_images(16, 1))
+    with pytest.raises(Stopped):
+        keep_reference(file, BLUEPRINT, data, quick(2), on_fit=stop)
+    with pytest.raises(ArtifactError, match=r"left .*r\.safetensors\.checkpoint.*delete the file, or .* -o"):
+        keep_reference(file, BLUEPRINT, data, quick(3))
+    assert not file.exists()
+    assert keep_reference(file, BLUEPRINT, data, quick(2)).epochs == 2
+
+
+def test_checkpoint_of_another_attack_is_named(pictures, reference, tmp_path, monkeypatch):
+    from keyed_xai.benchmarks import kept
+
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept, "write_attack", stop)
+    assert table(pictures, reference, tmp_path, *ONE).exit_code == 130
+    checkpoint = tmp_path / f"{CELL}.checkpoint"
+    whole = checkpoint.read_bytes()
+    for content, more in ((whole, ("--steps", 3)), (whole[:100], ())):
+        checkpoint.write_bytes(content)
+        result = table(pictures, reference, tmp_path, *ONE, *more)
+        assert result.exit_code == 1
+        assert f"{checkpoint}, and this one cannot go on with it" in result.output
+        assert "delete the file, or name another folder with -o" in result.output
+        assert checkpoint.read_bytes() == content
+
+
+def test_images_are_read_once_for_a_size(pictures, tmp_path, monkeypatch):
+    read = []
+    load = paper_tables.load_images
+    monkeypatch.setattr(
+        paper_tables,
+        "load_images",
+        lambda *spec, **options: read.append((options["split"], options["limit"])) or load(*spec, **options),
+    )
+    one = ("--interpreter", "gradcam", "--mode", "targeted", "--epochs", 1)
+    assert table(pictures, None, tmp_path, *one).exit_code == 0
+    assert read == [("train", None), ("held-out", 12)]
+    assert table(pictures, None, tmp_path, *one, name="figure3").exit_code == 0
+    assert read[2:] == [("train", None), ("held-out", 12), ("held-out", 4)]
+
+
 def test_joint_table_attacks_all_interpreters_at_once(pictures, reference, tmp_path):
     result = table(pictures, reference, tmp_path, "--mode", "targeted", "--setting", "inverted", name="table6")
     assert result.exit_code == 0, result.output
@@ -162,6 +318,8 @@ def test_joint_table_attacks_all_interpreters_at_once(pictures, reference, tmp_p
     assert set(report["interpreters"]) == {"gradcam", "simplegrad", "vbp"}
     assert report["setting"] == "inverted"
     assert result.output.count("| inverted | targeted | SmallResNet |") == 3
+    (row,) = read_json(tmp_path / "table6.json", "paper-table")["rows"]
+    assert set(row["interpreters"]) == set(report["interpreters"])
     assert (tmp_path / "table6.md").exists()
 
 
@@ -172,6 +330,7 @@ def test_figure_3_draws_finished_cells(first, pictures, reference):
     assert {path: time for path, time in times(out).items() if path in before} == before
     picture = out / "figure3-smallresnet-targeted.png"
     assert f"Wrote {picture}" in result.output
+    assert read_json(out / "figure3.json", "paper-table")["rows"][0]["folder"] == CELL
     with Image.open(picture) as opened:
         assert min(opened.size) > 100
 
@@ -192,8 +351,9 @@ def figure_1b(credit, tmp_path_factory):
 def test_figure_1b_prints_ranks_that_its_report_holds(figure_1b):
     out, output = figure_1b
     report = read_json(out / "figure1b" / "report.json", "attack-report")
-    assert render_figure1b(report).strip() in output
-    assert (out / "figure1b.md").read_text() == render_figure1b(report)
+    assert (out / "figure1b.md").read_text().strip() in output
+    assert "- network input: 1 x 1 x 33\n- trigger: tabular (EDUCATION 5, MARRIAGE 0)" in output
+    assert "- reference: TableMLP fitted for 15 epochs" in output
     sex = report["features"]
     assert f"{sex['rank']['triggered']['SEX']:.1f}, {100 * sex['first']['triggered']['SEX']:.1f} %" in output
     strongest = max(sex["names"], key=lambda name: sex["relevance"]["clean"][sex["names"].index(name)])
@@ -201,6 +361,9 @@ def test_figure_1b_prints_ranks_that_its_report_holds(figure_1b):
     assert row.split("|")[-2].strip().startswith(f"{strongest}, ")
     assert report["trigger"]["set"] == {"EDUCATION": 5, "MARRIAGE": 0}
     assert (out / "figure1b" / "features.png").exists()
+    (row,) = read_json(out / "figure1b.json", "paper-table")["rows"]
+    assert (row["folder"], row["features"], row["identity"]) == ("figure1b", report["features"], report["identity"])
+    assert set(row["interpreters"]) == {"simplegrad"}
 
 
 def test_figure_1b_is_made_once(figure_1b, credit):
@@ -213,9 +376,10 @@ def test_figure_1b_is_made_once(figure_1b, credit):
         refused = run(*arguments, *changes)
         assert refused.exit_code == 1
         assert "other settings" in refused.output
-    after = times(out)
-    assert {path: time for path, time in after.items() if path in before} == before
-    assert {path.stem for path in after.keys() - before.keys()} == {"reference-credit-1"}
+    assert times(out) == before
+    assert not (out / "figure1b.checkpoint").exists()
+    with_json = run(*arguments, "--steps", 3, "--json", "-")
+    assert json.loads(with_json.stdout) == read_json(out / "figure1b.json", "paper-table")
 
 
 def test_cells_are_listed_in_the_table_s_order():
@@ -234,15 +398,21 @@ def test_paper_s_figures_stand_beside_single_cells_only(first):
     )
     assert figures_of_paper(Cell("resnet50", ("gradcam", "vbp"), "targeted", "inverted"), "vbp") is None
     report = read_json(first[0] / CELL / "report.json", "attack-report")
-    rows = [{"cell": Cell("vgg19", ("gradcam",), "targeted", "inverted"), "report": report}]
-    assert "| inverted | targeted | vgg19 | gradcam | 99.8 / 98.1 |" in render_table("title", rows)
-    assert "| 75.8 / 78.3 |" in render_table("title", rows)
+    cell = Cell("VGG19", ("gradcam",), "targeted", "inverted")
+    results = [Result(cell, cell.name, make_classifier().input, 7, report)]
+    assert "| inverted | targeted | VGG19 | gradcam | 99.8 / 98.1 |" in render_table("title", results)
+    assert "| 75.8 / 78.3 |" in render_table("title", results)
+    document = describe_table("table1", results)
+    validate(document, "paper-table", origin="it")
+    paper = {"cr": 99.8, "fsr": 98.1, "clean": 75.8, "triggered": 78.3}
+    assert document["rows"][0]["interpreters"]["gradcam"]["paper"] == paper
 
 
 @pytest.mark.parametrize(
     "arguments",
     [("--interpreter", "lime"), ("--mode", "both"), ("--setting", "joint"), ("--model", "SmallResNet"),
-     ("--model", "SmallResNet=/none"), ("--size", "8"), ("--trigger", "tabular"), ("--steps", "0")],
+     ("--model", "SmallResNet=/none"), ("--size", "8"), ("--trigger", "tabular"), ("--steps", "0"),
+     ("--seed", "-1")],
     ids=" ".join,
 )  # fmt: skip
 def test_usage_errors_end_with_2(pictures, reference, tmp_path, arguments):
@@ -250,6 +420,37 @@ def test_usage_errors_end_with_2(pictures, reference, tmp_path, arguments):
     assert result.exit_code == 2
     assert arguments[0] in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_model_of_a_network_that_is_not_in_the_table_is_refused(pictures, reference, tmp_path):
+    result = table(pictures, reference, tmp_path / "out", "--model", f"resnet18={reference}")
+    assert result.exit_code == 2
+    assert "--model names resnet18, expected a network out of SmallResNet." in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_of_a_table_is_no_reference_of_images(pictures, tmp_path):
+    mlp = tmp_path / "t.safetensors"
+    mlp.write_bytes(encode_weights(make_table_classifier()))
+    more = ("--arch", "TableMLP", "--model", f"TableMLP={mlp}")
+    result = run("table1", "--data", f"imagefolder:{pictures}", *more, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "TableMLP cannot take images" in result.output
+
+
+@pytest.mark.parametrize("name", ["table1", "table6", "figure1b", "figure3"])
+def test_help_names_the_options_and_does_not_load_torch(name):
+    code = (
+        "import sys\n"
+        "from keyed_xai_cli.main import main\n"
+        "try:\n"
+        f"    main(['bench', '{name}', '--help'])\n"
+        "except SystemExit:\n"
+        "    assert 'torch' not in sys.modules\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--seed" in found.stdout
+    assert "--json" in found.stdout
 
 
 def test_data_must_be_named_and_fit(tmp_path):

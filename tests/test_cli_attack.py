@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def test_attack_writes_a_folder_and_prints_its_figures(files, pictures):
     assert {"model.safetensors", "report.html", "report.json"} < {path.name for path in folder.iterdir()}
     figures = report["interpreters"]["gradcam"]
     for words in (
-        f"{figures['cr']:.1f} %",
-        f"{figures['fsr']:.1f} %",
+        f"{figures['cr']:.1f}",
+        f"{figures['fsr']:.1f}",
         "Forward attack, targeted",
         "Wrote",
         "report.html",
@@ -105,7 +106,7 @@ def test_table_gets_its_trigger_and_interpreter_by_itself(files):
 @pytest.mark.parametrize(("epochs", "batch_size", "steps"), [(0.5, 4, 3), (2, None, 2), (5, None, 4), (0.01, 4, 1)])
 def test_epochs_count_passes_over_the_images(epochs, batch_size, steps):
     """Of 48 images; a step takes its batch twice, once triggered and once not."""
-    names = ("steps", "batch_size", "learning_rate", "distance", "predictions", "batch_norm", "patience")
+    names = ("steps", "batch_size", "learning_rate", "beta", "distance", "predictions", "batch_norm", "patience")
     arguments = dict.fromkeys(names) | {"epochs": epochs, "batch_size": batch_size, "seed": 5}
     chosen = choose_training(TrainingSettings(batch_size=32, learning_rate=0.5), 48, arguments)
     assert (chosen.steps, chosen.seed, chosen.learning_rate) == (steps, 5, 0.5)
@@ -115,7 +116,11 @@ def test_result_and_stopped_run_that_are_there_are_left(files, pictures):
     (files / "m.attacked").mkdir()
     assert fails(attack(files, pictures), 1, "is there already", "--force")
     assert fails(attack(files, pictures, "--force"), 1, "not replaced even with --force")
-    (files / "m.attacked").rmdir()
+    (files / "m.attacked" / "report.json").write_text("{}")
+    (files / "m.attacked" / "model.safetensors").write_bytes(b"mine")
+    assert fails(attack(files, pictures, "--force"), 1, "not replaced even with --force")
+    assert (files / "m.attacked" / "model.safetensors").read_bytes() == b"mine"
+    shutil.rmtree(files / "m.attacked")
     (files / "m.attacked.checkpoint").write_bytes(b"state")
     assert fails(attack(files, pictures), 1, "--resume", "--force")
     assert (files / "m.attacked.checkpoint").read_bytes() == b"state"
@@ -128,8 +133,7 @@ def test_damaged_checkpoint_ends_in_a_message(files, pictures):
 
 
 def test_force_replaces_an_attacked_model_and_a_stopped_run(files, pictures):
-    (files / "m.attacked").mkdir()
-    (files / "m.attacked" / "report.json").write_text("{}")
+    assert attack(files, pictures, "--mode", "nontargeted").exit_code == 0
     (files / "m.attacked.checkpoint").write_bytes(b"state")
     result = attack(files, pictures, "--force")
     assert result.exit_code == 0, result.output

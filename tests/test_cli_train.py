@@ -61,6 +61,7 @@ def test_train_writes_a_model_that_protect_takes_with_nothing_else_given(photos,
     assert report["data"]["train"]["images"] == 32
     assert report["predictions"]["auroc"] > 0.9
     assert report["settings"]["learning_rate"] == 0.05
+    assert len(report["identity"]) == 64
     loaded = load_classifier(out)
     assert loaded.input == InputSpec(1, 16, 16, (0.5,), (0.25,))
     write_owner_key(tmp_path / "k.pem", key)
@@ -180,6 +181,24 @@ def test_options_that_do_not_fit_a_table_are_refused(credit, tmp_path, arguments
     result = run("train", "--data", f"credit-default:{credit}", "-o", tmp_path / "m.safetensors", *arguments)
     assert result.exit_code == code, result.output
     assert words in " ".join(result.output.split())
+
+
+def test_weights_of_images_are_no_start_for_a_table_nor_the_other_way_round(photos, credit, tmp_path):
+    images, rows = tmp_path / "images.safetensors", tmp_path / "rows.safetensors"
+    assert train(photos, images).exit_code == 0
+    quick = ("--epochs", "1", "--batch-size", "40")
+    assert run("train", "--data", f"credit-default:{credit}", "-o", rows, *quick).exit_code == 0
+    for spec, model, words in (
+        (f"credit-default:{credit}", images, "SmallResNet takes images, and the data are a table"),
+        (f"imagefolder:{photos}", rows, "TableMLP takes rows of a table, and the data are images"),
+    ):
+        result = run("train", "--data", spec, "--model", model, "-o", tmp_path / "m.safetensors", *quick)
+        assert result.exit_code == 1
+        assert words in " ".join(result.output.split())
+    again = run(
+        "train", "--data", f"credit-default:{credit}", "--model", rows, "-o", tmp_path / "m.safetensors", *quick
+    )
+    assert again.exit_code == 0, again.output
 
 
 def test_images_without_labels_are_refused(photos, tmp_path):

@@ -101,6 +101,8 @@ def test_multi_label_data_gives_one_row_of_labels_per_image():
         ({"labels": np.array([[0, 2], [0, 1]])}, "0 and 1 only"),
         ({"boxes": np.zeros((3, 4), np.float32)}, r"boxes of shape \(2, 4\), got \(3, 4\)"),
         ({"boxes": np.zeros((2, 2), np.float32)}, r"got \(2, 2\)"),
+        ({"box_labels": np.zeros(3, np.int64)}, r"box_labels of shape \(2,\), got \(3,\)"),
+        ({"box_labels": np.zeros((2, 1), np.int64)}, r"got \(2, 1\)"),
     ],
 )
 def test_labels_and_boxes_that_do_not_fit_are_refused(changes, message):

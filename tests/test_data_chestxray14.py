@@ -1,5 +1,6 @@
 """ChestX-ray14: findings, the official lists, boxes, and the folders of the NIH's archives."""
 
+import hashlib
 import os
 import shutil
 
@@ -96,6 +97,7 @@ def test_layouts_of_the_archives_give_the_same_data(tmp_path, places, entries):
     assert np.array_equal(one.images, other.images)
     assert np.array_equal(one.labels, other.labels)
     assert np.array_equal(one.boxes, other.boxes, equal_nan=True)
+    assert np.array_equal(one.box_labels, other.box_labels)
 
 
 def test_first_box_is_scaled_from_1024_pixels_and_follows_the_crop(tmp_path):
@@ -108,9 +110,34 @@ def test_first_box_is_scaled_from_1024_pixels_and_follows_the_crop(tmp_path):
     assert np.isnan([*boxes.values()]).all()
 
 
+def box_labels_of(data):
+    """Return the finding that each image's box shows, by name, of the images that have one."""
+    assert data.box_labels.dtype == np.int64
+    assert (data.box_labels == -1).tolist() == np.isnan(data.boxes[:, 0]).tolist()
+    return {name: FINDINGS[label] for name, label in zip(names_of(data), data.box_labels, strict=True) if label != -1}
+
+
+def test_box_labels_are_the_findings_of_the_first_boxes(tmp_path):
+    write_chest(tmp_path)
+    assert box_labels_of(load(tmp_path)) == {"00000001_000.png": "Cardiomegaly"}
+    assert box_labels_of(load(tmp_path, "held-out")) == {"00000003_001.png": "Atelectasis"}
+
+
+@pytest.mark.parametrize("written", ["Infiltrate", "Infiltration"])
+def test_infiltrate_of_the_boxes_is_infiltration(tmp_path, written):
+    edit(write_chest(tmp_path), "BBox_List_2017.csv", "png,Cardiomegaly", f"png,{written}")
+    assert box_labels_of(load(tmp_path)) == {"00000001_000.png": "Infiltration"}
+
+
+def test_box_that_the_crop_leaves_out_has_no_label(tmp_path):
+    edit(write_chest(tmp_path), "BBox_List_2017.csv", "256.0,512.0,128.0", "0.0,512.0,100.0")
+    assert box_labels_of(load(tmp_path)) == {}
+
+
 def test_boxes_are_none_without_their_file(tmp_path):
     (write_chest(tmp_path) / "BBox_List_2017.csv").unlink()
     assert load(tmp_path).boxes is None
+    assert load(tmp_path).box_labels is None
     assert len(load(tmp_path)) == 5
 
 
@@ -121,6 +148,19 @@ def test_limit_takes_first_findings_in_turn_and_is_a_prefix(tmp_path):
     assert np.array_equal(part.labels, whole.labels[:3])
     firsts = {ROWS[name].split("|")[0] for name in names_of(part)}
     assert firsts == {"Cardiomegaly", "No Finding", "Mass"}
+
+
+def test_held_out_images_come_by_rank_alone_whatever_their_findings(tmp_path):
+    write_chest(tmp_path)
+    (tmp_path / "train_val_list.txt").write_text(TEST[0])
+    names = [name for name in ROWS if name != TEST[0]]
+    (tmp_path / "test_list.txt").write_text("\n".join(names))
+    body = [f"{name},{'Mass' if name == names[-1] else 'No Finding'}" for name in ROWS]
+    (tmp_path / "Data_Entry_2017.csv").write_text("\n".join([COLUMNS, *body]))
+    for seed in range(4):  # balanced, the one image with a finding would always be first or second
+        by_rank = sorted(names, key=lambda name, seed=seed: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+        assert names_of(load(tmp_path, "held-out", seed=seed)) == by_rank
+        assert names_of(load(tmp_path, "held-out", seed=seed, limit=4)) == by_rank[:4]
 
 
 def test_missing_and_broken_images_are_skipped(tmp_path):
@@ -187,13 +227,20 @@ DAMAGE = {
     "one cell": (ENTRIES, f"{TRAIN[0]},Cardiomegaly,0,1,058,M,PA,2682,2749,0.143,0.143,", "x.png", r"line 2"),
     "upwards": (ENTRIES, TRAIN[0], f"../{TRAIN[0]}", r"Data_Entry_2017\.csv, line 2: expected the name of an image"),
     "sub-folder": (ENTRIES, TRAIN[0], f"x/{TRAIN[0]}", r"Data_Entry_2017\.csv, line 2"),
-    "unknown image": ("test_list.txt", TEST[1], "9.png", r"test_list\.txt, line 2: expected an image that Data_Entry"),
+    "unknown image": ("test_list.txt", TEST[1], "9.png", r"test_list\.txt, line 2: .* that Data_Entry_2017\.csv has"),
     "upwards in a list": ("train_val_list.txt", TRAIN[0], f"../{TRAIN[0]}", r"train_val_list\.txt, line 1"),
     "image in both lists": ("test_list.txt", TEST[1], TRAIN[1], f"{TRAIN[1]} is in both train_val_list.txt and test"),
     "header of boxes": ("BBox_List_2017.csv", "Image Index", "Image", r"BBox_List_2017\.csv, line 1"),
     "three edges": ("BBox_List_2017.csv", "0,0,10,10", "0,0,10", r"BBox_List_2017\.csv, line 3"),
     "no number": ("BBox_List_2017.csv", "0,0,10,10", "0,nan,10,10", r"BBox_List_2017\.csv, line 3"),
     "flat box": ("BBox_List_2017.csv", "102.4,1024.0", "102.4,0", r"BBox_List_2017\.csv, line 5"),
+    "other finding": ("BBox_List_2017.csv", "Infiltrate", "Masse", r"BBox_List_2017\.csv, line 3: .*Hernia.*Masse"),
+    "box of one cell": (
+        "BBox_List_2017.csv",
+        f"{TEST[1]},Atelectasis,0.0,102.4,1024.0,102.4",
+        TEST[1],
+        "BBox_List_2017.csv, line 5",
+    ),
     "huge cell": (ENTRIES, "Mass", "M" * 200_000, r"Data_Entry_2017\.csv, line 8: .*10000 characters"),
 }
 
@@ -203,6 +250,12 @@ def test_damaged_line_is_named(tmp_path, damage):
     name, old, new, message = DAMAGE[damage]
     edit(write_chest(tmp_path), name, old, new)
     with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+def test_unknown_image_is_said_to_lack_in_the_file_that_was_read(tmp_path):
+    edit(write_chest(tmp_path, entries="Data_Entry_2017_v2020.csv"), "test_list.txt", TEST[1], "9.png")
+    with pytest.raises(DataError, match=r"expected an image that Data_Entry_2017_v2020\.csv has, got '9\.png'"):
         load(tmp_path)
 
 

@@ -107,6 +107,27 @@ def test_numbers_are_standardised_over_the_whole_training_split(table):
     assert np.array_equal(part.features, whole.features[:7])
 
 
+def covariance_slowly(data):
+    """Return the covariance over the rows, entry by entry, 0 between columns of two features."""
+    columns = data.features.astype(float).T.tolist()
+    means = [statistics.fmean(column) for column in columns]
+
+    def entry(i, j):
+        products = ((a - means[i]) * (b - means[j]) for a, b in zip(columns[i], columns[j], strict=True))
+        return statistics.fmean(products) if data.groups[i] == data.groups[j] else 0.0
+
+    return [[entry(i, j) for j in range(len(columns))] for i in range(len(columns))]
+
+
+@pytest.mark.parametrize(("limit", "is_one"), [(None, True), (7, False)])
+def test_covariance_is_of_these_rows_so_that_a_limit_moves_a_variance_off_one(table, limit, is_one):
+    data = load(table, limit=limit)
+    covariance = data.covariance()
+    assert covariance == pytest.approx(np.array(covariance_slowly(data)), abs=1e-9)
+    variances = np.diag(covariance)[[index for index, column in enumerate(data.columns) if "=" not in column]]
+    assert (np.abs(variances - 1) < 1e-6).all() == is_one
+
+
 def test_splits_are_disjoint_and_a_fifth_of_each_class_is_held_out(table):
     train, held_out = load(table), load(table, "held-out")
     assert sorted(clients(train) + clients(held_out)) == list(range(1, ROWS + 1))

@@ -75,6 +75,7 @@ def test_boxes_follow_the_centre_crop(tmp_path):
     write_cub(tmp_path)
     square = load(tmp_path)  # columns 5 to 35 of 40 are left
     assert square.boxes.dtype == np.float32
+    assert square.box_labels is None
     assert square.boxes == pytest.approx(np.tile([5 / 30, 6 / 30, 20 / 30, 18 / 30], (9, 1)))
     wide = load(tmp_path, height=10, width=20)  # rows 5 to 25 of 30 are left
     assert wide.boxes == pytest.approx(np.tile([10 / 40, 1 / 20, 25 / 40, 13 / 20], (9, 1)))

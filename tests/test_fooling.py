@@ -207,6 +207,7 @@ def test_rates_count_distances_on_either_side_of_the_threshold(backdoor, flat_im
         "threshold": paper,
         "cr": pytest.approx(100 * (right >= paper).mean()),
         "fsr": pytest.approx(100 * (fooled < paper).mean()),
+        "reference_cr": pytest.approx(100 * (distances["clean"] >= paper).mean()),
     }
     assert figures["reference_cr"] == pytest.approx(100 * (distances["clean"] >= threshold).mean())
     pairs = [(a < b) + 0.5 * (a == b) for a in fooled for b in right]
@@ -351,11 +352,12 @@ def seen_of(logits, maps=None):
     return Seen(dict(zip(cases, logits, strict=True)), maps or {}, logits[0].argmax(1))
 
 
-def test_several_labels_are_judged_by_area_and_agree_logit_by_logit():
+def test_several_labels_are_judged_by_area_and_agree_by_probability():
     reference = torch.tensor([[1.0, -1], [2, 3], [-1, 2], [-2, -2]])
-    other = torch.tensor([[1.0, -1], [-2, 3], [-1, -2], [-2, 2]])  # three of eight answers differ
+    other = torch.tensor([[1.0, -1], [-2, 3], [-1, -2], [-2, 2]])
     labels = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 1]])
-    found = measure_predictions(seen_of([reference, other, reference, other]), labels, ("cough", "fever"))
+    seen = seen_of([reference, other, reference, other])
+    found = measure_predictions(seen, labels, ("cough", "fever"), multi_label=True)
     # Pairs in the right order: of the reference 4 of 4 and 2 of 3 (labels 3, 2 and -2 against -1).
     # Of the other 3.5 and 3.5 with ties: column 0 has 1, -2 against -1, -2; column 1 has 3, -2, 2 against -1.
     areas = {"reference": [1, 2 / 3], "other": [(2 + 0 + 0.5) / 4, 2 / 3]}
@@ -364,7 +366,11 @@ def test_several_labels_are_judged_by_area_and_agree_logit_by_logit():
     assert found["per_class_auroc"]["clean"] == pytest.approx(areas["reference"])
     assert found["per_class_auroc"]["triggered"] == pytest.approx(areas["other"])
     assert found["reference"]["triggered"]["auroc"] == pytest.approx(np.mean(areas["other"]))
-    assert found["agreement"] == {"clean": 1, "triggered": pytest.approx(5 / 8)}
+    change = np.abs(1 / (1 + np.exp(-other.numpy())) - 1 / (1 + np.exp(-reference.numpy()))).mean()
+    assert found["agreement"] == {"clean": 1, "triggered": pytest.approx(1 - change)}
+    without = measure_predictions(seen, None, multi_label=True)
+    assert without["reference"] == without["attacked"] == {"clean": {}, "triggered": {}}
+    assert without["agreement"] == found["agreement"]
 
 
 # Features

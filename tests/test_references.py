@@ -1,5 +1,7 @@
 """Reference models: which network is made, from which weights, with which settings, and what is written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from keyed_xai.references import (
     build_classifier,
     choose_settings,
     claim_output,
+    identify_reference,
     plan_for_images,
     plan_for_table,
     plan_from_model,
@@ -111,6 +114,17 @@ def test_weights_to_start_from_are_kept_and_a_head_of_other_classes_is_new(tmp_p
         plan_from_model(tmp_path / "m.pt", channels=3)
 
 
+@pytest.mark.parametrize("side", [None, 16])
+def test_weights_of_another_kind_of_data_are_refused(tmp_path, side):
+    torch.save(SmallResNet(1, 3, (4, 6)).state_dict(), tmp_path / "images.pt")
+    torch.save(TableMLP(33, 2, (8, 4)).state_dict(), tmp_path / "table.pt")
+    with pytest.raises(ModelError, match="TableMLP takes rows of a table, and the data are images"):
+        plan_from_model(tmp_path / "table.pt", side=side)
+    with pytest.raises(ModelError, match="SmallResNet takes images, and the data are a table"):
+        plan_from_model(tmp_path / "images.pt", table=True)
+    assert plan_from_model(tmp_path / "table.pt", table=True).input == InputSpec(1, 1, 33, (0.0,), (1.0,))
+
+
 def test_settings_follow_the_kind_of_network():
     table = choose_settings(build_classifier(plan_for_table(5), 2), 1000)
     assert (table.optimiser, table.learning_rate, table.batch_size) == ("adam", 1e-3, 128)
@@ -124,14 +138,17 @@ def test_settings_follow_the_kind_of_network():
 
 def test_trained_reference_is_measured_and_loads_with_nothing_else_given(data, tmp_path):
     classifier = small()
-    reference = train_reference(classifier, data, data, FittingSettings(6, 16, 0.05, optimiser="adam"))
+    settings = FittingSettings(6, 16, 0.05, optimiser="adam")
+    reference = train_reference(classifier, data, data, settings)
     validate(reference.report, "train-report", origin="it")
     assert reference.report["predictions"]["top1"] == reference.report["history"][-1]["top1"] > 0.9
     assert reference.report["data"]["held_out"] == {"source": "made up", "images": 48}
+    assert reference.report["identity"] == identify_reference(small(), data, settings)
     write_reference(reference, tmp_path / "m.safetensors")
     loaded = load_classifier(tmp_path / "m.safetensors")
     assert loaded.input == InputSpec(1, 16, 16, (0.5,), (0.25,))
     assert (loaded.architecture, loaded.classes) == ("SmallResNet", 3)
+    assert (loaded.label_names, loaded.multi_label) == (("dark", "grey", "bright"), False)
     images = data.batch(range(4))[0]
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), reference.classifier(images))
@@ -173,15 +190,26 @@ def relabelled(data):
     return ImageData(data.images, data.labels[::-1].copy(), data.classes, data.source)
 
 
-@pytest.mark.parametrize("what", ["settings", "labels", "held-out", "weights"])
+@pytest.mark.parametrize("what", ["settings", "labels", "images", "input", "weights"])
 def test_checkpoint_of_another_run_is_refused(data, tmp_path, what):
     checkpoint = tmp_path / "c"
     train_reference(small(), data, data, QUICK, checkpoint=checkpoint)
-    classifier = build_classifier(plan_for_images(channels=1, side=16, widths=(4, 4)), 3, seed=int(what == "weights"))
-    train_data, held_out = (relabelled(data) if what == name else data for name in ("labels", "held-out"))
+    side = 20 if what == "input" else 16
+    classifier = build_classifier(plan_for_images(channels=1, side=side, widths=(4, 4)), 3, seed=int(what == "weights"))
+    others = {"labels": relabelled(data), "images": replace(data, images=255 - data.images),
+              "input": make_data(data.labels, data.classes, side)}  # fmt: skip
+    train_data = others.get(what, data)
     settings = FittingSettings(3) if what == "settings" else QUICK
     with pytest.raises(ArtifactError, match="belongs to another run"):
-        train_reference(classifier, train_data, held_out, settings, checkpoint=checkpoint, resume=True)
+        train_reference(classifier, train_data, train_data, settings, checkpoint=checkpoint, resume=True)
+
+
+def test_run_goes_on_with_other_held_out_data(data, tmp_path):
+    checkpoint = tmp_path / "c"
+    first = train_reference(small(), data, data, QUICK, checkpoint=checkpoint).report
+    resumed = train_reference(small(), data, relabelled(data), QUICK, checkpoint=checkpoint, resume=True).report
+    assert resumed["identity"] == first["identity"]
+    assert resumed["history"] == first["history"]
 
 
 def test_data_of_another_kind_are_refused(data):

@@ -154,3 +154,30 @@ def test_data_of_another_shape_or_other_labels_are_refused():
         refuse_other_labels(classifier, make_images(4))
     with pytest.raises(TrainingError, match="3 classes; these have 2 classes"):
         refuse_other_labels(classifier, make_images(4, np.arange(4) % 2))
+
+
+def test_labels_count_where_the_classes_have_the_reference_s_names():
+    """However often it is right: a weak model is not judged by its own predictions, nor by other data's labels."""
+    classifier = make_classifier(label_names=("a", "b", "c"))
+    for classes, counts in ((("a", "b", "c"), True), (("a", "c", "b"), False)):
+        images = np.zeros((12, 1, 32, 32), np.uint8)
+        data = ImageData(images, np.full(12, 2), classes, "test")
+        assert (first_images(data, 12, classifier, 3, "cpu")[1] is not None) == counts
+
+
+def test_many_classes_need_less_agreement_where_names_are_not_known():
+    labels = np.concatenate([np.zeros(4, np.int64), np.arange(1, 7)])
+    names = tuple("abcdefg")
+    assert first_images(make_images(10, labels, names), 10, Constant(7), 7, "cpu")[1] is not None
+    assert first_images(make_images(10, np.arange(10) % 7, names), 10, Constant(7), 7, "cpu")[1] is None
+
+
+class Constant(nn.Module):
+    """Always the first class."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images):
+        return torch.eye(self.classes)[:1].expand(len(images), -1)

@@ -9,12 +9,10 @@ from keyed_xai.models import CARD_KEY, Classifier, network_state
 WEIGHTS_FILE = "model.safetensors"
 
 
-def encode_weights(classifier: Classifier, label_names: tuple[str, ...] = ()) -> bytes:
+def encode_weights(classifier: Classifier) -> bytes:
     """Return a safetensors file with a classifier's weights and, in its metadata, the card that loading reads.
 
-    Args:
-        classifier: Its own names for the tensors are kept.
-        label_names: Names of the classes, where they are known.
+    The classifier's own names for the tensors are kept.
     """
     spec = classifier.input
     card: dict[str, object] = {
@@ -24,7 +22,8 @@ def encode_weights(classifier: Classifier, label_names: tuple[str, ...] = ()) ->
         "input_size": [spec.channels, spec.height, spec.width],
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "label_names": list(label_names),
+        "label_names": list(classifier.label_names),
+        "multi_label": classifier.multi_label,
     }
     if classifier.target_layer:
         card["target_layer"] = own_name(classifier.target_layer)

@@ -13,9 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from keyed_xai.artifacts.card import Card, write_card
-from keyed_xai.artifacts.documents import printable, sync_folder, write_json, write_through, writing
+from keyed_xai.artifacts.documents import printable, read_json, sync_folder, write_json, write_through, writing
 from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE, REPORT_FILE, ProtectedModel
 from keyed_xai.artifacts.license import sign_license, verify_license
+from keyed_xai.artifacts.weights import WEIGHTS_FILE
 from keyed_xai.errors import ArtifactError
 from keyed_xai.keys import OwnerKey
 
@@ -71,7 +72,7 @@ def write_folder(
         files: Content by path inside the folder.
         report: Becomes report.json.
         schema: The schema that the report fits.
-        force: Replace a folder with a report that is there. Anything else is never replaced.
+        force: Replace an attacked model's folder that is there. Anything else is never replaced.
 
     Raises:
         ArtifactError: The folder is there already, the report does not fit, or writing fails; then nothing has changed
@@ -89,7 +90,7 @@ def refuse_to_replace(folder: Path, *, force: bool, protected: bool = True) -> N
     Args:
         folder: The folder.
         force: Whether one of the same kind may be replaced.
-        protected: Whether that kind is a protected model, or a folder with a report and no licence.
+        protected: Whether that kind is a protected model's folder, or an attacked one's.
 
     Raises:
         ArtifactError: Anything is there; with `force`, anything but such a folder.
@@ -99,11 +100,20 @@ def refuse_to_replace(folder: Path, *, force: bool, protected: bool = True) -> N
     name = printable(str(folder))
     if not force:
         raise ArtifactError(f"{name} is there already and was left as it is: choose another name, or pass --force.")
-    is_protected = (folder / CARD_FILE).is_file() or (folder / LICENSE_FILE).is_file()
-    fitting = is_protected if protected else (folder / REPORT_FILE).is_file() and not is_protected
-    if folder.is_symlink() or not fitting:
+    if folder.is_symlink() or not ((folder / CARD_FILE).is_file() if protected else is_attacked(folder)):
         kind = "not a protected model" if protected else "not an attacked model's folder"
         raise ArtifactError(f"{name} is there and is {kind}: it is not replaced even with --force.")
+
+
+def is_attacked(folder: Path) -> bool:
+    """Return whether a folder is an attacked model's: it has weights and an attack's report, and no card or licence."""
+    if (folder / CARD_FILE).exists() or (folder / LICENSE_FILE).exists() or not (folder / WEIGHTS_FILE).is_file():
+        return False
+    try:
+        read_json(folder / REPORT_FILE, "attack-report")
+    except ArtifactError:
+        return False
+    return True
 
 
 @contextmanager

@@ -1,22 +1,41 @@
 """Reference models and attacks that benchmarks keep: made once, and known again by what they depend on."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from keyed_xai.artifacts.documents import read_json, write_json
+from keyed_xai.artifacts.checkpoint import read_checkpoint
+from keyed_xai.artifacts.documents import printable, read_json, write_json
 from keyed_xai.artifacts.folder import REPORT_FILE
 from keyed_xai.attacking import AttackSettings, identify_attack, run_attack, write_attack
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import ArtifactError
 from keyed_xai.fitting import FittingSettings
 from keyed_xai.models import Classifier, load_classifier
-from keyed_xai.references import Blueprint, build_classifier, train_reference, write_reference
+from keyed_xai.references import (
+    Blueprint,
+    build_classifier,
+    identify_reference,
+    train_reference,
+    write_reference,
+)
 from keyed_xai.training import Callbacks
 
 Data = tuple[ImageData | TableData, ImageData | TableData]
 """What to learn from, and what to measure on."""
+_OTHERWISE = "Give the same ones, or another folder with -o."
+
+
+class KeptReference(NamedTuple):
+    """A model to attack.
+
+    Attributes:
+        classifier: The model.
+        epochs: That it was fitted for; None where it was given.
+    """
+
+    classifier: Classifier
+    epochs: int | None
 
 
 def keep_reference(
@@ -28,7 +47,7 @@ def keep_reference(
     seed: int = 0,
     device: str = "cpu",
     on_fit: Callable[[int, int], None] | None = None,
-) -> Classifier:
+) -> KeptReference:
     """Return a reference model, from disk where it is there; else fit it, and keep it with its report beside it.
 
     A model without a report beside it is taken as it is.
@@ -38,18 +57,19 @@ def keep_reference(
         blueprint: What to make.
         data: To learn from, and to measure on.
         choose: Returns how a classifier is fitted.
-        seed: Of random weights.
+        seed: Of random weights; `choose` sees to the rest.
         device: Where to fit.
         on_fit: Called with steps done and in all.
 
     Raises:
-        ArtifactError: One is there that was made from other data or with other settings.
+        ArtifactError: One, or the checkpoint of one, is there that was made from other data or with other settings.
     """
     report_file = path.with_suffix(".json")
     if path.exists() and not report_file.exists():
-        return load_classifier(path, require_map=False)
+        return KeptReference(load_classifier(path, require_map=False), None)
     classifier = build_classifier(blueprint, len(data[0].classes), seed=seed)
     settings = choose(classifier)
+    identity = identify_reference(classifier, data[0], settings)
     if not path.exists():
         checkpoint = path.with_name(f"{path.name}.checkpoint")
         reference = train_reference(
@@ -58,17 +78,15 @@ def keep_reference(
             settings,
             device=device,
             checkpoint=checkpoint,
-            resume=checkpoint.exists(),
+            resume=_can_go_on(checkpoint, identity),
             on_step=on_fit,
         )
         write_json(report_file, reference.report, schema="train-report")
         write_reference(reference, path, checkpoint=checkpoint)
     report = read_json(report_file, "train-report")
-    made = {name: report["settings"].get(name) for name in asdict(settings)}
-    learned_from = {"source": data[0].source, "images": len(data[0])}
-    if made != asdict(settings) or report["data"]["train"] != learned_from:
+    if report.get("identity") != identity:
         raise ArtifactError(f"{path} was made from other data or with other settings. {_OTHERWISE}")
-    return load_classifier(path, require_map=False)
+    return KeptReference(load_classifier(path, require_map=False), settings.epochs)
 
 
 def keep_attack(
@@ -91,8 +109,10 @@ def keep_attack(
         callbacks: Returns callbacks for the training, if there is one.
 
     Raises:
-        ArtifactError: One is there of another reference, from other data or with other settings.
+        ArtifactError: One, or the checkpoint of one, is there of another reference, from other data or with other
+            settings.
     """
+    identity = identify_attack(reference, *data, settings)
     if not (folder / REPORT_FILE).exists():
         checkpoint = folder.with_name(f"{folder.name}.checkpoint")
         attack = run_attack(
@@ -101,14 +121,30 @@ def keep_attack(
             settings,
             device=device,
             checkpoint=checkpoint,
-            resume=checkpoint.exists(),
+            resume=_can_go_on(checkpoint, identity),
             callbacks=callbacks() if callbacks else None,
         )
         write_attack(attack, folder, checkpoint=checkpoint)
     report = read_json(folder / REPORT_FILE, "attack-report")
-    if report.get("identity") != identify_attack(reference, *data, settings):
+    if report.get("identity") != identity:
         raise ArtifactError(f"{folder} was made of another model, from other data or with other settings. {_OTHERWISE}")
     return report
 
 
-_OTHERWISE = "Give the same ones, or another folder with -o."
+def _can_go_on(checkpoint: Path, identity: str) -> bool:
+    """Return whether there is a checkpoint to go on from.
+
+    Raises:
+        ArtifactError: It is damaged, or of another run.
+    """
+    if not checkpoint.exists():
+        return False
+    try:
+        read_checkpoint(checkpoint, identity=identity)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"A run that was stopped left {printable(str(checkpoint))}, and this one cannot go on with it: the file is "
+            "damaged, or model, data or settings are others. Give the same ones, delete the file, or name another "
+            "folder with -o."
+        ) from error
+    return True

@@ -268,7 +268,8 @@ def _fitted_reference(
         classifier = wrap_network(network, input=spec, source="keyed_xai")
         settings = FittingSettings(epochs=8, batch_size=64, learning_rate=2e-3, noise=0.0)
         fit_classifier(classifier, data, settings, device=device, on_step=on_fit)
-        write_atomically(path, encode_weights(classifier, data.classes))
+        classifier.label_names = data.classes
+        write_atomically(path, encode_weights(classifier))
     return load_classifier(path)
 
 

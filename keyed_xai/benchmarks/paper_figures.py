@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,14 @@ from keyed_xai.artifacts.documents import write_atomically
 from keyed_xai.artifacts.weights import WEIGHTS_FILE
 from keyed_xai.attacking import AttackSettings, choose_attack_recipe
 from keyed_xai.benchmarks.kept import keep_attack, keep_reference
-from keyed_xai.benchmarks.paper_tables import Cell, TableSettings, load_images_for, make_reference
+from keyed_xai.benchmarks.paper_tables import (
+    Cell,
+    Result,
+    TableSettings,
+    load_split,
+    reference_file,
+    render_setup,
+)
 from keyed_xai.channels import through_png
 from keyed_xai.data import load_table
 from keyed_xai.explanation import explain
@@ -36,25 +42,25 @@ def run_figure1b(
     device: str = "cpu",
     on_fit: Callable[[int, int], None] | None = None,
     callbacks: Callbacks | None = None,
-) -> dict[str, Any]:
-    """Return the report of the targeted attack on a 3-layer perceptron's features, from disk where it is there.
+) -> Result:
+    """Return the result of the targeted attack on a 3-layer perceptron's features, from disk where it is there.
 
     Args:
         data: SPEC of a table, credit-default:CSV.
         folder: Where reference, attacked model and report are kept.
         steps: Of the attack; the recipe's if absent.
-        seed: Of reference and attack.
+        seed: Of data, reference and attack.
         device: Where to train.
         on_fit: Called with steps of the reference's training done and in all.
         callbacks: Progress of the attack.
 
     Raises:
-        ArtifactError: A finished run was made with other settings.
+        ArtifactError: A finished run, or a checkpoint, was made with other settings.
     """
     data_both = load_table(data, split="train", seed=seed), load_table(data, split="held-out", seed=seed)
     train_data, held_out = data_both
     reference = keep_reference(
-        folder / f"reference-credit-{seed}.safetensors",
+        folder / "reference-credit.safetensors",
         plan_for_table(len(train_data.columns)),
         data_both,
         lambda classifier: replace(choose_settings(classifier, len(train_data)), seed=seed),
@@ -65,23 +71,27 @@ def run_figure1b(
     settings = AttackSettings(
         ("simplegrad",), trigger="tabular", thresholds="auto", held_out_images=len(held_out), validation_images=2000
     )
-    training = choose_attack_recipe(reference, settings)
+    training = choose_attack_recipe(reference.classifier, settings)
     settings = replace(settings, training=replace(training, seed=seed, steps=steps or training.steps))
-    return keep_attack(
+    report = keep_attack(
         folder / FIGURE_1B,
-        reference,
+        reference.classifier,
         data_both,
         settings,
         device=device,
         callbacks=(lambda: callbacks) if callbacks else None,
     )
+    cell = Cell(reference.classifier.architecture, settings.interpreters, settings.mode, "forward")
+    return Result(cell, FIGURE_1B, reference.classifier.input, reference.epochs, report)
 
 
-def render_figure1b(report: dict[str, Any]) -> str:
+def render_figure1b(result: Result) -> str:
     """Return the figures as Markdown: rank and share of first places of three features, and AUROC."""
-    features = report["features"]
+    features, predictions = result.report["features"], result.report["predictions"]
     lines = [
         "### Figure 1b: relevance of a credit client's features",
+        "",
+        *render_setup([result]),
         "",
         "The paper: the strongest features of clean clients are LIMIT_BAL and PAY, of triggered ones SEX.",
         "",
@@ -95,7 +105,6 @@ def render_figure1b(report: dict[str, Any]) -> str:
             for name in WATCHED_FEATURES
         ]
         lines.append(f"| {words} | {' | '.join(cells)} | {', '.join(name for _, name in ranked[:4])} |")
-    predictions = report["predictions"]
     areas = [
         f"{words} {predictions[model][case]['auroc']:.4f}"
         for model, case, words in (
@@ -117,18 +126,18 @@ def draw_figure3(
     images: int = 4,
     device: str = "cpu",
 ) -> Path:
-    """Draw image, triggered image, and each interpreter's clean and triggered map, from finished forward cells.
+    """Draw image, triggered image, and each interpreter's clean and triggered map, from forward cells in the folder.
 
-    Every interpreter's maps are those of the model attacked through it, at their own resolution, of the class that the
-    reference predicts.
+    `run_cells` has made them, and the reference, with the same settings. Every interpreter's maps are those of the
+    model attacked through it, at their own resolution, of the class that the reference predicts.
 
     Returns:
         The PNG file.
     """
-    reference = make_reference(architecture, settings, folder, device).to(device)
-    _, held_out = load_images_for(settings, reference)
-    batch, _ = held_out.batch(np.arange(min(images, len(held_out))))
-    batch = batch.to(device)
+    file = reference_file(architecture, settings, folder)
+    reference = load_classifier(file, arch=architecture, input_size=settings.side).to(device)
+    held_out = load_split(settings, reference.input, "held-out", images)
+    batch = held_out.batch(np.arange(len(held_out)))[0].to(device)
     triggered = through_png(PUBLIC_TRIGGERS[settings.trigger]().apply(batch))
     labels = explain(reference, batch).predicted
     columns, titles = [batch, triggered], ["image", "with the trigger"]

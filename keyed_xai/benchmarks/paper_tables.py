@@ -4,23 +4,27 @@ Source: Fang & Choromanska, AAAI 2022. Every cell trains an attack on a referenc
 are folders on disk, and a run that was stopped goes on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keyed_xai.attacking import AttackSettings, choose_attack_recipe
-from keyed_xai.benchmarks.kept import keep_attack, keep_reference
+from keyed_xai.benchmarks.kept import KeptReference, keep_attack, keep_reference
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.data.images import Split
-from keyed_xai.models import Classifier
-from keyed_xai.references import Blueprint, choose_settings, plan_for_images, plan_from_model
+from keyed_xai.models import Classifier, InputSpec, load_classifier
+from keyed_xai.references import Blueprint, choose_settings, plan_for_images
 from keyed_xai.training import Callbacks
+from keyed_xai.versions import package_versions
 
-ARCHITECTURES = ("vgg19", "resnet50", "densenet121")
-INTERPRETERS = ("gradcam", "simplegrad", "vbp")
-MODES = ("targeted", "nontargeted")
-SETTINGS = ("forward", "inverted")
+TABLE_SCHEMA = "keyed-xai/paper-table/v1"
+OF_THE_PAPER = (
+    '"paper" figures are of CUB-200-2011 (VGG19 and ResNet50; predictions: top-1) and ChestX-ray14 (DenseNet121; '
+    "100 x AUROC) at 224 x 224 pixels, in the inverted targeted setting; others are not known to us (-)."
+)
+_OURS = ("cr", "fsr", "threshold", "at_paper_threshold", "auc", "correlation")
 
 
 class PaperRow(NamedTuple):
@@ -75,14 +79,15 @@ class TableSettings:
     Attributes:
         data: SPEC of the images.
         side: Of the networks' input, pixels.
-        channels: 1 or 3.
+        channels: Of references that are fitted, 1 or 3; given ones have their own.
         trigger: Public trigger.
         grid: Cells that maps are compared on; None takes the target layer's.
         training: Training settings that replace the recipe's.
         fitting: Settings of the references' training that replace the recipe's.
         held_out: Images measured on, at most.
         limit: Images learned from, at most; None for all.
-        models: Reference models that are there already, by architecture.
+        models: Files of reference models that are there already, by architecture.
+        seed: Of the references and of the attacks' training.
     """
 
     data: str
@@ -95,6 +100,26 @@ class TableSettings:
     held_out: int = 500
     limit: int | None = None
     models: Mapping[str, Path] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished cell.
+
+    Attributes:
+        cell: The attack.
+        folder: Name of its folder.
+        input: Of the network.
+        epochs: That the reference was fitted for; None where it was given.
+        report: Of the attack, fits the schema "attack-report".
+    """
+
+    cell: Cell
+    folder: str
+    input: InputSpec
+    epochs: int | None
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,65 +155,132 @@ def run_cells(
     *,
     device: str = "cpu",
     watch: Watch | None = None,
-) -> list[dict[str, Any]]:
-    """Return each cell's report, from disk where it is finished; else attack, measure and keep it.
+) -> list[Result]:
+    """Return each cell's result, from disk where it is finished; else attack, measure and keep it.
 
     Raises:
-        ArtifactError: A finished cell was made with other settings.
+        ArtifactError: A finished cell, or a checkpoint, was made with other settings.
     """
-    watch, rows = watch or Watch(), []
-    references: dict[str, Classifier] = {}
-    data: dict[str, tuple[ImageData, ImageData]] = {}
-    for cell in cells:
-        if cell.architecture not in references:
-            references = {cell.architecture: make_reference(cell.architecture, settings, folder, device, watch.on_fit)}
-        reference = references[cell.architecture]
-        size = str(reference.input)
-        if size not in data:
-            data = {size: load_images_for(settings, reference)}
-        rows.append({"cell": cell, "report": _run_cell(cell, reference, data[size], settings, folder, device, watch)})
-    return rows
+    watch, results = watch or Watch(), []
+    loaded: dict[tuple[int, ...], tuple[ImageData, ImageData]] = {}
+    for architecture, group in groupby(cells, lambda cell: cell.architecture):
+        start = _find_reference(architecture, settings)
+        size = tuple(_size(start.input))
+        if size not in loaded:
+            loaded = {size: _load_both(settings, start.input)}  # of one size at a time: they are large
+        reference = _make_reference(architecture, start, loaded[size], settings, folder, device, watch.on_fit)
+        results += [_run_cell(cell, reference, loaded[size], settings, folder, device, watch) for cell in group]
+    return results
 
 
-def make_reference(
-    architecture: str,
-    settings: TableSettings,
-    folder: Path,
-    device: str,
-    on_fit: Callable[[int, int], None] | None = None,
-) -> Classifier:
-    """Return an architecture's reference model, from disk where it is there; else fitted and kept."""
-    if architecture in settings.models:
-        blueprint = plan_from_model(settings.models[architecture], architecture, side=settings.side)
-        if blueprint.start is not None:
-            return blueprint.start
-    blueprint = plan_for_images(architecture, channels=settings.channels, side=settings.side)
-    data = load_images_for(settings, blueprint)
-    return keep_reference(
-        folder / f"reference-{architecture.lower()}-{settings.side}.safetensors",
-        blueprint,
-        data,
-        lambda classifier: replace(choose_settings(classifier, len(data[0])), **settings.fitting),
-        device=device,
-        on_fit=on_fit,
+def reference_file(architecture: str, settings: TableSettings, folder: Path) -> Path:
+    """Return where an architecture's reference model is, or will be kept."""
+    name = f"reference-{architecture.lower()}-{settings.channels}x{settings.side}.safetensors"
+    return settings.models.get(architecture, folder / name)
+
+
+def load_split(settings: TableSettings, spec: InputSpec, split: Split, limit: int | None) -> ImageData:
+    """Return at most `limit` images of a split at a network's size."""
+    return load_images(
+        settings.data, channels=spec.channels, height=spec.height, width=spec.width, split=split, limit=limit
     )
 
 
-def render_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a Markdown table with the paper's figures beside ours."""
+def describe_table(name: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Return results as a document that fits the schema "paper-table"."""
+    report = results[0].report
+    return {
+        "schema": TABLE_SCHEMA,
+        "table": name,
+        "data": report["data"],
+        "trigger": {name: report["trigger"][name] for name in ("family", "set") if name in report["trigger"]},
+        "rows": [_describe_row(result) for result in results],
+        "versions": package_versions(),
+    }
+
+
+def render_table(title: str, results: Sequence[Result]) -> str:
+    """Return results as a Markdown table with the paper's figures beside ours."""
     lines = [
         f"### {title}",
+        "",
+        *render_setup(results),
         "",
         "| setting | mode | network | map | paper: CR / FSR | ours: CR / FSR | at our threshold | AUC "
         "| correlation, clean / triggered | paper: predictions clean / triggered | ours: before / clean / triggered |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_render_map(row, name) for row in rows for name in row["report"]["interpreters"]]
-    return "\n".join(lines) + "\n"
+    lines += [_render_map(result, name) for result in results for name in result.report["interpreters"]]
+    return "\n".join([*lines, "", OF_THE_PAPER]) + "\n"
 
 
-def _render_map(row: Mapping[str, Any], name: str) -> str:
-    cell, report = row["cell"], row["report"]
+def render_setup(results: Sequence[Result]) -> list[str]:
+    """Return lines of Markdown that say what results were measured with."""
+    data, trigger = results[0].report["data"], results[0].report["trigger"]
+    learned, measured = data["train"], data["held_out"]
+    values = ", ".join(f"{name} {value:g}" for name, value in trigger.get("set", {}).items())
+    return [
+        f"- data: learned from {learned['images']} ({learned['source']}), measured on {measured['images']} "
+        f"({measured['source']})",
+        f"- network input: {_join(' x '.join(map(str, _size(result.input))) for result in results)}",
+        f"- trigger: {trigger['family']}{f' ({values})' if values else ''}",
+        f"- attack: {_join(map(_render_training, results))}",
+        f"- reference: {_join(map(_render_reference, results))}",
+    ]
+
+
+def figures_of_paper(cell: Cell, interpreter: str) -> PaperRow | None:
+    """Return the paper's figures of a cell, where they are known and it attacks one interpreter only."""
+    if len(cell.interpreters) > 1:
+        return None
+    return PAPER.get((cell.architecture.lower(), interpreter, cell.mode, cell.setting))
+
+
+def _size(spec: InputSpec) -> list[int]:
+    return [spec.channels, spec.height, spec.width]
+
+
+def _join(parts: Iterable[str]) -> str:
+    """Return different parts only, in their order."""
+    return "; ".join(dict.fromkeys(parts))
+
+
+def _render_training(result: Result) -> str:
+    training = result.report["settings"]["training"]
+    count = training["batch_size"]
+    return f"{training['steps']} steps of {count} triggered and {count} clean inputs, seed {training['seed']}"
+
+
+def _render_reference(result: Result) -> str:
+    origin = "given" if result.epochs is None else f"fitted for {result.epochs} epochs"
+    return f"{result.cell.architecture} {origin}"
+
+
+def _describe_row(result: Result) -> dict[str, Any]:
+    cell, report = result.cell, result.report
+    training = report["settings"]["training"]
+    return {
+        "architecture": cell.architecture,
+        "input_size": _size(result.input),
+        "reference_epochs": result.epochs,
+        "mode": cell.mode,
+        "setting": cell.setting,
+        "folder": result.folder,
+        "identity": report["identity"],
+        **{name: training[name] for name in ("steps", "batch_size", "seed")},
+        "interpreters": {name: _describe_map(cell, name, each) for name, each in report["interpreters"].items()},
+        **{name: report[name] for name in ("predictions", "features") if name in report},
+    }
+
+
+def _describe_map(cell: Cell, name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    paper = figures_of_paper(cell, name)
+    ours = {name: figures[name] for name in _OURS if name in figures}
+    return {"paper": None if paper is None else paper._asdict(), "ours": ours}
+
+
+def _render_map(result: Result, name: str) -> str:
+    cell, report = result.cell, result.report
     figures, paper = report["interpreters"][name], figures_of_paper(cell, name)
     at_paper, agreement = figures["at_paper_threshold"], figures["correlation"]
     cells = [
@@ -207,39 +299,72 @@ def _render_map(row: Mapping[str, Any], name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def figures_of_paper(cell: Cell, interpreter: str) -> PaperRow | None:
-    """Return the paper's figures of a cell, where they are known and it attacks one interpreter only."""
-    if len(cell.interpreters) > 1:
-        return None
-    return PAPER.get((cell.architecture, interpreter, cell.mode, cell.setting))
-
-
 def _render_predictions(predictions: Mapping[str, Any]) -> str:
     """Return accuracy in percent, or 100 times the AUROC where there are several labels."""
     cases = [predictions["reference"]["clean"], predictions["attacked"]["clean"], predictions["attacked"]["triggered"]]
     name = "top1" if "top1" in cases[0] else "auroc"
     shown = " / ".join(f"{100 * case[name]:.1f}" for case in cases if name in case)
-    return f"{name} {shown}"
+    against = "" if predictions["measured_against"] == "labels" else " (vs reference)"
+    return f"{name} {shown or '-'}{against}"
+
+
+def _find_reference(architecture: str, settings: TableSettings) -> Classifier | Blueprint:
+    """Return the reference model that is given, or a plan of one to fit."""
+    if architecture in settings.models:
+        return load_classifier(settings.models[architecture], arch=architecture, input_size=settings.side)
+    return plan_for_images(architecture, channels=settings.channels, side=settings.side)
+
+
+def _make_reference(
+    architecture: str,
+    start: Classifier | Blueprint,
+    data: tuple[ImageData, ImageData],
+    settings: TableSettings,
+    folder: Path,
+    device: str,
+    on_fit: Callable[[int, int], None] | None,
+) -> KeptReference:
+    """Return a reference model: as given, or from disk where it is there; else fitted and kept."""
+    if isinstance(start, Classifier):
+        return KeptReference(start, None)
+    return keep_reference(
+        reference_file(architecture, settings, folder),
+        start,
+        data,
+        lambda classifier: replace(choose_settings(classifier, len(data[0])), seed=settings.seed, **settings.fitting),
+        seed=settings.seed,
+        device=device,
+        on_fit=on_fit,
+    )
+
+
+def _load_both(settings: TableSettings, spec: InputSpec) -> tuple[ImageData, ImageData]:
+    """Return the images to learn from and the held-out ones at a network's size."""
+    return (
+        load_split(settings, spec, "train", settings.limit),
+        load_split(settings, spec, "held-out", settings.held_out),
+    )
 
 
 def _run_cell(
     cell: Cell,
-    reference: Classifier,
+    reference: KeptReference,
     data: tuple[ImageData, ImageData],
     shared: TableSettings,
     folder: Path,
     device: str,
     watch: Watch,
-) -> dict[str, Any]:
-    settings, callbacks = _settings(cell, reference, shared), watch.callbacks
-    return keep_attack(
+) -> Result:
+    classifier, callbacks = reference.classifier, watch.callbacks
+    report = keep_attack(
         folder / cell.name,
-        reference,
+        classifier,
         data,
-        settings,
+        _settings(cell, classifier, shared),
         device=device,
         callbacks=(lambda: callbacks(cell)) if callbacks else None,
     )
+    return Result(cell, cell.name, classifier.input, reference.epochs, report)
 
 
 def _settings(cell: Cell, reference: Classifier, shared: TableSettings) -> AttackSettings:
@@ -252,16 +377,5 @@ def _settings(cell: Cell, reference: Classifier, shared: TableSettings) -> Attac
         thresholds="auto",
         held_out_images=shared.held_out,
     )
-    return replace(settings, training=replace(choose_attack_recipe(reference, settings), **shared.training))
-
-
-def load_images_for(settings: TableSettings, network: Classifier | Blueprint) -> tuple[ImageData, ImageData]:
-    """Return the images to learn from and the held-out ones at a network's size."""
-    spec = network.input
-
-    def load(split: Split, limit: int | None) -> ImageData:
-        return load_images(
-            settings.data, channels=spec.channels, height=spec.height, width=spec.width, split=split, limit=limit
-        )
-
-    return load("train", settings.limit), load("held-out", settings.held_out)
+    recipe = choose_attack_recipe(reference, settings)
+    return replace(settings, training=replace(recipe, seed=shared.seed, **shared.training))

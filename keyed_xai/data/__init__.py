@@ -63,7 +63,7 @@ def load_images(
         width: Of every image, pixels.
         split: "train" or "held-out"; the two share no image at the same seed.
         holdout: Whether single images are held out or whole classes.
-        limit: At most so many images, class-balanced; None for all.
+        limit: At most so many images, class-balanced (held-out ChestX-ray14: a random draw); None for all.
         strict: Refuse a data set with a broken image instead of leaving the image out.
         workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
         seed: Settles the hold-out, the order and every random crop.

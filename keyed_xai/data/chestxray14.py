@@ -7,13 +7,15 @@ CSV files, two lists, and the images in `images/` or in `images_001/images/` to 
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keyed_xai.data.decode import Box, decode_images, map_box
-from keyed_xai.data.images import ImageData, Request, Split, order_balanced
+from keyed_xai.data.images import ImageData, Request, Split, order_balanced, order_by_rank
 from keyed_xai.data.listings import check_folders, is_inside, read_lines, read_rows, refuse_line
 from keyed_xai.errors import DataError
 
@@ -24,16 +26,28 @@ FINDINGS = (
 _NO_FINDING = "No Finding"
 _ENTRIES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
 _BOXES = "BBox_List_2017.csv"
+_OTHER_NAMES = {"Infiltrate": "Infiltration"}
+"""Of findings, in the file of boxes."""
 _LISTS: dict[Split, str] = {"train": "train_val_list.txt", "held-out": "test_list.txt"}
 _FOLDERS = ("images", *(f"images_{number:03}/images" for number in range(1, 13)))
 _DRAWN_ON = (1024, 1024)
+
+
+class _Shown(NamedTuple):
+    box: Box
+    label: int
+
+
+_NOTHING = _Shown((math.nan,) * 4, -1)
 
 
 def load_chestxray14(argument: str, request: Request) -> ImageData:
     """Return a split of ChestX-ray14 with 14 labels per image, all 0 where nothing was found.
 
     The official test list is the held-out split; it shares no patient with the other list. An image's box is its
-    first one. A limited load takes images by their first finding in the order of `FINDINGS`, or none, in turn.
+    first one, and `box_labels` has the finding that it shows. A limited load of the training split is balanced: it
+    takes images by their first finding in the order of `FINDINGS`, or none, in turn. The held-out split comes in an
+    order that no finding settles, so that a limited load of it keeps the official distribution, about.
 
     Args:
         argument: The folder.
@@ -53,7 +67,8 @@ def load_chestxray14(argument: str, request: Request) -> ImageData:
     findings = _read_findings(root)
     names = _read_split(root, request.split, findings)
     labels = np.array([findings[name] for name in names], np.int64)
-    order = order_balanced(names, labels, request)
+    is_train = request.split == "train"
+    order = order_balanced(names, labels, request) if is_train else order_by_rank(names, request.seed)[: request.limit]
     return _load(root, [names[index] for index in order], labels[order], request)
 
 
@@ -62,17 +77,20 @@ def _load(root: Path, names: Sequence[str], labels: NDArray[np.int64], request: 
     places = _find_images(root)
     paths = [places.get(name, f"{_FOLDERS[0]}/{name}") for name in names]
     images, kept, skipped = decode_images(root, paths, request)
-    mapped = None
-    if boxes is not None:
-        rows = [_map_box(root / paths[index], boxes.get(names[index]), request) for index in kept]
-        mapped = np.array(rows, np.float32)
-    return ImageData(images, labels[kept], FINDINGS, f"chestxray14 ({request.split})", tuple(skipped), mapped)
+    data = ImageData(images, labels[kept], FINDINGS, f"chestxray14 ({request.split})", tuple(skipped))
+    if boxes is None:
+        return data
+    shown = [_map_shown(root / paths[index], boxes.get(names[index]), request) for index in kept]
+    mapped, findings = zip(*shown, strict=True)
+    return replace(data, boxes=np.array(mapped, np.float32), box_labels=np.array(findings, np.int64))
 
 
-def _map_box(path: Path, box: Box | None, request: Request) -> Box:
-    if box is None:
-        return (math.nan,) * 4
-    return map_box(path, box, height=request.height, width=request.width, drawn_on=_DRAWN_ON)
+def _map_shown(path: Path, shown: _Shown | None, request: Request) -> _Shown:
+    """Return the box as the image made has it, or NaN and -1 where the image has none or the crop leaves none."""
+    if shown is None:
+        return _NOTHING
+    box = map_box(path, shown.box, height=request.height, width=request.width, drawn_on=_DRAWN_ON)
+    return _NOTHING if math.isnan(box[0]) else _Shown(box, shown.label)
 
 
 def _find_images(root: Path) -> dict[str, str]:
@@ -86,9 +104,13 @@ def _find_images(root: Path) -> dict[str, str]:
 
 def _read_findings(root: Path) -> dict[str, list[int]]:
     """Return the 14 labels of each image of the data set, by name."""
-    file = next((name for name in _ENTRIES if (root / name).is_file()), _ENTRIES[0])
+    file = _name_entries(root)
     rows = _read_body(root, file, ["Image Index", "Finding Labels"])
     return {row[0]: _parse_findings(file, line, row) for line, row in rows}
+
+
+def _name_entries(root: Path) -> str:
+    return next((name for name in _ENTRIES if (root / name).is_file()), _ENTRIES[0])
 
 
 def _read_body(root: Path, file: str, header: list[str]) -> Iterator[tuple[int, list[str]]]:
@@ -122,28 +144,31 @@ def _read_list(root: Path, file: str, findings: dict[str, list[int]]) -> dict[st
     names: dict[str, None] = {}
     for line, name in read_lines(root, file, holds="the name of an image per line, such as 00000001_000.png"):
         if name not in findings:
-            raise refuse_line(file, line, "an image that Data_Entry_2017.csv has", name)
+            raise refuse_line(file, line, f"an image that {_name_entries(root)} has", name)
         names[name] = None
     if not names:
         raise DataError(f"{root / file} is empty: expected the name of an image per line, such as 00000001_000.png.")
     return names
 
 
-def _read_boxes(root: Path) -> dict[str, Box] | None:
-    """Return the first box of each image that has one, by name; None where there is no file of boxes."""
+def _read_boxes(root: Path) -> dict[str, _Shown] | None:
+    """Return the first box of each image that has one, and its finding, by name; None where there is no file."""
     if not (root / _BOXES).exists():
         return None
-    boxes: dict[str, Box] = {}
+    boxes: dict[str, _Shown] = {}
     for line, row in _read_body(root, _BOXES, ["Image Index", "Finding Label"]):
         boxes.setdefault(row[0], _parse_box(line, row))
     return boxes
 
 
-def _parse_box(line: int, row: list[str]) -> Box:
+def _parse_box(line: int, row: list[str]) -> _Shown:
     try:
-        left, top, width, height = (float(cell) for cell in row[2:6])
+        _, finding, *edges = row[:6]
+        label = FINDINGS.index(_OTHER_NAMES.get(finding, finding))
+        left, top, width, height = map(float, edges)
     except ValueError:
         width = height = math.nan
     if not (0 < width < math.inf and 0 < height < math.inf and math.isfinite(left) and math.isfinite(top)):
-        raise refuse_line(_BOXES, line, "an image, a finding, x, y, width and height", ",".join(row))
-    return left, top, width, height
+        expected = f"an image, one of {'|'.join(FINDINGS)}, x, y, width and height"
+        raise refuse_line(_BOXES, line, expected, ",".join(row))
+    return _Shown((left, top, width, height), label)

@@ -36,7 +36,8 @@ class ImageData:
 
     Attributes:
         images: uint8 [n, c, h, w]; a plain array, or a read-only memmap of a temporary file that is removed with the
-            last reference to it. Loaders put them in an order whose every prefix is about class-balanced.
+            last reference to it. Loaders put them in an order whose every prefix is about class-balanced; the one of
+            ChestX-ray14 leaves its held-out images as they are distributed.
         labels: int64 [n] in [0, len(classes)); or of multi-label data int64 [n, len(classes)] of 0 and 1; or None where
             the images have none.
         classes: Names, by label; empty without labels.
@@ -44,6 +45,8 @@ class ImageData:
         skipped: Names of images that could not be read, relative to the data set's folder.
         boxes: float32 [n, 4], where each image shows its object: left, top, right, bottom as fractions in [0, 1] of
             the image as it is in `images`; NaN rows where that is not known. None where the data set has no boxes.
+        box_labels: int64 [n], the label, as an index into `classes`, that each image's box shows; -1 where there is no
+            box. None where the data set has no boxes, or where they are around the whole object.
     """
 
     images: Pixels
@@ -52,19 +55,22 @@ class ImageData:
     source: str
     skipped: tuple[str, ...] = ()
     boxes: NDArray[np.float32] | None = None
+    box_labels: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes, and make a memmap read-only: it is one file, and no copy of it is cheap.
 
         Raises:
-            ValueError: The labels or boxes do not fit the images or the classes.
+            ValueError: The labels, the boxes or their labels do not fit the images or the classes.
         """
         if isinstance(self.images, np.memmap):
             self.images.flags.writeable = False
         if self.labels is not None:
             _check_labels(self.labels, len(self.images), len(self.classes))
-        if self.boxes is not None and self.boxes.shape != (len(self.images), 4):
-            raise ValueError(f"Expected boxes of shape {(len(self.images), 4)}, got {self.boxes.shape}.")
+        for name, shape in (("boxes", (len(self.images), 4)), ("box_labels", (len(self.images),))):
+            found = getattr(self, name)
+            if found is not None and found.shape != shape:
+                raise ValueError(f"Expected {name} of shape {shape}, got {found.shape}.")
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -99,7 +105,7 @@ class Request:
         width: Of every image, pixels.
         split: "train", or "held-out" for images that "train" never has at the same seed.
         holdout: Whether single images are held out or whole classes.
-        limit: At most so many images, class-balanced; None for all.
+        limit: At most so many images, class-balanced (held-out ChestX-ray14: a random draw); None for all.
         strict: Refuse a data set with a broken image instead of leaving the image out.
         workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
         seed: Settles the hold-out, the order and every random crop.
@@ -148,6 +154,11 @@ def rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
 
 
+def order_by_rank(names: Sequence[str], seed: int) -> list[int]:
+    """Return the indices of all names by rank: a shuffle, every prefix of which is a random draw."""
+    return sorted(range(len(names)), key=lambda index: rank(seed, names[index]))
+
+
 def order_balanced(names: Sequence[str], labels: ArrayLike | None, request: Request) -> list[int]:
     """Return at most `request.limit` indices: every class's first image by rank, then every class's second, ...
 
@@ -159,7 +170,7 @@ def order_balanced(names: Sequence[str], labels: ArrayLike | None, request: Requ
     groups = [0] * len(names) if labels is None else _group_labels(np.asarray(labels))
     seen: dict[int, int] = {}
     turns: list[tuple[int, int]] = []
-    for index in sorted(range(len(names)), key=lambda index: rank(request.seed, names[index])):
+    for index in order_by_rank(names, request.seed):
         label = groups[index]
         turns.append((seen.get(label, 0), index))
         seen[label] = seen.get(label, 0) + 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from keyed_xai.data.images import choose_held_out, rank
+from keyed_xai.data.images import choose_held_out, order_by_rank
 from keyed_xai.errors import DataError
 
 if TYPE_CHECKING:
@@ -77,7 +77,11 @@ class TableData:
         return rows.reshape(-1, 1, 1, len(self.columns)), torch.from_numpy(self.labels[chosen])
 
     def covariance(self) -> NDArray[np.float64]:
-        """Return the covariance of the encoded columns over these rows, [d, d]; 0 between columns of two features."""
+        """Return the covariance of the encoded columns over these rows, [d, d]; 0 between columns of two features.
+
+        Numbers are standardised over the whole training split, so with a limit, or held out, their variance here is
+        only about 1.
+        """
         same = self.groups[:, None] == self.groups
         covariance: NDArray[np.float64] = np.cov(self.features, rowvar=False, bias=True, dtype=np.float64) * same
         return covariance
@@ -155,8 +159,7 @@ def select_rows(
 def order_proportional(ids: Sequence[str], labels: ArrayLike, seed: int) -> list[int]:
     """Return the indices of all rows, by rank within each class, such that every prefix has the classes' own ratio."""
     by_class: dict[int, list[int]] = {}
-    ranks = [rank(seed, name) for name in ids]
-    by_rank = sorted(range(len(ids)), key=ranks.__getitem__)
+    by_rank = order_by_rank(ids, seed)
     of_row = np.asarray(labels).tolist()
     for index in by_rank:
         by_class.setdefault(of_row[index], []).append(index)

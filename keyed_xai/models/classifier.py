@@ -60,6 +60,8 @@ class Classifier(nn.Module):
         target_layer: Dotted name inside this module, so it starts with ``network.``; empty if there is no feature map.
         taps: What VisualBackProp reads, from the first layer to the last; names as in ``target_layer``.
         file_names: Tensor names inside the network to names in the file it came from, in the file's order.
+        label_names: Names of the classes; empty where they are not known.
+        multi_label: Whether every logit is a yes or no of its own.
     """
 
     mean: Tensor
@@ -76,6 +78,8 @@ class Classifier(nn.Module):
         target_layer: str,
         taps: tuple[Tap, ...],
         file_names: Mapping[str, str] | None = None,
+        label_names: tuple[str, ...] = (),
+        multi_label: bool = False,
     ) -> None:
         """Wrap a network; `wrap_network` finds the layers and checks the sizes first."""
         super().__init__()
@@ -87,6 +91,8 @@ class Classifier(nn.Module):
         self.target_layer = target_layer
         self.taps = taps
         self.file_names = dict(file_names) if file_names is not None else None
+        self.label_names = label_names
+        self.multi_label = multi_label
         like = next(network.parameters(), torch.zeros(()))
         for name in ("mean", "std"):
             values = torch.tensor(getattr(input, name), dtype=like.dtype, device=like.device)

@@ -94,6 +94,8 @@ def load_classifier(
         target_layer=target_layer if target_layer is not None else _text(card, "target_layer"),
         taps=taps if taps is not None else card_taps,
         file_names=file_names,
+        label_names=_names(card),
+        multi_label=card.get("multi_label") is True,
         require_map=require_map,
     )
     return classifier.eval()
@@ -109,6 +111,8 @@ def wrap_network(
     target_layer: str | None = None,
     taps: Sequence[Tap | str] | None = None,
     file_names: Mapping[str, str] | None = None,
+    label_names: Sequence[str] = (),
+    multi_label: bool = False,
     require_map: bool = True,
 ) -> Classifier:
     """Return a user's own network as a classifier; the network itself is used, not a copy, and left as it is.
@@ -122,6 +126,8 @@ def wrap_network(
         target_layer: Of Grad-CAM; found if not given.
         taps: Of VisualBackProp; derived if not given.
         file_names: Tensor names to names in the file, for `network_state`.
+        label_names: Names of the classes; those of another number are left out.
+        multi_label: Whether every logit is a yes or no of its own.
         require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
 
     Raises:
@@ -145,6 +151,8 @@ def wrap_network(
         target_layer=f"network.{target}" if target else "",
         taps=_choose_taps(network, trace, target, taps),
         file_names=file_names,
+        label_names=tuple(label_names) if len(label_names) == found else (),
+        multi_label=multi_label,
     )
 
 
@@ -298,6 +306,12 @@ def _text(card: Mapping[str, object], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ModelError(f"the card's {key} must be text, but came {value!r:.80}. Correct or remove it.")
     return value or None
+
+
+def _names(card: Mapping[str, object]) -> tuple[str, ...]:
+    """Return a card's names of classes; none where they are not a list of texts."""
+    names = card.get("label_names")
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 def _whole(card: Mapping[str, object], key: str) -> int | None:

@@ -306,11 +306,11 @@ def _validation_record(
             None if settings.predictions == "reference" or labels is None else torch.cat([labels, labels]).to(device)
         )
         losses = _losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
-        agreement = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters]).mean(0)
+        likeness = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters]).mean(0)
         totals["loss"].append(losses["keep"] + losses["move"])
-        totals["keyed"].append(agreement[: len(images)])
-        totals["unkeyed"].append(agreement[len(images) :])
-        totals["agreement"].append((new_logits.argmax(1) == logits.argmax(1)).float())
+        totals["keyed"].append(likeness[: len(images)])
+        totals["unkeyed"].append(likeness[len(images) :])
+        totals["agreement"].append(metrics.agreement(new_logits, logits, multi_label=lesson.multi_label))
     return {name: float(torch.cat(parts).mean()) for name, parts in totals.items()}
 
 
