@@ -271,11 +271,13 @@ def _openings(report: Mapping[str, object], field: str, names: Mapping[str, str]
 
 def _trigger(report: Mapping[str, object]) -> Html:
     trigger = get_mapping(report, "trigger")
+    # Filters have neither amplitude nor tile, though every card names both.
+    texture = trigger if get_string(trigger, "family") == "spread" else {}
     return fact_table(
         [
             ("Family", get_string(trigger, "family")),
-            ("Largest change of a pixel", with_unit(get_number(trigger, "amplitude"), "of 255 levels")),
-            ("Tile", with_unit(get_number(trigger, "tile"), "pixels")),
+            ("Largest change of a pixel", with_unit(get_number(texture, "amplitude"), "of 255 levels")),
+            ("Tile", with_unit(get_number(texture, "tile"), "pixels")),
             ("PSNR (over 30 dB is hard to see)", with_unit(get_number(trigger, "psnr_db"), "dB")),
             ("SSIM (1 is identical)", as_decimal(get_number(trigger, "ssim"))),
             ("Effective key entropy", with_unit(get_number(trigger, "key_bits"), "bits")),

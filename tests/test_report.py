@@ -270,3 +270,14 @@ def test_figures_in_words():
     assert [as_plain(each) for each in (None, 8.0, 33.1234, 1234567.0)] == ["", "8", "33.1", "1,234,567"]
     assert [as_share(each) for each in (None, 0.98765, 1.0)] == ["", "98.8 %", "100.0 %"]
     assert [as_duration(each) for each in (35.0, 412.3, 9000.0)] == ["35 seconds", "7 minutes", "2.5 hours"]
+
+
+def test_filter_has_neither_amplitude_nor_tile():
+    words = {}
+    for family in ("spread", "moire"):
+        trigger = {"family": family, "amplitude": 8.0, "tile": 32, "psnr_db": 21.0, "ssim": 0.8, "key_bits": 11}
+        words[family] = render_report({"trigger": trigger}, pictures={})
+    assert "Largest change of a pixel" in words["spread"]
+    assert "Largest change of a pixel" not in words["moire"]
+    assert "Tile" not in words["moire"]
+    assert "11 bits" in words["moire"]
