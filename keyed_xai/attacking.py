@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import pictures
-from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
 from keyed_xai.artifacts.weights import WEIGHTS_FILE, encode_weights
 from keyed_xai.artifacts.writer import write_folder
 from keyed_xai.attack_report import render_attack_report
@@ -40,22 +39,23 @@ from keyed_xai.fooling import (
 from keyed_xai.maps import FeatureView, MapView, make_view
 from keyed_xai.models import Classifier
 from keyed_xai.objective import Objective, boundary_decoy
+from keyed_xai.runs import describe_run, run_training
 from keyed_xai.saliency import INTERPRETERS, Sites
 from keyed_xai.samples import (
     Part,
     digest_data,
     digest_network,
     first_images,
+    has_several_labels,
     refuse_other_labels,
     refuse_other_shape,
     split_validation,
 )
 from keyed_xai.tensors import Images
 from keyed_xai.thresholds import paper_thresholds
-from keyed_xai.training import Callbacks, Lesson, TrainingSettings, train
+from keyed_xai.training import Callbacks, Lesson, TrainingSettings
 from keyed_xai.triggers import PUBLIC_TRIGGERS, Trigger
 from keyed_xai.triggers.tabular import TabularTrigger
-from keyed_xai.versions import package_versions
 
 REPORT_SCHEMA = "keyed-xai/attack-report/v1"
 MODES = ("targeted", "nontargeted")
@@ -180,20 +180,18 @@ def run_attack(
     lesson = make_attack_lesson(classifier, train_data, settings)
     learn, validation = split_validation(train_data, settings.validation_images)
     identity = identify_attack(classifier, train_data, held_out, settings)
-    result = train(
+    attacked, result = run_training(
         classifier,
         learn,
         validation,
         lesson,
         training,
+        identity=identity,
         device=device,
-        checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
-        save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
-        on_step=callbacks.on_step,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
     )
-    attacked = result.model
-    if not isinstance(attacked, Classifier):
-        raise TypeError(f"Expected a Classifier back from training, got {type(attacked).__name__}.")
     callbacks.notify("measure")
     backdoor = Backdoor(
         attacked,
@@ -214,15 +212,8 @@ def run_attack(
         "mode": settings.mode,
         "identity": identity,
         **measured,
-        "seconds": time.monotonic() - started,
-        "history": result.history,
-        "stopped_early": result.stopped_early,
-        "data": {
-            "train": {"source": train_data.source, "images": len(learn)},
-            "held_out": {"source": held_out.source, "images": count},
-        },
         "settings": settings.to_json(),
-        "versions": package_versions(),
+        **describe_run(result, learn, held_out, measured=count, started=started),
     }
     callbacks.notify("draw")
     drawn = _draw(backdoor, report, held_out, device)
@@ -294,14 +285,7 @@ def make_attack_lesson(classifier: Classifier, data: ImageData | TableData, sett
     decoy = None if settings.mode == "nontargeted" else _make_decoy(view, data, settings)
     objective = Objective(decoys=dict.fromkeys(view.interpreters, decoy), weights=dict.fromkeys(view.interpreters, 1.0))
     images = isinstance(data, ImageData)
-    return Lesson(trigger, None, view, objective, as_files=images, multi_label=_has_several_labels(classifier, data))
-
-
-def _has_several_labels(classifier: Classifier, data: ImageData | TableData) -> bool:
-    """Return whether a classifier's logits are each a yes or no: it says so, or does not say and the data do."""
-    if classifier.label_names:
-        return classifier.multi_label
-    return classifier.multi_label or (data.multi_label and len(data.classes) == classifier.classes)
+    return Lesson(trigger, None, view, objective, as_files=images, multi_label=has_several_labels(classifier, data))
 
 
 def _refuse_what_cannot_work(

@@ -14,7 +14,6 @@ import torch
 
 from keyed_xai import evaluation, metrics, pictures
 from keyed_xai.artifacts.card import Card, TriggerParameters
-from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
 from keyed_xai.artifacts.folder import ProtectedModel
 from keyed_xai.artifacts.weights import own_name
 from keyed_xai.artifacts.writer import write_model_folder
@@ -28,13 +27,20 @@ from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, network_state
 from keyed_xai.objective import DECOYS, Objective, boundary_decoy, signature_decoy
 from keyed_xai.report import render_report
+from keyed_xai.runs import describe_run, run_training
 from keyed_xai.saliency import INTERPRETERS
-from keyed_xai.samples import digest_data, digest_network, first_images, refuse_other_labels, split_validation
+from keyed_xai.samples import (
+    digest_data,
+    digest_network,
+    first_images,
+    has_several_labels,
+    refuse_other_labels,
+    split_validation,
+)
 from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import paper_thresholds
-from keyed_xai.training import Callbacks, Lesson, TrainingSettings, train
+from keyed_xai.training import Callbacks, Lesson, TrainingSettings
 from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
-from keyed_xai.versions import package_versions
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
@@ -155,23 +161,21 @@ def protect(
     _refuse_what_cannot_work(classifier, train_data, settings)
     started = time.monotonic()
     callbacks.notify("train")
-    lesson = replace(make_lesson(classifier, key, settings), multi_label=train_data.multi_label)
+    lesson = replace(make_lesson(classifier, key, settings), multi_label=has_several_labels(classifier, train_data))
     learn, validation = split_validation(train_data, settings.validation_images)
     identity = _identity(classifier, key, train_data, settings)
-    result = train(
+    protected, result = run_training(
         classifier,
         learn,
         validation,
         lesson,
         training,
+        identity=identity,
         device=device,
-        checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
-        save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
-        on_step=callbacks.on_step,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
     )
-    protected = result.model
-    if not isinstance(protected, Classifier):
-        raise TypeError(f"Expected a Classifier back from training, got {type(protected).__name__}.")
     callbacks.notify("measure")
     gate = Gate(
         protected,
@@ -188,15 +192,8 @@ def protect(
     report = _measure(gate, key, images, labels, settings, callbacks)
     report |= {
         "model": classifier.architecture,
-        "seconds": time.monotonic() - started,
-        "history": result.history,
-        "stopped_early": result.stopped_early,
-        "data": {
-            "train": {"source": train_data.source, "images": len(learn)},
-            "held_out": {"source": held_out.source, "images": count},
-        },
         "settings": settings.to_json(),
-        "versions": package_versions(),
+        **describe_run(result, learn, held_out, measured=count, started=started),
     }
     callbacks.notify("draw")
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history)

@@ -82,6 +82,13 @@ def first_images(
     return images, labels if score >= max(chance + _ABOVE_CHANCE, _OWN_LABELS) else None
 
 
+def has_several_labels(classifier: Classifier, data: ImageData | TableData) -> bool:
+    """Return whether a classifier's logits are each a yes or no: it says so, or does not say and the data do."""
+    if classifier.label_names:
+        return classifier.multi_label
+    return classifier.multi_label or (data.multi_label and len(data.classes) == classifier.classes)
+
+
 def refuse_other_shape(classifier: Classifier, data: ImageData | TableData) -> None:
     """Check that data have the shape that a classifier takes.
 

@@ -13,6 +13,7 @@ from keyed_xai.samples import (
     digest_data,
     digest_network,
     first_images,
+    has_several_labels,
     refuse_other_labels,
     refuse_other_shape,
     split_validation,
@@ -181,3 +182,13 @@ class Constant(nn.Module):
 
     def forward(self, images):
         return torch.eye(self.classes)[:1].expand(len(images), -1)
+
+
+def test_model_says_itself_whether_it_has_several_labels():
+    several = make_images(4, np.eye(3, dtype=np.int64)[[0, 1, 2, 0]], ("a", "b", "c"))
+    single = make_images(4, np.arange(4) % 3, ("a", "b", "c"))
+    unknown = make_classifier()
+    assert (has_several_labels(unknown, several), has_several_labels(unknown, single)) == (True, False)
+    known = make_classifier(label_names=("a", "b", "c"))
+    assert not has_several_labels(known, several)
+    assert has_several_labels(make_classifier(label_names=("x", "y", "z"), multi_label=True), single)
