@@ -40,7 +40,7 @@ _PAPER, _LEAST, _GREATEST = torch.tensor(_RANGES, dtype=torch.float64).T
 _SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))
 _LUMINANCE = (0.213, 0.715, 0.072)
 _GREY = (19595.0, 38470.0, 7471.0)  # in 1/65536, as Pillow's convert("L")
-_BLOCK = 2**16  # pixels: what a processor's cache holds
+_BLOCK = 2**18  # pixels at once on a CPU: the fastest of 2^16 to 2^18 with one thread
 
 
 @dataclass(frozen=True)
