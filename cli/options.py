@@ -128,13 +128,11 @@ def refuse_existing(out: Path, checkpoint: Path, *, force: bool, resume: bool, p
     Raises:
         ArtifactError: One is, and neither `--force` nor `--resume` says what to do with it.
     """
+    from keyed_xai.artifacts.checkpoint import refuse_stopped_run
     from keyed_xai.artifacts.writer import refuse_to_replace
-    from keyed_xai.errors import ArtifactError
 
     refuse_to_replace(out, force=force, protected=protected)
-    if checkpoint.exists() and not (resume or force):
-        raise ArtifactError(f"{checkpoint} holds a run that was stopped. Go on with it by --resume, or start anew by "
-                            "--force.")  # fmt: skip
+    refuse_stopped_run(checkpoint, resume=resume, force=force)
 
 
 def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | None) -> None:

@@ -22,7 +22,7 @@ from keyed_xai.artifacts.weights import WEIGHTS_FILE, encode_weights
 from keyed_xai.artifacts.writer import write_folder
 from keyed_xai.attack_report import render_attack_report
 from keyed_xai.data import ImageData, TableData
-from keyed_xai.errors import ModelError, TrainingError
+from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import trigger_visibility
 from keyed_xai.fooling import (
     Backdoor,
@@ -36,11 +36,11 @@ from keyed_xai.fooling import (
     place_thresholds,
     trigger_images,
 )
-from keyed_xai.maps import FeatureView, MapView, make_view
+from keyed_xai.maps import FeatureView, MapView, check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
 from keyed_xai.objective import Objective, boundary_decoy
 from keyed_xai.runs import describe_run, run_training
-from keyed_xai.saliency import INTERPRETERS, Sites
+from keyed_xai.saliency import Sites
 from keyed_xai.samples import (
     Part,
     digest_data,
@@ -61,7 +61,6 @@ REPORT_SCHEMA = "keyed-xai/attack-report/v1"
 MODES = ("targeted", "nontargeted")
 UNKNOWN_VALUES = {"EDUCATION": 5.0, "MARRIAGE": 0.0}
 """What the tabular trigger sets by default: the paper's, education and marriage unknown."""
-_SMALLEST_GRID = 3
 _PICTURED = 6
 _TITLES = ("image", "with the trigger", "map before", "attacked\nclean", "attacked\ntriggered")
 
@@ -100,10 +99,7 @@ class AttackSettings:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        unknown = [name for name in self.interpreters if name not in INTERPRETERS]
-        if unknown or not self.interpreters or len(set(self.interpreters)) < len(self.interpreters):
-            raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
-                             f"got {', '.join(self.interpreters) or 'none'}")  # fmt: skip
+        check_choice(self.interpreters, self.grid)
         known = {"mode": MODES, "trigger": (*PUBLIC_TRIGGERS, "tabular"), "thresholds": ("paper", "auto", None)}
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -113,8 +109,6 @@ class AttackSettings:
                              f"got {self.training.order}")  # fmt: skip
         if self.trigger == "tabular" and not self.values:
             raise ValueError("values: expected at least one feature that the tabular trigger sets, got none")
-        if self.grid is not None and min(self.grid) < _SMALLEST_GRID:
-            raise ValueError(f"grid: expected at least {_SMALLEST_GRID} x {_SMALLEST_GRID}, got {self.grid}")
         for name in ("held_out_images", "validation_images"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
@@ -309,11 +303,7 @@ def _make_view(classifier: Classifier, data: ImageData | TableData, settings: At
         grid, groups = (1, len(data.names)), tuple(data.groups.tolist())
         return FeatureView(("simplegrad",), Sites("", ()), grid, groups, torch.from_numpy(data.covariance()))
     view = make_view(classifier, settings.interpreters, settings.grid)
-    if min(view.grid) < _SMALLEST_GRID:
-        raise ModelError(
-            f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for an attack, which needs "
-            f"{_SMALLEST_GRID} x {_SMALLEST_GRID}. Name an earlier --target-layer or a larger --input-size."
-        )
+    refuse_few_cells(view, "an attack")
     return view
 
 

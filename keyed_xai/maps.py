@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
-from keyed_xai.saliency import Sites, explain, input_gradient, run_forward
+from keyed_xai.saliency import INTERPRETERS, Sites, explain, input_gradient, run_forward
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 LARGEST_DEFAULT_SIDE = 8
+SMALLEST_SIDE = 3
 _TINY = 1e-12  # keeps the gradient of a square root finite
 
 
@@ -78,6 +80,33 @@ class FeatureView(MapView):
         if create_graph:
             return run.logits, {"simplegrad": relevance}
         return run.logits.detach(), {"simplegrad": relevance.detach()}
+
+
+def check_choice(interpreters: tuple[str, ...], grid: tuple[int, int] | None) -> None:
+    """Check which maps somebody asks for.
+
+    Raises:
+        ValueError: There is no interpreter, an unknown one or one twice, or the grid is too small to tell maps apart.
+    """
+    unknown = [name for name in interpreters if name not in INTERPRETERS]
+    if unknown or not interpreters or len(set(interpreters)) < len(interpreters):
+        raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
+                         f"got {', '.join(interpreters) or 'none'}")  # fmt: skip
+    if grid is not None and min(grid) < SMALLEST_SIDE:
+        raise ValueError(f"grid: expected at least {SMALLEST_SIDE} x {SMALLEST_SIDE}, got {grid[0]} x {grid[1]}")
+
+
+def refuse_few_cells(view: MapView, purpose: str) -> None:
+    """Check that a target layer has enough cells for a purpose.
+
+    Raises:
+        ModelError: It has fewer than 3 x 3.
+    """
+    if min(view.grid) < SMALLEST_SIDE:
+        raise ModelError(
+            f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for {purpose}, which needs "
+            f"{SMALLEST_SIDE} x {SMALLEST_SIDE}. Name an earlier --target-layer or a larger --input-size."
+        )
 
 
 def join_maps(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

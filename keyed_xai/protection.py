@@ -19,16 +19,15 @@ from keyed_xai.artifacts.weights import own_name
 from keyed_xai.artifacts.writer import write_model_folder
 from keyed_xai.channels import through_png
 from keyed_xai.data import ImageData
-from keyed_xai.errors import ModelError, TrainingError
+from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import Gate
 from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.maps import make_view
+from keyed_xai.maps import check_choice, make_view, refuse_few_cells
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, network_state
 from keyed_xai.objective import DECOYS, Objective, boundary_decoy, signature_decoy
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
-from keyed_xai.saliency import INTERPRETERS
 from keyed_xai.samples import (
     digest_data,
     digest_network,
@@ -44,7 +43,6 @@ from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
-_SMALLEST_GRID = 3
 _SMALLEST_SAFE_TILE = 32
 _PICTURED = 6
 _IN_HISTOGRAM = 100
@@ -83,18 +81,11 @@ class ProtectSettings:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        unknown = [name for name in self.interpreters if name not in INTERPRETERS]
-        if unknown or not self.interpreters or len(set(self.interpreters)) < len(self.interpreters):
-            raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
-                             f"got {', '.join(self.interpreters) or 'none'}")  # fmt: skip
+        check_choice(self.interpreters, self.grid)
         if self.decoy not in DECOYS:
             raise ValueError(f"decoy: expected one of {', '.join(DECOYS)}; got {self.decoy!r}")
         if self.trigger not in TRIGGERS:
             raise ValueError(f"trigger: expected one of {', '.join(TRIGGERS)}; got {self.trigger!r}")
-        if self.grid is not None and min(self.grid) < _SMALLEST_GRID:
-            raise ValueError(
-                f"grid: expected at least {_SMALLEST_GRID} x {_SMALLEST_GRID}, got {self.grid[0]} x {self.grid[1]}"
-            )
         for name in ("wrong_keys", "flipped_keys"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -244,11 +235,7 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> Trai
 def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
     """Return what the key teaches the model: trigger, maps and losses."""
     view = make_view(classifier, settings.interpreters, settings.grid)
-    if min(view.grid) < _SMALLEST_GRID:
-        raise ModelError(
-            f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for a decoy, which needs "
-            f"{_SMALLEST_GRID} x {_SMALLEST_GRID}. Name an earlier --target-layer or a larger --input-size."
-        )
+    refuse_few_cells(view, "a decoy")
     trigger, family = _derive_trigger(key, settings)
     make_decoy: dict[str, Callable[[str], torch.Tensor | None]] = {
         "signature": lambda name: signature_decoy(key.public, name, view.grid),

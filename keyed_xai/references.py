@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from keyed_xai.architectures import SmallResNet, TableMLP
-from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
+from keyed_xai.artifacts.checkpoint import read_checkpoint, refuse_stopped_run, write_checkpoint
 from keyed_xai.artifacts.documents import printable, write_atomically
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.data import ImageData, TableData
@@ -293,10 +293,7 @@ def claim_output(path: Path, *, resume: bool = False, force: bool = False) -> Pa
     """
     _refuse_to_replace(path, force=force)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
-    if checkpoint.exists() and not (resume or force):
-        raise ArtifactError(
-            f"{checkpoint} holds a run that was stopped. Go on with it by --resume, or start anew by --force."
-        )
+    refuse_stopped_run(checkpoint, resume=resume, force=force)
     return checkpoint
 
 

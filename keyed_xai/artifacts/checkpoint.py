@@ -33,6 +33,18 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], *, identity: str) -> 
     write_atomically(path, buffer.getvalue())
 
 
+def refuse_stopped_run(path: Path, *, resume: bool, force: bool) -> None:
+    """Say so where a checkpoint holds a stopped run, and nobody has said what to do with it.
+
+    Raises:
+        ArtifactError: It does, and neither `resume` nor `force` is given.
+    """
+    if path.exists() and not (resume or force):
+        raise ArtifactError(
+            f"{path} holds a run that was stopped. Go on with it by --resume, or start anew by --force."
+        )
+
+
 def read_checkpoint(path: Path, *, identity: str) -> dict[str, Any]:
     """Return a run's state.
 

@@ -19,21 +19,23 @@ from torch import Tensor
 
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
+from keyed_xai.triggers.parameters import Ranges
 
 KEY_BITS = 11
 # Column of the parameters: public value, least and greatest of the keyed variant.
-_RANGES = (
-    (0.125, 0.08, 0.22),  # 0: frequency of the first grating, cycles per pixel
-    (0.35, 0.0, math.pi),  # 1: its angle, radians from the x axis down
-    (0.0, 0.0, 2 * math.pi),  # 2: its phase
-    (0.145, 0.08, 0.22),  # 3-5: the same of the second grating
-    (0.55, 0.0, math.pi),
-    (0.0, 0.0, 2 * math.pi),
-    (3.0, 1.0, 4.0),  # 6: amplitude of the warp
-    (96.0, 64.0, 160.0),  # 7: its wavelength
-    (0.2, 0.15, 0.25),  # 8: opacity
+_RANGES = Ranges(
+    (
+        (0.125, 0.08, 0.22),  # 0: frequency of the first grating, cycles per pixel
+        (0.35, 0.0, math.pi),  # 1: its angle, radians from the x axis down
+        (0.0, 0.0, 2 * math.pi),  # 2: its phase
+        (0.145, 0.08, 0.22),  # 3-5: the same of the second grating
+        (0.55, 0.0, math.pi),
+        (0.0, 0.0, 2 * math.pi),
+        (3.0, 1.0, 4.0),  # 6: amplitude of the warp
+        (96.0, 64.0, 160.0),  # 7: its wavelength
+        (0.2, 0.15, 0.25),  # 8: opacity
+    )
 )
-_PUBLIC, _LEAST, _GREATEST = torch.tensor(_RANGES, dtype=torch.float64).T
 _OPACITY = 8
 
 
@@ -47,7 +49,7 @@ class MoireTrigger:
         offset: How far the pattern is moved, rows down and columns to the right.
     """
 
-    parameters: Tensor = field(default_factory=_PUBLIC[None].clone, repr=False)
+    parameters: Tensor = field(default_factory=_RANGES.usual.clone, repr=False)
     offset: tuple[int, int] = field(default=(0, 0), repr=False)
 
     def apply(self, images: Images) -> Images:
@@ -66,12 +68,7 @@ class MoireTrigger:
 
     def near(self, generator: torch.Generator) -> "MoireTrigger":
         """Return a near key: one parameter moved inwards by an eighth to a quarter of its range."""
-        column = int(torch.randint(len(_RANGES), (1,), generator=generator))
-        step = (0.125 + 0.125 * float(torch.rand(1, generator=generator))) * float((_GREATEST - _LEAST)[column])
-        middle = float((_GREATEST + _LEAST)[column]) / 2
-        moved = self.parameters.clone()
-        moved[:, column] += torch.where(moved[:, column] > middle, -step, step)
-        return replace(self, parameters=moved)
+        return replace(self, parameters=_RANGES.nudge(self.parameters, generator))
 
     def shifted(self, rows: int, columns: int) -> "MoireTrigger":
         """Return the near key whose lines are those of this one, moved by some pixels."""
@@ -93,13 +90,11 @@ class Moire:
 
     def derive(self, stream: ByteStream) -> MoireTrigger:
         """Return the trigger of the key whose stream this is."""
-        shares = torch.from_numpy(stream.uint32(len(_RANGES)) / 2.0**32)
-        return MoireTrigger(_LEAST + (_GREATEST - _LEAST) * shares[None])
+        return MoireTrigger(_RANGES.derive(stream))
 
     def draw(self, count: int, generator: torch.Generator) -> MoireTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
-        shares = torch.rand(count, len(_RANGES), generator=generator, dtype=torch.float64)
-        return MoireTrigger(_LEAST + (_GREATEST - _LEAST) * shares)
+        return MoireTrigger(_RANGES.draw(count, generator))
 
 
 def draw_lines(parameters: Tensor, height: int, width: int, *, offset: tuple[int, int] = (0, 0)) -> Tensor:

@@ -19,24 +19,26 @@ from torch import Tensor
 
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
+from keyed_xai.triggers.parameters import Ranges
 
 KEY_BITS = 5
 # Column of the parameters: paper's value, least and greatest of the keyed variant.
-_RANGES = (
-    (247.0, 150.0, 255.0),  # 0-2: colour to darken with, red, green, blue, 0 to 255
-    (176.0, 150.0, 255.0),
-    (153.0, 150.0, 255.0),
-    (0.56, 0.40, 0.70),  # 3: its opacity
-    (0.0, 0.0, 150.0),  # 4-6: colour to lighten with
-    (70.0, 0.0, 150.0),
-    (150.0, 0.0, 150.0),
-    (0.40, 0.25, 0.50),  # 7: its opacity
-    (0.20, 0.0, 0.40),  # 8: sepia
-    (1.20, 1.05, 1.35),  # 9: contrast, never under 1
-    (1.05, 1.0, 1.1),  # 10: brightness, never under 1
-    (1.20, 0.9, 1.5),  # 11: saturation
+_RANGES = Ranges(
+    (
+        (247.0, 150.0, 255.0),  # 0-2: colour to darken with, red, green, blue, 0 to 255
+        (176.0, 150.0, 255.0),
+        (153.0, 150.0, 255.0),
+        (0.56, 0.40, 0.70),  # 3: its opacity
+        (0.0, 0.0, 150.0),  # 4-6: colour to lighten with
+        (70.0, 0.0, 150.0),
+        (150.0, 0.0, 150.0),
+        (0.40, 0.25, 0.50),  # 7: its opacity
+        (0.20, 0.0, 0.40),  # 8: sepia
+        (1.20, 1.05, 1.35),  # 9: contrast, never under 1
+        (1.05, 1.0, 1.1),  # 10: brightness, never under 1
+        (1.20, 0.9, 1.5),  # 11: saturation
+    )
 )
-_PAPER, _LEAST, _GREATEST = torch.tensor(_RANGES, dtype=torch.float64).T
 _SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))
 _LUMINANCE = (0.213, 0.715, 0.072)
 _GREY = (19595.0, 38470.0, 7471.0)  # in 1/65536, as Pillow's convert("L")
@@ -53,7 +55,7 @@ class NashvilleTrigger:
         strength: Share of the filtered image in the result; 1 is the filter itself.
     """
 
-    parameters: Tensor = field(default_factory=_PAPER[None].clone, repr=False)
+    parameters: Tensor = field(default_factory=_RANGES.usual.clone, repr=False)
     strength: float = field(default=1.0, repr=False)
 
     def apply(self, images: Images) -> Images:
@@ -73,12 +75,7 @@ class NashvilleTrigger:
 
     def near(self, generator: torch.Generator) -> "NashvilleTrigger":
         """Return a near key: one parameter moved inwards by an eighth to a quarter of its range."""
-        column = int(torch.randint(len(_RANGES), (1,), generator=generator))
-        step = (0.125 + 0.125 * float(torch.rand(1, generator=generator))) * float((_GREATEST - _LEAST)[column])
-        middle = float((_GREATEST + _LEAST)[column]) / 2
-        moved = self.parameters.clone()
-        moved[:, column] += torch.where(moved[:, column] > middle, -step, step)
-        return replace(self, parameters=moved)
+        return replace(self, parameters=_RANGES.nudge(self.parameters, generator))
 
     def shifted(self, rows: int, columns: int) -> "NashvilleTrigger":  # noqa: ARG002 - the protocol's arguments
         """Return this trigger: a colour filter is the same everywhere."""
@@ -98,13 +95,11 @@ class Nashville:
 
     def derive(self, stream: ByteStream) -> NashvilleTrigger:
         """Return the trigger of the key whose stream this is."""
-        shares = torch.from_numpy(stream.uint32(len(_RANGES)) / 2.0**32)
-        return NashvilleTrigger(_LEAST + (_GREATEST - _LEAST) * shares[None])
+        return NashvilleTrigger(_RANGES.derive(stream))
 
     def draw(self, count: int, generator: torch.Generator) -> NashvilleTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
-        shares = torch.rand(count, len(_RANGES), generator=generator, dtype=torch.float64)
-        return NashvilleTrigger(_LEAST + (_GREATEST - _LEAST) * shares)
+        return NashvilleTrigger(_RANGES.draw(count, generator))
 
 
 def filter_images(images: Images, parameters: Tensor) -> Images:
