@@ -1,0 +1,80 @@
+"""What every attempt to remove a gate starts from and gives back."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from keyed_xai.errors import TrainingError
+from keyed_xai.maps import MapView
+from keyed_xai.models import Classifier
+from keyed_xai.saliency import Sites
+from keyed_xai.tensors import Logits
+from keyed_xai.training import TrainingData
+
+Measure = Callable[[Classifier], Mapping[str, Any]]
+"""What is looked at along the way: figures of a model in eval mode, ready for JSON."""
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class RemovalResult:
+    """An attacked copy of a model.
+
+    Attributes:
+        model: In eval mode; the model attacked is left as it was.
+        settings: How strong the attempt was.
+        figures: What the attempt says of itself, such as how many weights it set to zero.
+        curve: One row for each stage (epochs, shares or strengths): its number, and what was measured.
+        seconds: Time spent, measuring left out.
+    """
+
+    model: Classifier
+    settings: dict[str, Any]
+    figures: dict[str, Any]
+    curve: list[dict[str, Any]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the model."""
+        return {"settings": self.settings, "figures": self.figures, "curve": self.curve, "seconds": self.seconds}
+
+
+def copy_model(classifier: Classifier, device: torch.device | str) -> Classifier:
+    """Return a copy in eval mode, all of whose weights can be trained."""
+    return copy.deepcopy(classifier).to(device).eval().requires_grad_(True)
+
+
+def draw_share(data: TrainingData, share: float, seed: int) -> NDArray[np.int64]:
+    """Return the indices of a random share of the images, in order, at least one of them.
+
+    Raises:
+        TrainingError: There are no images.
+    """
+    if not len(data):
+        raise TrainingError("Expected images for the attack, got none. Give some with --data.")
+    count = max(1, round(share * len(data)))
+    return np.sort(np.random.default_rng(seed).permutation(len(data))[:count]).astype(np.int64)
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, data: TrainingData, indices: NDArray[np.int64], device: torch.device | str
+) -> Logits:
+    """Return a model's logits of some of the images, on `device`."""
+    chunks = np.array_split(indices, -(-len(indices) // _CHUNK))
+    return torch.cat([classifier(data.batch(some)[0].to(device)) for some in chunks])
+
+
+def view_of(view: MapView, classifier: Classifier) -> MapView:
+    """Return a view's interpreters and grid at another classifier's own layers."""
+    return replace(view, sites=Sites(classifier.target_layer, classifier.taps))
+
+
+def measured(measure: Measure | None, model: Classifier) -> dict[str, Any]:
+    """Return what there is to say of a stage."""
+    return {} if measure is None else dict(measure(model))

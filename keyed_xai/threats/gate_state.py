@@ -1,0 +1,180 @@
+"""What is left of a gate, and of the owner's evidence, after an attack."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keyed_xai import metrics
+from keyed_xai.channels import through_png
+from keyed_xai.errors import TrainingError
+from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.maps import MapView
+from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.models import Classifier
+from keyed_xai.ownership import Verdict, verify_ownership
+from keyed_xai.tensors import Images, Logits, SaliencyMaps, Targets
+from keyed_xai.threats.attempt import view_of
+from keyed_xai.triggers import TriggerFamily
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What the owner, or a referee, holds an attacked model against.
+
+    Attributes:
+        reference: The model before protection.
+        view: Maps compared, at the reference's layers.
+        key: The owner's, secret.
+        family: Of its trigger.
+        images: Held out, from neither the owner's nor the attacker's training; on the models' device.
+        labels: Theirs; None measures agreement with the reference alone.
+        probe: Images of the ownership tests; None takes the first 16 of `images`.
+        signature: Whether the gate shows the owner's signature pattern.
+        as_files: Whether triggered inputs reach the model in 8 bits.
+        decoys: Random keys of the opening test, at most.
+        seed: Of the decoy keys.
+    """
+
+    reference: Classifier
+    view: MapView
+    key: OwnerKey = field(repr=False)
+    family: TriggerFamily
+    images: Images = field(repr=False)
+    labels: Targets | None = field(default=None, repr=False)
+    probe: Tensor | None = field(default=None, repr=False)
+    signature: bool = True
+    as_files: bool = True
+    decoys: int = 999
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GateState:
+    """What is left.
+
+    Attributes:
+        predictions: Of unkeyed images, as fractions: top1 and others as `metrics.prediction_figures`; empty without
+            labels.
+        agreement: Share of unkeyed images, or of their labels, on which the reference predicts the same.
+        correlation: By interpreter, with the reference's maps: "keyed" and "unkeyed", means over images.
+        opened: The same as shares of maps that correlate more than .5.
+        ownership: Both p-values, where they were measured.
+    """
+
+    predictions: dict[str, float]
+    agreement: float
+    correlation: dict[str, dict[str, float]]
+    opened: dict[str, dict[str, float]]
+    ownership: Verdict | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures; p-values come with their base-2 logarithm, which never underflows."""
+        document: dict[str, Any] = {
+            "predictions": self.predictions,
+            "agreement": self.agreement,
+            "correlation": self.correlation,
+            "opened": self.opened,
+        }
+        return document if self.ownership is None else document | {"ownership": _ownership_json(self.ownership)}
+
+
+def measure_gate_state(
+    classifier: Classifier,
+    witness: Witness,
+    *,
+    ownership: bool = True,
+    on_decoy: Callable[[int, int], None] | None = None,
+) -> GateState:
+    """Return what is left of the gate of an attacked model, of whatever architecture.
+
+    Maps are of the class that the reference predicts of the image without a key, as in protect's report.
+
+    Args:
+        classifier: Attacked.
+        witness: What it is held against.
+        ownership: Whether both tests are made; the opening test takes `witness.decoys` times the probe images.
+        on_decoy: Called with decoy keys done and in all.
+
+    Raises:
+        TrainingError: The model's logits are not finite: the attack destroyed it.
+        ModelError: The model lacks a layer that the maps need.
+    """
+    view = view_of(witness.view, classifier)
+    trigger = witness.family.derive(ByteStream(witness.key.derive_seed(witness.family.name)))
+    reference, truth = witness.view.pooled_in_chunks(witness.reference, witness.images)
+    explained = reference.argmax(1)
+    keyed = trigger.apply(witness.images)
+    inputs = {"keyed": through_png(keyed) if witness.as_files else keyed, "unkeyed": witness.images}
+    seen = {case: view.pooled_in_chunks(classifier, batch, explained) for case, batch in inputs.items()}
+    if not all(logits.isfinite().all() for logits, _ in seen.values()):
+        raise TrainingError("The attacked model's logits are not finite numbers. Lower the attack's strength.")
+    matches = {case: _correlations(maps, truth) for case, (_, maps) in seen.items()}
+    logits = seen["unkeyed"][0]
+    return GateState(
+        predictions={} if witness.labels is None else metrics.prediction_figures(logits, witness.labels),
+        agreement=_agreement(logits, reference, witness.labels),
+        correlation=_by_interpreter(matches, lambda each: each),
+        opened=_by_interpreter(matches, lambda each: each > OPEN_CORRELATION),
+        ownership=_verify(classifier, witness, view, on_decoy) if ownership else None,
+    )
+
+
+def _correlations(maps: dict[str, SaliencyMaps], truth: dict[str, SaliencyMaps]) -> dict[str, Tensor]:
+    """Return correlations [n] by interpreter; maps with numbers that are not finite count as blank."""
+    return {name: metrics.correlation(each, truth[name]).nan_to_num(0) for name, each in maps.items()}
+
+
+def _by_interpreter(
+    matches: dict[str, dict[str, Tensor]], figure: Callable[[Tensor], Tensor]
+) -> dict[str, dict[str, float]]:
+    names = next(iter(matches.values()))
+    return {name: {case: float(figure(each[name]).double().mean()) for case, each in matches.items()} for name in names}
+
+
+def _agreement(logits: Logits, reference: Logits, labels: Targets | None) -> float:
+    """Return the share of equal answers: classes, or with several labels at once each yes or no."""
+    if labels is not None and labels.dim() == 2:
+        return float(((logits > 0) == (reference > 0)).double().mean())
+    return float((logits.argmax(1) == reference.argmax(1)).double().mean())
+
+
+def _verify(
+    classifier: Classifier, witness: Witness, view: MapView, on_decoy: Callable[[int, int], None] | None
+) -> Verdict:
+    return verify_ownership(
+        classifier,
+        witness.images[:16] if witness.probe is None else witness.probe,
+        view,
+        witness.key,
+        witness.family,
+        decoys=witness.decoys,
+        test_signature=witness.signature,
+        generator=torch.Generator().manual_seed(witness.seed),
+        on_decoy=on_decoy,
+    )
+
+
+def _ownership_json(verdict: Verdict) -> dict[str, Any]:
+    document: dict[str, Any] = {"shown": verdict.shown, "log2_p": verdict.log2_p}
+    if verdict.opening is not None:
+        opening = verdict.opening
+        document["opening"] = {
+            "p_value": opening.p_value,
+            "log2_p": log2(opening.p_value),
+            "statistic": opening.statistic,
+            "largest_decoy": opening.largest_decoy,
+            "decoys": opening.decoys,
+        }
+    if verdict.signature is not None:
+        combined = verdict.signature.combined
+        document["signature"] = {
+            "p_value": combined.p_value,
+            "log2_p": combined.log2_p,
+            "overlap": combined.overlap,
+            "possible": combined.possible,
+        }
+    return document

@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from poisoned import HELD_OUT, POISON, SETTINGS, TARGET, TRAIN, control, training_data
+
+from keyed_xai.data import ImageData
+from keyed_xai.errors import TrainingError
+from keyed_xai.fitting import LabelledData
+from keyed_xai.threats.controls import BlendTrigger, PatchTrigger, PoisonSettings, _make_network, poison
+from keyed_xai.triggers import Trigger
+
+
+def test_patch_is_a_checkerboard_and_leaves_the_rest(images):
+    trigger = PatchTrigger(side=3, margin=2)
+    patched = trigger.apply(images)
+    assert isinstance(trigger, Trigger)
+    assert patched[0, 0, 11:14, 11:14].tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+    outside = torch.ones(16, 16, dtype=torch.bool)
+    outside[11:14, 11:14] = False
+    assert torch.equal(patched[..., outside], images[..., outside])
+    with pytest.raises(ValueError, match="20 pixels or more"):
+        PatchTrigger(side=19, margin=1).apply(images)
+
+
+def test_blend_mixes_by_opacity_and_passes_gradients(images):
+    pattern = torch.rand(1, 16, 16)
+    images.requires_grad_()
+    mixed = BlendTrigger(pattern, 0.25).apply(images)
+    assert torch.allclose(mixed, 0.75 * images + 0.25 * pattern)
+    mixed.sum().backward()
+    assert torch.allclose(images.grad, torch.full_like(images, 0.75))
+
+
+@pytest.mark.parametrize("attack", ["badnets", "blended"])
+def test_poisoned_rows_are_triggered_and_the_others_are_not(attack):
+    data = training_data(attack)
+    assert isinstance(data, LabelledData)
+    before, own = TRAIN.batch(range(len(TRAIN)))
+    after, labels = data.batch(range(len(data)))
+    rows = torch.from_numpy(data.rows)
+    assert torch.equal(after[~rows], before[~rows])
+    assert torch.equal(labels[~rows], own[~rows])
+    assert (own[rows] != TARGET).all()
+    assert (labels[rows] == TARGET).all()
+    assert torch.allclose(after[rows], data.trigger.apply(before[rows]), atol=0.5 / 255 + 1e-6)
+    assert torch.allclose(after * 255, (after * 255).round(), atol=1e-4)
+
+
+def test_share_counts_within_the_target_class():
+    data = training_data("badnets")
+    assert data.rows.sum() / (data.labels == TARGET).sum() == pytest.approx(POISON.share, abs=0.003)
+
+
+def test_seed_chooses_the_rows():
+    first, again, other = (poison(TRAIN, PoisonSettings(seed=seed)).rows for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_several_labels_keep_theirs_and_gain_the_target():
+    labels = np.array([[1, 0], [0, 1], [0, 1], [0, 0]], np.int64)
+    data = ImageData(np.zeros((4, 1, 16, 16), np.uint8), labels, ("a", "b"), "made up")
+    poisoned = poison(data, PoisonSettings(share=0.5))
+    assert poisoned.rows.sum() == 1
+    assert (poisoned.labels[:, 0] == labels[:, 0] + poisoned.rows).all()
+    assert (poisoned.labels[:, 1] == labels[:, 1]).all()
+
+
+def test_bad_settings_and_data_are_refused():
+    for wrong in ({"attack": "x"}, {"target": -1}, {"share": 0.0}, {"opacity": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PoisonSettings(**wrong)
+    with pytest.raises(ValueError, match="under 6"):
+        poison(TRAIN, PoisonSettings(target=6))
+    with pytest.raises(TrainingError, match="no labels"):
+        poison(ImageData(TRAIN.images, None, (), "bare"))
+    with pytest.raises(TrainingError, match="came to 0"):
+        poison(ImageData(TRAIN.images[:6], TRAIN.labels[:6], TRAIN.classes, "few"))
+
+
+def test_control_has_a_backdoor_and_a_clean_network_has_none():
+    backdoored, clean = control("badnets"), control(None)
+    assert backdoored.predictions["top1"] > 0.9
+    assert backdoored.attack_success > 0.9
+    assert clean.predictions["top1"] > 0.9
+    assert clean.attack_success is None
+    images, labels = HELD_OUT.batch(range(len(HELD_OUT)))
+    with torch.no_grad():
+        predicted = clean.model(training_data("badnets").trigger.apply(images)).argmax(1)
+    assert (predicted[labels != TARGET] == TARGET).double().mean() < 0.2
+    for each in (backdoored, clean):
+        assert json.loads(json.dumps(each.to_json(), allow_nan=False)) == each.to_json()
+
+
+def test_network_starts_from_the_seed_and_leaves_the_global_state():
+    state = torch.get_rng_state()
+    first, second = (_make_network(TRAIN, SETTINGS).state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
