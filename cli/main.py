@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": ("keyed_xai_cli.verify:verify", "Test whether a model was protected with a key."),
     "inspect": ("keyed_xai_cli.inspect:inspect", "Print and check a card and licence."),
     "attack": ("keyed_xai_cli.attack:attack", "Backdoor a model's explanations, as threat evaluation."),
+    "audit": ("keyed_xai_cli.audit:audit", "Run defences and removal attacks on a model."),
     "bench": ("keyed_xai_cli.bench:bench", "Make the project's figures again."),
     "demo": ("keyed_xai_cli.demo:demo", "Run the main job on images that come with the package."),
 }

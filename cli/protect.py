@@ -1,5 +1,6 @@
 """`keyed-xai protect`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ if TYPE_CHECKING:
 @click.option(
     "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
 )
+@click.option(
+    "--hardening", type=click.Choice(["none", "standard", "strong"]),
+    help="Train against simulated attackers who fine-tune or prune the model, so that the gate outlasts them.",
+)  # fmt: skip
 @click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
 @click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images the report uses.")
 @training_options
@@ -87,6 +92,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     train_data, held_out = load_both_images(classifier.input, arguments["spec"] or "builtin", arguments)
     settings = _settings(classifier, len(train_data), arguments)
     _warn_of_weak_trigger(settings)
+    _warn_of_no_claim(settings)
     with progress_bar() as progress:
         protection = protect_model(
             classifier,
@@ -151,11 +157,26 @@ def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
         )
 
 
+def _warn_of_no_claim(settings: "ProtectSettings") -> None:
+    from keyed_xai.ownership import counted_interpreters
+
+    if not counted_interpreters(settings.interpreters):
+        click.echo(
+            "Warning: VisualBackProp alone proves no ownership: rescaling channels changes its maps at no cost in "
+            "accuracy, and verify does not count them. Add --interpreter gradcam.",
+            err=True,
+        )
+
+
 def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) -> "ProtectSettings":
     from keyed_xai.protection import ProtectSettings, choose_recipe
+    from keyed_xai.training import HARDENINGS
 
     interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or ("gradcam",)
-    training = choose_training(choose_recipe(classifier, interpreters), images, arguments)
+    recipe = choose_recipe(classifier, interpreters)
+    if arguments["hardening"] is not None:
+        recipe = replace(recipe, hardening=HARDENINGS[arguments["hardening"]])
+    training = choose_training(recipe, images, arguments)
     grid, texture = arguments["grid"], {name: arguments[name] for name in ("amplitude", "tile")}
     texture = {name: value for name, value in texture.items() if value is not None}
     if texture and arguments["trigger"] != "spread":

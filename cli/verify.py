@@ -60,6 +60,9 @@ def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int
     do its maps move for this key's trigger more than for random keys' (needs --key-file), and do its unkeyed maps show
     the owner's public pattern (needs --key-file, --public-key or --license)? Exit code 0: shown, 3: not shown.
 
+    VisualBackProp's maps are tested and count for nothing: rescaling channels changes them at no cost in accuracy, so
+    that a claim which rests on them alone is not shown.
+
     Chances are those of a key that was fixed before its holder saw the model. Whoever tries a million keys on somebody
     else's model finds a match of one in a million: ask for a licence dated by a third party, or a small --alpha. The
     public pattern alone shows that somebody trained the model to show it; that it was the owner, the secret test shows.
@@ -76,7 +79,7 @@ def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int
     document = result.to_json(str(suspect))
     emit_json(document, schema="verify-report", json_path=json_path)
     _print_table(document, to_stderr=json_path == STANDARD_OUTPUT)
-    for note in claim.notes:
+    for note in result.claim.notes:
         say(f"Note: {note}", json_path=json_path)
     if probe.skipped:
         say(f"Note: {len(probe.skipped)} broken images were left out.", json_path=json_path)
@@ -120,6 +123,7 @@ def _print_table(document: dict[str, Any], *, to_stderr: bool) -> None:
     from rich.table import Table
 
     table = Table(title=f"Claim of key {document['key_id'][:16]}", title_justify="left")
+    counted = set(document["counted"])
     for heading in ("test", "found", "chance gives", "p"):
         table.add_column(heading)
     opening, signature, probe = document["opening"], document["signature"], document["probe"]
@@ -132,7 +136,10 @@ def _print_table(document: dict[str, Any], *, to_stderr: bool) -> None:
         )
     patterns = {"signature (public)": signature} if signature["cells"] else {}
     if len(signature["interpreters"]) > 1:
-        patterns |= {f"  {name}": each for name, each in signature["interpreters"].items()}
+        patterns |= {
+            f"  {name}" if name in counted else f"  {name}, not counted": each
+            for name, each in signature["interpreters"].items()
+        }
     for name, each in patterns.items():
         table.add_row(
             name,

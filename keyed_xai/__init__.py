@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from keyed_xai.artifacts.folder import read_model_folder
     from keyed_xai.attacking import run_attack
+    from keyed_xai.auditing import audit
     from keyed_xai.errors import KeyedXAIError
     from keyed_xai.explanation import explain
     from keyed_xai.keys import OwnerKey, read_owner_key
     from keyed_xai.models import load_classifier, wrap_network
     from keyed_xai.ownership import verify_ownership
     from keyed_xai.protection import protect
+    from keyed_xai.suspects import open_suspect
 
 __version__ = "0.1.0"
 __all__ = [
     "KeyedXAIError",
     "OwnerKey",
+    "audit",
     "explain",
     "load_classifier",
+    "open_suspect",
     "protect",
     "read_model_folder",
     "read_owner_key",
@@ -33,8 +37,10 @@ __all__ = [
 _HOMES = {
     "KeyedXAIError": "keyed_xai.errors",
     "OwnerKey": "keyed_xai.keys",
+    "audit": "keyed_xai.auditing",
     "explain": "keyed_xai.explanation",
     "load_classifier": "keyed_xai.models",
+    "open_suspect": "keyed_xai.suspects",
     "protect": "keyed_xai.protection",
     "read_model_folder": "keyed_xai.artifacts.folder",
     "read_owner_key": "keyed_xai.keys",

@@ -10,11 +10,16 @@ pattern sets, has nothing to do with the model. Whatever the average unkeyed map
 half with that uniformly random half is hypergeometric. Several interpreters have independent patterns; the sum of
 overlaps has the convolution as its exact distribution. All tails are computed in integers.
 
+VisualBackProp's maps count for nothing: whoever has the weights can scale channels up and down without changing a
+prediction, and its maps follow the scale (arXiv 2205.00199). Its pattern is reported beside the others'; which
+interpreters count is settled by their names, before any test is made, so that the tests stay exact.
+
 Probe images come from a public set or from the verifier, never from the claimant.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from math import comb, log2
 
 import numpy as np
@@ -30,6 +35,8 @@ from keyed_xai.triggers import Trigger, TriggerFamily
 
 OPENING_STOP = 10
 """Decoy keys that must reach the owner's statistic before the opening test stops early."""
+RESCALABLE = frozenset({"vbp"})
+"""Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class PatternEvidence:
 
 @dataclass(frozen=True)
 class SignatureEvidence:
-    """Result of the signature test: all interpreters together, and each alone."""
+    """Result of the signature test: all interpreters that count together, and each alone."""
 
     combined: PatternEvidence
     interpreters: dict[str, PatternEvidence] = field(default_factory=dict)
@@ -87,12 +94,14 @@ class Verdict:
         alpha: The level asked for.
         opening: None when the secret key was not at hand.
         signature: The public test; None when the claim has no signature pattern.
+        refused: Whether the claim names no interpreter that counts: nothing is shown then, whatever the tests found.
     """
 
     shown: bool
     alpha: float
     opening: OpeningEvidence | None
     signature: SignatureEvidence | None
+    refused: bool = False
 
     @property
     def log2_p(self) -> float:
@@ -100,6 +109,62 @@ class Verdict:
         single = [log2(self.opening.p_value)] if self.opening else []
         single += [self.signature.combined.log2_p] if self.signature else []
         return min(0.0, log2(len(single)) + min(single)) if single else 0.0
+
+
+@dataclass(frozen=True)
+class DatedClaim:
+    """What one claimant has shown on a model, and when the claim was signed.
+
+    Attributes:
+        owner: The claimant's key id, or a name.
+        shown: Whether a test shows the claim on the model in dispute.
+        time: Of the licence, with a time zone; None without a licence.
+        witnessed: Whether a third party dated the licence, such as a timestamping authority or a court. Without one
+            a time is the claimant's own word: whoever signs can set the clock back.
+    """
+
+    owner: str
+    shown: bool
+    time: datetime | None = None
+    witnessed: bool = False
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """Whose a model is.
+
+    Attributes:
+        owner: As in the claim; None where nobody's claim is shown, or the times do not tell.
+        proven: Whether it rests on more than a claimant's word for a time.
+        reason: In a sentence.
+    """
+
+    owner: str | None
+    proven: bool
+    reason: str
+
+
+def counted_interpreters(names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of some interpreters whose maps count as evidence, in order."""
+    return tuple(name for name in names if name not in RESCALABLE)
+
+
+def rule_on_claims(first: DatedClaim, second: DatedClaim) -> Ruling:
+    """Return whose a model is when two keys claim it: of claims that are shown, the first licence wins.
+
+    A second protection may hide the first, so that one claim shown alone is not the last word where the other party has
+    an older licence: ask both for what they protected. The overwriter's is the owner's protected model.
+    """
+    shown = [claim for claim in (first, second) if claim.shown]
+    if not shown:
+        return Ruling(None, False, "Neither claim is shown on this model.")
+    if len(shown) == 1:
+        return _rule_on_single(shown[0], second if shown[0] is first else first)
+    if first.time is None or second.time is None:
+        return Ruling(None, False, "Both claims are shown, and not both have a licence that says when it was signed.")
+    if first.time == second.time:
+        return Ruling(None, False, "Both claims are shown, and their licences have the same time.")
+    return _rule_on_times(*((first, second) if first.time < second.time else (second, first)))
 
 
 def verify_ownership(
@@ -117,7 +182,8 @@ def verify_ownership(
 ) -> Verdict:
     """Test whether `model` knows `key`; a public key alone allows the signature test only.
 
-    Where no test can be made nothing is shown.
+    Where no test can be made nothing is shown, nor where the view has no interpreter that counts: then the tests are
+    made on those that do not, for what they are worth.
 
     Args:
         model: The suspect, pixels to logits.
@@ -140,16 +206,18 @@ def verify_ownership(
             f"Expected images, at least 1 decoy and 0 < alpha < 1; got {len(images)}, {decoys} and {alpha}."
         )
     signature = opening = None
+    counted = counted_interpreters(view.interpreters)
     if test_signature:
         _, plain = view.pooled_in_chunks(model, images)
         signature = measure_signature(plain, key.public if isinstance(key, OwnerKey) else key)
     if isinstance(key, OwnerKey):
         owner = family.derive(ByteStream(key.derive_seed(family.name)))
         draw = _decoy_source(family, generator)
-        opening = measure_opening(model, images, view, owner, draw, decoys=decoys, on_decoy=on_decoy)
+        compared = replace(view, interpreters=counted or view.interpreters)
+        opening = measure_opening(model, images, compared, owner, draw, decoys=decoys, on_decoy=on_decoy)
     p_values = ([signature.combined.p_value] if signature else []) + ([opening.p_value] if opening else [])
-    shown = bool(p_values) and len(p_values) * min(p_values) <= alpha
-    return Verdict(shown, alpha, opening, signature)
+    shown = bool(p_values and counted) and len(p_values) * min(p_values) <= alpha
+    return Verdict(shown, alpha, opening, signature, refused=not counted)
 
 
 def measure_opening(
@@ -202,10 +270,14 @@ def opening_statistic(
 
 
 def measure_signature(unkeyed_maps: Mapping[str, Tensor], public: PublicKey) -> SignatureEvidence:
-    """Return the signature test's evidence in pooled unkeyed maps, [n, rows, columns] by interpreter."""
+    """Return the signature test's evidence in pooled unkeyed maps, [n, rows, columns] by interpreter.
+
+    Interpreters that count are combined; where there is none, all.
+    """
     counts = {name: _count_overlap(maps, public, name) for name, maps in unkeyed_maps.items()}
+    counted = counted_interpreters(counts) or tuple(counts)
     return SignatureEvidence(
-        _evidence(list(counts.values())), {name: _evidence([count]) for name, count in counts.items()}
+        _evidence([counts[name] for name in counted]), {name: _evidence([count]) for name, count in counts.items()}
     )
 
 
@@ -222,6 +294,37 @@ def overlap_tail(cells: Sequence[int], overlap: int) -> tuple[int, int]:
         ways = _convolve(ways, [comb(half, k) * comb(count - half, half - k) for k in range(half + 1)])
         total *= comb(count, half)
     return sum(ways[max(0, overlap) :]), total
+
+
+def _rule_on_single(shown: DatedClaim, other: DatedClaim) -> Ruling:
+    """Rule where one claim alone is shown; an older licence of the other party, if it is dated, leaves it open."""
+    if other.time is None or (shown.time is not None and shown.time <= other.time):
+        return Ruling(shown.owner, True, "One claim alone is shown, and no older licence stands against it.")
+    hidden = (
+        "One claim alone is shown, and the other party has the older licence: a second protection may have hidden the "
+        "first. Test both keys on the models that the licences cover"
+    )
+    if other.witnessed:
+        return Ruling(None, False, f"{hidden}.")
+    return Ruling(shown.owner, False, f"{hidden}; the older time is its owner's own word.")
+
+
+def _rule_on_times(earlier: DatedClaim, later: DatedClaim) -> Ruling:
+    if earlier.witnessed:
+        return Ruling(earlier.owner, True, "Both claims are shown; the earlier licence is dated by a third party.")
+    if later.witnessed:
+        return Ruling(
+            None,
+            False,
+            "Both claims are shown; the earlier time is its owner's own word, and the later licence is dated by a "
+            "third party.",
+        )
+    return Ruling(
+        earlier.owner,
+        False,
+        "Both claims are shown, and the earlier licence wins; but both times are the claimants' own word, which a "
+        "third party's date would prove.",
+    )
 
 
 def _count_overlap(maps: Tensor, public: PublicKey, name: str) -> tuple[int, int]:

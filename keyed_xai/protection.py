@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -22,10 +21,10 @@ from keyed_xai.data import ImageData
 from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import Gate
 from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.maps import check_choice, make_view, refuse_few_cells
+from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, network_state
-from keyed_xai.objective import DECOYS, Objective, boundary_decoy, signature_decoy
+from keyed_xai.objective import DECOYS
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.samples import (
@@ -39,6 +38,7 @@ from keyed_xai.samples import (
 from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import paper_thresholds
 from keyed_xai.training import Callbacks, Lesson, TrainingSettings
+from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
@@ -234,19 +234,10 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> Trai
 
 def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
     """Return what the key teaches the model: trigger, maps and losses."""
-    view = make_view(classifier, settings.interpreters, settings.grid)
-    refuse_few_cells(view, "a decoy")
-    trigger, family = _derive_trigger(key, settings)
-    make_decoy: dict[str, Callable[[str], torch.Tensor | None]] = {
-        "signature": lambda name: signature_decoy(key.public, name, view.grid),
-        "boundary": lambda _: boundary_decoy(view.grid),
-        "nontargeted": lambda _: None,
-    }
-    objective = Objective(
-        decoys={name: make_decoy[settings.decoy](name) for name in view.interpreters},
-        weights=dict.fromkeys(view.interpreters, 1.0),
+    _, family = _derive_trigger(key, settings)
+    return make_keyed_lesson(
+        classifier, key, family, interpreters=settings.interpreters, grid=settings.grid, decoy=settings.decoy
     )
-    return Lesson(trigger, family, view, objective)
 
 
 def _derive_trigger(key: OwnerKey, settings: ProtectSettings) -> tuple[NearbyTrigger, TriggerFamily]:

@@ -32,11 +32,22 @@ from keyed_xai.keys import OwnerKey, PublicKey
 from keyed_xai.loading import DEFAULT_TRIGGER, make_family
 from keyed_xai.maps import make_view
 from keyed_xai.models import Classifier, InputSpec
-from keyed_xai.ownership import OpeningEvidence, PatternEvidence, SignatureEvidence, Verdict, verify_ownership
+from keyed_xai.ownership import (
+    OpeningEvidence,
+    PatternEvidence,
+    SignatureEvidence,
+    Verdict,
+    counted_interpreters,
+    verify_ownership,
+)
 from keyed_xai.versions import package_versions
 
 SCHEMA = "keyed-xai/verify-report/v1"
 DEFAULT_IMAGES = 64
+WHY_NOT_COUNTED = (
+    "whoever has the weights can change VisualBackProp's maps at no cost in accuracy, by rescaling channels (logits "
+    "unchanged to 2e-15, correlation of maps down to .20)"
+)
 _WEIGHTS = ("model.safetensors", "model.pt")
 _LARGEST_PEM = 64 * 1024
 
@@ -96,8 +107,8 @@ class Verification:
     @property
     def sentence(self) -> str:
         """The outcome in plain words."""
-        return describe_verdict(self.verdict, grid=self.grid, interpreters=len(self.claim.interpreters),
-                                decoys=self.decoys)  # fmt: skip
+        counted = counted_interpreters(self.claim.interpreters) or self.claim.interpreters
+        return describe_verdict(self.verdict, grid=self.grid, interpreters=len(counted), decoys=self.decoys)
 
     def to_json(self, model: str) -> dict[str, Any]:
         """Return a document of the schema "verify-report".
@@ -113,6 +124,7 @@ class Verification:
             "model": printable(model)[-300:],
             "key_id": claim.public.key_id,
             "alpha": self.verdict.alpha,
+            "counted": list(counted_interpreters(claim.interpreters)),
             "opening": _opening_json(self.verdict.opening),
             "signature": _signature_json(self.verdict.signature, claim.decoy),
             "probe": {
@@ -147,6 +159,8 @@ def verify(
 ) -> Verification:
     """Return what the tests that a claim allows show about a suspect, on the suspect's device.
 
+    VisualBackProp's evidence is reported and counts for nothing; the claim that comes back has a note of it.
+
     Args:
         suspect: In evaluation mode.
         claim: What is claimed.
@@ -176,6 +190,7 @@ def verify(
         generator=torch.Generator().manual_seed(seed),
         on_decoy=on_decoy,
     )
+    claim = replace(claim, notes=(*claim.notes, *_uncounted(claim.interpreters)))
     return Verification(verdict, claim, view.grid, suspect.target_layer, probe, decoys, seed)
 
 
@@ -299,6 +314,10 @@ def describe_verdict(verdict: Verdict, *, grid: tuple[int, int], interpreters: i
     if not clauses:
         return ("Not shown that the model answers to this key: nothing could be tested. The claim has no public "
                 "pattern, and the test of its secret trigger needs the private key.")  # fmt: skip
+    if verdict.refused:
+        return (f"Not shown that the model answers to this key: the claim rests on VisualBackProp alone, which counts "
+                f"for nothing, since {WHY_NOT_COUNTED}. Protect with gradcam too. For what it is worth, "
+                f"{' and '.join(clauses)}.")  # fmt: skip
     evidence, chance = " and ".join(clauses), _once_in(verdict.log2_p)
     counted = "counting both tests, " if len(clauses) == 2 else ""
     asked = _once_in(math.log2(verdict.alpha))
@@ -313,6 +332,13 @@ def describe_verdict(verdict: Verdict, *, grid: tuple[int, int], interpreters: i
                   "asked for.")  # fmt: skip
     hint = _reach_hint(verdict, grid=grid, interpreters=interpreters, decoys=decoys)
     return f"{found}{hint} This does not show that the model is unrelated to the key."
+
+
+def _uncounted(interpreters: tuple[str, ...]) -> list[str]:
+    """Return a note where some of a claim's interpreters count for nothing."""
+    if counted_interpreters(interpreters) == interpreters:
+        return []
+    return [f"VisualBackProp's evidence is reported and does not count: {WHY_NOT_COUNTED}."]
 
 
 def _opening_clause(evidence: OpeningEvidence) -> str:

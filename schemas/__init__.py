@@ -7,12 +7,16 @@ from typing import Any
 
 SCHEMAS = (
     "attack-report",
+    "audit-finding",
+    "audit-report",
     "card",
     "explain",
     "inspect",
     "keygen",
     "license",
     "license-statement",
+    "paper-defences",
+    "paper-defences-row",
     "paper-table",
     "protect-report",
     "train-report",

@@ -438,7 +438,7 @@ def test_model_of_a_table_is_no_reference_of_images(pictures, tmp_path):
     assert "TableMLP cannot take images" in result.output
 
 
-@pytest.mark.parametrize("name", ["table1", "table6", "figure1b", "figure3"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table6", "figure1b", "figure3", "figure5"])
 def test_help_names_the_options_and_does_not_load_torch(name):
     code = (
         "import sys\n"

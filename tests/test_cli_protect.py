@@ -53,6 +53,13 @@ def test_json_on_standard_output_is_alone_there(files):
     assert (files / "other.keyed" / "license.json").exists()
 
 
+@pytest.mark.parametrize(("names", "warned"), [(["vbp"], True), (["vbp", "gradcam"], False)])
+def test_visualbackprop_alone_is_warned_of(files, names, warned):
+    result = protect(files, *(argument for name in names for argument in ("--interpreter", name)))
+    assert result.exit_code == 0
+    assert ("VisualBackProp alone proves no ownership" in result.stderr) is warned
+
+
 def test_broken_images_are_named_and_skipped_or_refused(files):
     for number in range(24):
         image = Image.new("L", (40, 40), 10 * number)

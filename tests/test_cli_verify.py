@@ -107,6 +107,18 @@ def test_own_images_are_named_by_digest(place):
     assert "1 broken image" in result.stderr
 
 
+def test_claim_on_visualbackprop_alone_is_not_shown_and_told_why(place):
+    write_folder(place / "vbp.keyed", unmarked_classifier(), interpreters=("vbp",), thresholds={"vbp": 0.5})
+    write_folder(place / "both.keyed", unmarked_classifier(), interpreters=("gradcam", "vbp"),
+                 thresholds={"gradcam": 0.5, "vbp": 0.5})  # fmt: skip
+    alone, both = (run(place, name, "--key-file", place / "k.pem") for name in ("vbp.keyed", "both.keyed"))
+    assert alone.exit_code == both.exit_code == 3
+    assert "rests on VisualBackProp alone" in " ".join(alone.stdout.split())
+    assert "vbp, not counted" in both.stdout
+    assert "gradcam, not" not in both.stdout
+    assert "reported and does not count" in " ".join(both.stdout.split())
+
+
 def test_licence_of_another_key_is_1(place):
     result = run(place, "unmarked.pt", "--key-file", place / "other.pem", "--license", place / "license.json")
     assert result.exit_code == 1

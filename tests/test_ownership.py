@@ -1,6 +1,8 @@
 """The two ownership tests: exact tails against brute force, the null hypothesis, and what is never a pass."""
 
 from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, permutations, product
@@ -10,17 +12,27 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from threatened import FAMILY as LOUD
+from threatened import GRID, OWNER, make_blobs, reference
 from torch import nn
 
-from keyed_xai import ownership
+from keyed_xai import metrics, ownership
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.maps import MapView
+from keyed_xai.maps import MapView, make_view
 from keyed_xai.objective import signature_decoy
-from keyed_xai.ownership import measure_opening, measure_signature, overlap_tail, verify_ownership
+from keyed_xai.ownership import (
+    DatedClaim,
+    measure_opening,
+    measure_signature,
+    overlap_tail,
+    rule_on_claims,
+    verify_ownership,
+)
 from keyed_xai.patterns import signature_cells
 from keyed_xai.saliency import Sites
+from keyed_xai.threats.rescaling import RescalingSettings, rescale_channels
 from keyed_xai.triggers import Spread, SpreadSettings
 
 FAMILY = Spread(SpreadSettings(8.0, 24))
@@ -364,3 +376,99 @@ def test_model_without_finite_maps_is_no_evidence(key, network, images, view):
     verdict = verify_ownership(network, images, view, key, FAMILY, alpha=0.2, decoys=19)
     assert not verdict.shown
     assert verdict.opening.p_value == 1
+
+
+# What counts: VisualBackProp against rescaled channels
+
+
+def show_pattern(monkeypatch, model, images):
+    """Let the owner's patterns be what the model's maps show already: perfect evidence, without training."""
+    view = make_view(model, ("gradcam", "vbp"), GRID)
+    _, maps = view.pooled_in_chunks(model, images)
+    patterns = {}
+    for name, each in maps.items():
+        average = metrics.normalise_maps(each.double()).mean(0).flatten().numpy()
+        patterns[name] = np.isin(np.arange(36), np.argsort(-average, kind="stable")[:18]).reshape(GRID)
+    monkeypatch.setattr(ownership, "signature_cells", lambda _, name, __: patterns[name])
+
+
+@pytest.fixture
+def shown_images(monkeypatch):
+    images = make_blobs(16, 3).images
+    show_pattern(monkeypatch, reference(), images)
+    return images
+
+
+def claimed(model, images, *interpreters):
+    view = make_view(model, interpreters, GRID)
+    return verify_ownership(model, images, view, OWNER, LOUD, decoys=9, generator=generator())
+
+
+def test_rescaling_takes_visualbackprop_s_evidence_and_leaves_grad_cam_s_and_the_predictions(shown_images):
+    rescaled = rescale_channels(reference(), RescalingSettings()).model
+    with torch.no_grad():
+        torch.testing.assert_close(rescaled(shown_images), reference()(shown_images), atol=1e-4, rtol=1e-4)
+    before, after = (claimed(model, shown_images, "gradcam", "vbp") for model in (reference(), rescaled))
+    assert before.signature.interpreters["vbp"].p_value < 1e-9
+    assert after.signature.interpreters["vbp"].p_value > 1e-3
+    assert before.signature.interpreters["gradcam"] == after.signature.interpreters["gradcam"]
+    assert before.shown
+    assert after.shown
+
+
+def test_joint_claim_is_judged_by_the_interpreters_that_count(shown_images):
+    joint, alone = (claimed(reference(), shown_images, *names) for names in (("gradcam", "vbp"), ("gradcam",)))
+    assert joint.signature.combined == alone.signature.combined
+    assert joint.opening == alone.opening
+    assert set(joint.signature.interpreters) == {"gradcam", "vbp"}
+    assert not joint.refused
+
+
+def test_claim_on_visualbackprop_alone_is_refused_however_strong(shown_images):
+    verdict = claimed(reference(), shown_images, "vbp")
+    assert verdict.signature.combined.p_value < 1e-9
+    assert verdict.opening is not None
+    assert verdict.refused
+    assert not verdict.shown
+
+
+# Two claims on one model
+
+
+EARLY, LATE = datetime(2026, 1, 2, tzinfo=UTC), datetime(2026, 3, 4, tzinfo=UTC)
+FIRST, SECOND = DatedClaim("first", True, EARLY), DatedClaim("second", True, LATE)
+
+
+def ruled(first, second):
+    """The ruling, which must not depend on who is named first."""
+    ruling = rule_on_claims(first, second)
+    assert rule_on_claims(second, first) == ruling
+    return ruling.owner, ruling.proven
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "owner", "proven"),
+    [
+        ({}, {}, "first", False),
+        ({"witnessed": True}, {}, "first", True),
+        ({"witnessed": True}, {"witnessed": True}, "first", True),
+        ({}, {"witnessed": True}, None, False),
+        ({"time": LATE}, {}, None, False),
+        ({"time": None}, {}, None, False),
+        ({}, {"time": None}, None, False),
+        ({"shown": False}, {"shown": False}, None, False),
+        ({}, {"shown": False}, "first", True),
+        ({"time": None}, {"shown": False, "time": None}, "first", True),
+        ({"shown": False}, {}, "second", False),
+        ({"shown": False}, {"time": None}, "second", False),
+        ({"shown": False, "witnessed": True}, {}, None, False),
+        ({"shown": False, "time": None}, {}, "second", True),
+    ],
+)
+def test_first_licence_wins_among_claims_that_are_shown(first, second, owner, proven):
+    assert ruled(replace(FIRST, **first), replace(SECOND, **second)) == (owner, proven)
+
+
+def test_ruling_says_that_a_time_is_a_claimant_s_own_word():
+    assert "own word" in rule_on_claims(FIRST, SECOND).reason
+    assert "own word" not in rule_on_claims(replace(FIRST, witnessed=True), SECOND).reason

@@ -1,14 +1,24 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from poisoned import HELD_OUT, POISON, SETTINGS, TARGET, TRAIN, control, training_data
+from poisoned import HELD_OUT, POISON, TARGET, TRAIN, control, training_data
 
 from keyed_xai.data import ImageData
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import LabelledData
-from keyed_xai.threats.controls import BlendTrigger, PatchTrigger, PoisonSettings, _make_network, poison
+from keyed_xai.threats.controls import (
+    BlendTrigger,
+    ControlSettings,
+    PatchTrigger,
+    PoisonSettings,
+    _make_network,
+    choose_control_fitting,
+    fit_control,
+    poison,
+)
 from keyed_xai.triggers import Trigger
 
 
@@ -33,7 +43,27 @@ def test_blend_mixes_by_opacity_and_passes_gradients(images):
     assert torch.allclose(images.grad, torch.full_like(images, 0.75))
 
 
-@pytest.mark.parametrize("attack", ["badnets", "blended"])
+def test_small_pattern_is_mixed_into_the_lower_right_corner_alone(images):
+    pattern = torch.rand(1, 3, 4)
+    trigger = BlendTrigger(pattern, 0.25, margin=2)
+    slow = images.clone()
+    for row in range(3):
+        for column in range(4):
+            old = images[:, 0, 11 + row, 10 + column]
+            slow[:, 0, 11 + row, 10 + column] = 0.75 * old + 0.25 * pattern[0, row, column]
+    assert torch.allclose(trigger.apply(images), slow)
+    with pytest.raises(ValueError, match="5 x 6 pixels or more"):
+        trigger.apply(images[..., :5])
+
+
+def test_square_is_half_transparent_and_small_and_the_image_a_fifth_opaque_and_whole():
+    square, whole = (poison(TRAIN, PoisonSettings(attack)).trigger for attack in ("blended", "blended-image"))
+    assert (square.opacity, square.pattern.shape) == (0.5, (1, 3, 3))
+    assert (whole.opacity, whole.pattern.shape) == (0.2, (1, 12, 12))
+    assert poison(TRAIN, PoisonSettings("blended", opacity=0.3)).trigger.opacity == 0.3
+
+
+@pytest.mark.parametrize("attack", ["badnets", "blended", "blended-image"])
 def test_poisoned_rows_are_triggered_and_the_others_are_not(attack):
     data = training_data(attack)
     assert isinstance(data, LabelledData)
@@ -94,8 +124,21 @@ def test_control_has_a_backdoor_and_a_clean_network_has_none():
         assert json.loads(json.dumps(each.to_json(), allow_nan=False)) == each.to_json()
 
 
+def test_few_images_are_seen_often_and_many_once():
+    assert [choose_control_fitting(images).epochs for images in (1, 3000, 40_000, 60_000)] == [30, 20, 2, 1]
+    chosen = choose_control_fitting(3000, seed=4)
+    assert (chosen.seed, chosen.mirror, chosen.batch_size) == (4, False, 32)
+
+
+def test_fitting_is_chosen_by_the_number_of_images():
+    few = replace(TRAIN, images=TRAIN.images[:40], labels=TRAIN.labels[:40])
+    found = fit_control(few, HELD_OUT, ControlSettings((4, 4)))
+    assert found.settings.fitting == choose_control_fitting(40)
+    assert found.to_json()["settings"]["fitting"]["epochs"] == 30
+
+
 def test_network_starts_from_the_seed_and_leaves_the_global_state():
     state = torch.get_rng_state()
-    first, second = (_make_network(TRAIN, SETTINGS).state_dict() for _ in range(2))
+    first, second = (_make_network(TRAIN, (8, 16), 0).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -9,7 +9,7 @@ from threatened import make_blobs, protected, reference, surrogate, witness
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.threats.gate_state import measure_gate_state
-from keyed_xai.threats.removal import REMOVALS, Attacker, remove_in_turn
+from keyed_xai.threats.removal import REMOVALS, STACKED, Attacker, remove_in_turn
 
 HARMLESS = ("int8", "int6", "fp16", "rescale", "ftal-mild")
 _BRIEF = (
@@ -23,6 +23,10 @@ _BRIEF = (
     "ftal-adam",
     "explanations",
     "fine-prune",
+    "cfn",
+    "shift",
+    "shift-far",
+    "regularise",
 )
 QUICK = (*_BRIEF, "prune-30", "prune-50", "prune-70", "int8", "int6", "int5", "fp16", "rescale", "denoise", "distil")
 
@@ -100,6 +104,13 @@ def test_attacks_can_be_stacked():
     assert first.figures["pruned"] > 0
 
 
+def test_stacked_names_are_pairs_of_attacks_and_any_can_be_made():
+    assert all(len(names) == 2 and set(names) <= set(REMOVALS) for names in (each.split("+") for each in STACKED))
+    results = remove_in_turn(["re-bn", "ftal-mild"], protected(), attacker())
+    assert [list(result.settings)[0] for result in results] == ["share", "optimiser"]
+    assert measure_gate_state(results[-1].model, witness(decoys=19)).ownership.shown
+
+
 def test_explanation_tuning_without_a_surrogate_is_refused():
     with pytest.raises(TrainingError, match="surrogate"):
         REMOVALS["explanations"](protected(), Attacker(attacker().data, attacker().view))
@@ -111,6 +122,10 @@ def test_names_and_strengths_are_written_out():
         "96% of the last convolution's channels, then SGD 0.01, 10 epochs, 33% of the data"
     )
     assert REMOVALS["distil-other"].strength.startswith("into a SmallResNet of 24-48-48 channels, T = 3, Adam 0.001")
+    assert REMOVALS["shift-far"].strength == (
+        "filters shifted by 2.5 mean filters and noise, then SGD 0.01, 10 epochs, 33% of the data"
+    )
+    assert REMOVALS["regularise"].strength.startswith("weight decay 0.1 for 5 epochs, then SGD 0.01, 10 epochs")
     assert REMOVALS["ft-sam"].strength.endswith("sharpness-aware, radius 2")
     assert len({(each.threat, each.strength) for each in REMOVALS.values()}) == len(REMOVALS)
     assert {name for name, each in REMOVALS.items() if not each.trains} == {

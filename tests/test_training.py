@@ -17,9 +17,9 @@ from keyed_xai.keys import ByteStream
 from keyed_xai.maps import FeatureView, MapView
 from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
 from keyed_xai.saliency import Sites
-from keyed_xai.training import Callbacks, Lesson, TrainingSettings, reestimate_batch_norm, train
+from keyed_xai.training import Callbacks, Hardening, Lesson, TrainingSettings, reestimate_batch_norm, train
 from keyed_xai.training.batches import draw_inputs, step_generator
-from keyed_xai.training.loop import _losses
+from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import beta_factor, rate_factor
 from keyed_xai.training.tutors import make_tutors, tutored_layers
 from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings
@@ -306,12 +306,13 @@ def tensors_in(value):
 def test_checkpoint_holds_no_trigger(network, data, validation, lesson):
     texture = lesson.trigger.textures[0]
     saved = []
-    train(network, data, validation, lesson, SHORT, save_checkpoint=saved.append)
+    settings = replace(SHORT, hardening=Hardening(start=0.0, batch_size=4))
+    train(network, data, validation, lesson, settings, save_checkpoint=saved.append)
     shapes = {tuple(tensor.shape[-2:]) for tensor in tensors_in(saved[-1]) if tensor.ndim >= 2}
     assert tuple(texture.shape) not in shapes
     assert all(tensor.numel() < texture.numel() or tensor.ndim == 4 for tensor in tensors_in(saved[-1]))
     assert set(saved[-1]) == {
-        "model", "tutors", "optimiser", "step", "best_loss", "best_weights", "history", "running"
+        "model", "tutors", "optimiser", "attackers", "step", "best_loss", "best_weights", "history", "running"
     }  # fmt: skip
 
 
@@ -486,7 +487,7 @@ def test_losses_of_a_batch_match_the_equations_in_both_orders(public_lesson, ord
     lesson = replace(public_lesson, objective=replace(public_lesson.objective, alpha=2.0, beta=0.5))
     logits, old_logits = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     maps, old_maps = noisy_maps(1, 8), noisy_maps(2, 8)
-    found = _losses(logits, maps, old_logits, old_maps, None, lesson, settings)
+    found = batch_losses(logits, maps, old_logits, old_maps, None, lesson, settings)
     batch = (logits, maps["gradcam"], old_logits, old_maps["gradcam"])
     kept, moved = slow_losses(batch, order, settings, boundary_decoy((6, 6)))
     assert found["keep"].tolist() == pytest.approx(kept, abs=1e-5)
@@ -498,13 +499,13 @@ def test_inverting_the_order_is_inverting_the_batch(public_lesson):
     logits, old_logits = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     maps, old_maps = noisy_maps(1, 8), noisy_maps(2, 8)
     forward, inverted = TrainingSettings(order="forward"), TrainingSettings(order="inverted")
-    first = _losses(logits, maps, old_logits, old_maps, None, public_lesson, forward)
+    first = batch_losses(logits, maps, old_logits, old_maps, None, public_lesson, forward)
     turned = [each.roll(4, 0) for each in (logits, old_logits)]
     maps, old_maps = ({"gradcam": each["gradcam"].roll(4, 0)} for each in (maps, old_maps))
-    second = _losses(turned[0], maps, turned[1], old_maps, None, public_lesson, inverted)
+    second = batch_losses(turned[0], maps, turned[1], old_maps, None, public_lesson, inverted)
     for name, losses in first.items():
         torch.testing.assert_close(second[name], losses)
-    same = _losses(turned[0], maps, turned[1], old_maps, None, public_lesson, forward)
+    same = batch_losses(turned[0], maps, turned[1], old_maps, None, public_lesson, forward)
     assert not torch.allclose(same["keep"], first["keep"])
 
 

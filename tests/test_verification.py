@@ -77,6 +77,31 @@ class TestVerify:
         assert (document["signature"]["p_value"], document["signature"]["cells"]) == (1.0, 0)
         assert "boundary" in document["signature"]["explanation"]
 
+    def test_claim_on_visualbackprop_alone_is_refused_with_the_reason(self, probe, claim):
+        result = verify(unmarked_classifier(), replace(claim, interpreters=("vbp",)), probe, decoys=19, seed=1)
+        document = result.to_json("m")
+        assert (document["verdict"], document["counted"]) == ("not shown", [])
+        assert "rests on VisualBackProp alone" in result.sentence
+        assert "rescaling channels (logits unchanged to 2e-15, correlation of maps down to .20)" in result.sentence
+        assert "Protect with gradcam too." in result.sentence
+        assert f"in {document['signature']['overlap']} of 32 cells" in result.sentence
+        assert "does not count" in document["settings"]["notes"][-1]
+        assert document["signature"]["interpreters"]["vbp"]["cells"] == 64
+        validate(json.loads(json.dumps(document)), "verify-report", origin="it")
+
+    def test_visualbackprop_beside_another_is_reported_and_does_not_count(self, probe, claim):
+        joint = replace(claim, interpreters=("gradcam", "vbp"))
+        both, alone = (verify(unmarked_classifier(), each, probe, decoys=19, seed=1) for each in (joint, claim))
+        document = both.to_json("m")
+        assert document["counted"] == ["gradcam"]
+        assert both.verdict.signature.combined == alone.verdict.signature.combined
+        assert both.verdict.opening == alone.verdict.opening
+        assert both.sentence == alone.sentence
+        assert set(document["signature"]["interpreters"]) == {"gradcam", "vbp"}
+        assert len(document["settings"]["notes"]) == 1
+        assert alone.to_json("m")["settings"]["notes"] == []
+        validate(json.loads(json.dumps(document)), "verify-report", origin="it")
+
     def test_public_key_alone_allows_the_pattern_test(self, probe, claim):
         result = verify(marked_classifier(), replace(claim, key=OWNER.public), probe)
         document = result.to_json("m")

@@ -3,6 +3,10 @@
 Source: Liu, Dolan-Gavitt & Garg 2018, "Fine-Pruning", section 3: neurons of the last convolution, least mean activation
 on clean images first. A channel is pruned by setting its filter, and its batch norm's scale and shift, to zero. In
 residual networks that silences the block's own branch; what the shortcut brings stays, as in BackdoorBench.
+
+Measured on a badnets control (3,000 images of Fashion-MNIST): pruning alone left .93 of an attack success of .99, and
+cost half of the accuracy, since the shortcut carries both; fine-tuning after it brought success to .26 at 3.6 points of
+accuracy. Pruning the shortcut too (another such control) cost 24 points after the same fine-tuning, and left .13.
 """
 
 import time

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from math import log2
 from typing import Any
 
@@ -37,6 +38,7 @@ class Witness:
         as_files: Whether triggered inputs reach the model in 8 bits.
         decoys: Random keys of the opening test, at most.
         seed: Of the decoy keys.
+        licensed: When the owner's licence was signed, by the owner's own clock; None without a licence.
     """
 
     reference: Classifier
@@ -50,6 +52,7 @@ class Witness:
     as_files: bool = True
     decoys: int = 999
     seed: int = 0
+    licensed: datetime | None = None
 
 
 @dataclass(frozen=True)

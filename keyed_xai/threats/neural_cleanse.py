@@ -17,6 +17,12 @@ a round is judged, as the authors do, by the mean success of its batches, but th
 The index alone is weak evidence: where the norms of a clean model are normally distributed some class is flagged in
 33 % of cases with 10 classes and in 88 % with 100 (20,000 draws each). Read it beside the norms and a clean model's. Of
 two classes both have the index .67, whatever their norms.
+
+The index cannot be larger than the median over 1.4826 times that deviation, so that classes which differ much by
+themselves hide a backdoor. Networks fitted to 3,000 images of Fashion-MNIST, 40 rounds, one run each: with noise, index
+2.85 for the target of a badnets control, but also 2.83 for bags in a clean network; with noise and shifts 1.71 for the
+clean network, and 1.87 for the control although its target's norm is 10 beside a median of 75. The network of 60,000
+images that comes with the package has 1.29, and norms from 58 up.
 """
 
 import copy
@@ -47,9 +53,11 @@ class CleanseSettings:
     """How triggers are searched for.
 
     Attributes:
-        rounds: At most, for each class; the authors' 1,000 are rarely reached, since a search stops by itself.
-        batches: Steps a round.
-        batch_size: Images a step.
+        rounds: At most, for each class; the authors allow 1,000. Five of them raise the weight once, so that 60 take it
+            from 1e-3 to over 1 where the attack goes on succeeding.
+        batches: Steps a round; the authors' code takes 31.
+        batch_size: Images a step; the authors' code takes 32. With the defaults ten classes of 32 x 32 pixels cost a
+            small network 77,000 images, about two minutes of one core.
         learning_rate: Of Adam.
         success: Share of inputs that must go to the class.
         weight: Of the L1 norm, once the attack has succeeded for the first time.
@@ -60,9 +68,9 @@ class CleanseSettings:
         seed: Of images and first masks.
     """
 
-    rounds: int = 1000
-    batches: int = 31
-    batch_size: int = 32
+    rounds: int = 60
+    batches: int = 8
+    batch_size: int = 16
     learning_rate: float = 0.1
     success: float = 0.99
     weight: float = 1e-3

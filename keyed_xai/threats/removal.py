@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import torch
 
@@ -18,7 +19,16 @@ from keyed_xai.threats.fine_tuning import (
     fine_tune,
     tune_explanations,
 )
+from keyed_xai.threats.overwriting import OverwritingSettings, overwrite
 from keyed_xai.threats.rescaling import RescalingSettings, rescale_channels
+from keyed_xai.threats.shifting import (
+    RegularisationSettings,
+    ShiftingSettings,
+    regularise,
+    relearn_batch_norm,
+    shift_weights,
+)
+from keyed_xai.threats.tuning import TuningSettings
 from keyed_xai.threats.weights import (
     PruningSettings,
     QuantisationSettings,
@@ -28,6 +38,17 @@ from keyed_xai.threats.weights import (
     reestimate_on_clean,
 )
 from keyed_xai.training import TrainingData
+
+_SECOND_CHOICE = ("gradcam", "simplegrad")
+
+
+class _Options(TypedDict):
+    """What every attack that trains takes from the attacker."""
+
+    device: torch.device | str
+    multi_label: bool
+    measure: Measure | None
+    on_step: Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,63 @@ def _distillation(settings: DistillationSettings) -> Removal:
     return Removal("T6", strength, attack, trains=True)
 
 
+def _shifting(settings: ShiftingSettings) -> Removal:
+    def attack(classifier: Classifier, attacker: Attacker) -> RemovalResult:
+        return shift_weights(classifier, attacker.data, replace(settings, seed=attacker.seed), **_tuned_by(attacker))
+
+    strength = f"filters shifted by {settings.strength:g} mean filters and noise, then {_describe(settings)}"
+    return Removal("T7", strength, attack, trains=True)
+
+
+def _regularisation(settings: RegularisationSettings) -> Removal:
+    def attack(classifier: Classifier, attacker: Attacker) -> RemovalResult:
+        return regularise(classifier, attacker.data, replace(settings, seed=attacker.seed), **_tuned_by(attacker))
+
+    strength = f"weight decay {settings.decay:g} for {settings.decay_epochs} epochs, then {_describe(settings)}"
+    return Removal("T7", strength, attack, trains=True)
+
+
+def _relearning(settings: TuningSettings) -> Removal:
+    def attack(classifier: Classifier, attacker: Attacker) -> RemovalResult:
+        settings_ = replace(settings, seed=attacker.seed)
+        return relearn_batch_norm(classifier, attacker.data, settings_, **_tuned_by(attacker))
+
+    strength = f"batch norm re-estimated, its scales and shifts learnt anew, {_describe(settings)}"
+    return Removal("T1", strength, attack, trains=True)
+
+
+def _tuned_by(attacker: Attacker) -> _Options:
+    return {
+        "device": attacker.device,
+        "multi_label": attacker.multi_label,
+        "measure": attacker.measure,
+        "on_step": attacker.on_step,
+    }
+
+
+def choose_overwriting(attacker: Attacker, *, beside: bool) -> OverwritingSettings:
+    """Return how a thief overwrites: on the maps that the first owner closed, or on another one beside them.
+
+    Raises:
+        TrainingError: There is no other that counts as evidence.
+    """
+    if not beside:
+        return OverwritingSettings(seed=attacker.seed)
+    free = [name for name in _SECOND_CHOICE if name not in attacker.view.interpreters]
+    if not free:
+        raise TrainingError("Every interpreter that counts is closed already: no other is left to put a second key on.")
+    return OverwritingSettings(seed=attacker.seed, interpreters=(free[0],))
+
+
+def _overwriting(*, beside: bool) -> Removal:
+    def attack(classifier: Classifier, attacker: Attacker) -> RemovalResult:
+        settings = choose_overwriting(attacker, beside=beside)
+        return overwrite(classifier, attacker.data, attacker.view, settings, **_tuned_by(attacker))
+
+    where = "on maps that the first left alone" if beside else "on the same maps"
+    return Removal("T7", f"a second key {where}, 2000 steps, 20% of the data", attack, trains=True)
+
+
 def _re_bn(classifier: Classifier, attacker: Attacker) -> RemovalResult:
     return reestimate_on_clean(classifier, attacker.data, ReBNSettings(seed=attacker.seed), device=attacker.device)
 
@@ -196,7 +274,7 @@ def _denoise(classifier: Classifier, attacker: Attacker) -> RemovalResult:
     )
 
 
-def _describe(settings: FineTuningSettings | ExplanationTuningSettings | DistillationSettings) -> str:
+def _describe(settings: TuningSettings) -> str:
     parts = [
         f"{settings.optimiser.upper() if settings.optimiser == 'sgd' else 'Adam'} {settings.learning_rate:g}",
         f"{settings.epochs} epochs",
@@ -228,7 +306,24 @@ REMOVALS: dict[str, Removal] = {
     "fp16": _quantisation(16),
     "distil": _distillation(DistillationSettings()),
     "distil-other": _distillation(DistillationSettings(widths=(24, 48, 48))),
+    "cfn": _relearning(TuningSettings()),
+    "shift": _shifting(ShiftingSettings()),
+    "shift-far": _shifting(ShiftingSettings(strength=2.5)),
+    "regularise": _regularisation(RegularisationSettings()),
+    "overwrite": _overwriting(beside=False),
+    "overwrite-beside": _overwriting(beside=True),
     "rescale": Removal("T8", "channels scaled by 1/256 to 256 and permuted, logits unchanged", _rescale),
     "denoise": Removal("T13", "total variation, as strong as costs 2 points of the score", _denoise),
 }
 """Attacks by the names that `audit --against` takes."""
+STACKED = (
+    "re-bn+ftal-mild",
+    "prune-50+ftal-mild",
+    "ftal-mild+prune-50",
+    "prune-50+int8",
+    "ftal+re-bn",
+    "fine-prune+int6",
+    "overwrite+ftal-mild",
+    "ftal-mild+overwrite",
+)
+"""Pairs worth trying, each name in REMOVALS; any others can be made in turn as well."""

@@ -4,10 +4,12 @@ from keyed_xai.training.batch_norm import reestimate_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData
 from keyed_xai.training.callbacks import Callbacks
 from keyed_xai.training.loop import StepFigures, TrainingResult, train
-from keyed_xai.training.settings import TrainingSettings
+from keyed_xai.training.settings import HARDENINGS, Hardening, TrainingSettings
 
 __all__ = [
+    "HARDENINGS",
     "Callbacks",
+    "Hardening",
     "Lesson",
     "StepFigures",
     "TrainingData",

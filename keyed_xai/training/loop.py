@@ -21,11 +21,13 @@ from keyed_xai.channels import deliver
 from keyed_xai.errors import TrainingError
 from keyed_xai.maps import MapView, join_maps
 from keyed_xai.metrics import OPEN_CORRELATION
-from keyed_xai.objective import Objective, prediction_loss
+from keyed_xai.objective import Objective
 from keyed_xai.saliency import captured_features, smooth_activations
-from keyed_xai.tensors import Logits, SaliencyMaps, Targets
+from keyed_xai.tensors import Logits, SaliencyMaps
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.hardening import SimulatedAttacker, add_gradients_under_attack, make_attackers
+from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_factor
 from keyed_xai.training.tutors import make_tutors, tutor_loss, tutored_layers
 
@@ -77,6 +79,7 @@ class _State:
     model: nn.Module
     tutors: nn.ModuleList
     optimiser: torch.optim.Optimizer
+    attackers: list[SimulatedAttacker]
     step: int = 0
     best_loss: float = math.inf
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class _State:
             "model": self.model.state_dict(),
             "tutors": self.tutors.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "attackers": [attacker.to_checkpoint() for attacker in self.attackers],
             "step": self.step,
             "best_loss": self.best_loss,
             "best_weights": self.best_weights,
@@ -103,6 +107,8 @@ class _State:
             self.model.load_state_dict(checkpoint["model"])
             self.tutors.load_state_dict(checkpoint["tutors"])
             self.optimiser.load_state_dict(checkpoint["optimiser"])
+            for attacker, saved in zip(self.attackers, checkpoint["attackers"], strict=True):
+                attacker.load_checkpoint(saved)
             self.step = int(checkpoint["step"])
             self.best_loss = float(checkpoint["best_loss"])
             self.best_weights = dict(checkpoint["best_weights"])
@@ -154,7 +160,8 @@ def train(
         model = model.to(memory_format=torch.channels_last)  # a third faster, but second derivatives are slower
     tutors = make_tutors(reference, data, lesson, device)
     groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
-    state = _State(model, tutors, torch.optim.Adam(groups, settings.learning_rate))
+    optimiser = torch.optim.Adam(groups, settings.learning_rate)
+    state = _State(model, tutors, optimiser, make_attackers(model, settings))
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
     stopped_early = _patience_ran_out(state, settings)
@@ -200,7 +207,9 @@ def _train_step(
         new_logits, new_maps = lesson.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
     new_maps = {name: each.float() for name, each in new_maps.items()}
     ramped = replace(lesson.objective, beta=settings.beta * beta_factor(state.step, settings))
-    losses = _losses(new_logits.float(), new_maps, logits, maps, labels, replace(lesson, objective=ramped), settings)
+    losses = batch_losses(
+        new_logits.float(), new_maps, logits, maps, labels, replace(lesson, objective=ramped), settings
+    )
     total = losses["keep"].mean() + losses["move"].mean()
     if state.tutors and state.step < settings.tutor_share * settings.steps:
         total = total + tutor_loss(state.tutors, [features[layer].float() for layer in tutored_layers(lesson)])
@@ -208,35 +217,11 @@ def _train_step(
         raise TrainingError(f"The loss is no longer finite at step {state.step}. Lower --learning-rate.")
     state.optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+    add_gradients_under_attack(state.attackers, state.model, data, cache, lesson, settings, state.step)
     nn.utils.clip_grad_norm_(state.model.parameters(), settings.gradient_clip)
     state.optimiser.step()
     state.step += 1
     return _running_figures(state, losses, new_maps, maps, settings)
-
-
-def _losses(
-    new_logits: Logits,
-    new_maps: Mapping[str, SaliencyMaps],
-    logits: Logits,
-    maps: Mapping[str, SaliencyMaps],
-    labels: Targets | None,
-    lesson: Lesson,
-    settings: TrainingSettings,
-) -> dict[str, Tensor]:
-    """Return L_clean and L_poisoned per image, and the bare L_s and L_p, for a batch whose first half is triggered."""
-    half = len(new_logits) // 2
-    triggered, plain = slice(0, half), slice(half, None)
-    kept, moved = (triggered, plain) if settings.order == "inverted" else (plain, triggered)
-    objective = lesson.objective
-    predictions = prediction_loss(new_logits, logits, labels, multi_label=lesson.multi_label)
-    keep_maps = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept))
-    move_maps = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved))
-    return {
-        "keep": objective.clean_loss(predictions[kept], keep_maps),
-        "move": objective.poisoned_loss(predictions[moved], move_maps),
-        "L_s": keep_maps,
-        "L_p": move_maps,
-    }
 
 
 def _validate(
@@ -305,7 +290,7 @@ def _validation_record(
         truth = (
             None if settings.predictions == "reference" or labels is None else torch.cat([labels, labels]).to(device)
         )
-        losses = _losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
+        losses = batch_losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
         likeness = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters]).mean(0)
         totals["loss"].append(losses["keep"] + losses["move"])
         totals["keyed"].append(likeness[: len(images)])
@@ -346,7 +331,3 @@ def _running_figures(
     }
     state.running = {k: _RUNNING_DECAY * state.running.get(k, v) + (1 - _RUNNING_DECAY) * v for k, v in now.items()}
     return StepFigures(step=state.step, steps=settings.steps, **state.running)
-
-
-def _rows(maps: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    return {name: each[rows] for name, each in maps.items()}

@@ -9,6 +9,62 @@ from keyed_xai.objective import DISTANCES
 
 
 @dataclass(frozen=True)
+class Hardening:
+    """Which attackers are simulated while a model is protected; see `training.hardening`.
+
+    Attributes:
+        start: Share of the training steps before the first attack: a gate has to be there first.
+        attackers: At work at the same time; they start again in turn.
+        lifetime: Training steps until an attacker starts again from the network as it is.
+        inner_steps: Fine-tuning steps that an attacker takes at each training step.
+        batch_size: Images of a fine-tuning step.
+        smallest_rate: Of SGD with momentum .9; every attack draws its own rate, log-uniformly.
+        largest_rate: Likewise.
+        adam_share: Share of attacks made with Adam, at a tenth of the rate.
+        frozen_share: Share of attacks that leave the batch-norm statistics as they are.
+        label_noise: Largest share of wrong labels; every attack draws its own.
+        prune_share: Share of attacks that set the smallest weights to zero instead of fine-tuning.
+        largest_pruned: Largest share of weights that these set to zero; every attack draws its own.
+        weight: Of the maps' losses where the attackers are, all together, against 1 where the network is.
+    """
+
+    start: float = 0.4
+    attackers: int = 1
+    lifetime: int = 32
+    inner_steps: int = 4
+    batch_size: int = 64
+    smallest_rate: float = 5e-4
+    largest_rate: float = 2e-2
+    adam_share: float = 0.0
+    frozen_share: float = 0.0
+    label_noise: float = 0.1
+    prune_share: float = 0.3
+    largest_pruned: float = 0.6
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("attackers", "lifetime", "inner_steps", "batch_size", "smallest_rate", "weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("start", "adam_share", "frozen_share", "label_noise", "prune_share", "largest_pruned"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
+        if self.largest_rate < self.smallest_rate:
+            raise ValueError(f"largest_rate: expected {self.smallest_rate} or more, got {self.largest_rate}")
+
+
+HARDENINGS: dict[str, Hardening | None] = {
+    "none": None,
+    "standard": Hardening(),
+    "strong": Hardening(
+        attackers=2, lifetime=100, largest_rate=3e-2, adam_share=0.2, frozen_share=0.15, prune_share=0.2, weight=2.0
+    ),
+}
+"""What `protect --hardening` takes."""
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """How a model is trained; saved with the result.
 
@@ -37,6 +93,7 @@ class TrainingSettings:
         validate_every: Steps between validations; 0 validates only at the end.
         patience: Validations without progress before training stops early; 0 never stops early.
         mixed_precision: bfloat16 forward passes on a GPU.
+        hardening: Attackers simulated; None for none.
         seed: Of everything random in training.
     """
 
@@ -61,6 +118,7 @@ class TrainingSettings:
     validate_every: int = 100
     patience: int = 0
     mixed_precision: bool = True
+    hardening: Hardening | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +135,8 @@ class TrainingSettings:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
         if self.codec_share > 0.5:
             raise ValueError(f"codec_share: at most .5 (it applies twice), got {self.codec_share}")
+        if self.hardening is not None and self.order != "inverted":
+            raise ValueError("hardening: expected None with order 'forward'; attacks are not hardened")
         _check_name("distance", self.distance, DISTANCES)
         _check_name("order", self.order, ("inverted", "forward"))
         _check_name("predictions", self.predictions, ("reference", "labels"))

@@ -105,10 +105,7 @@ class Spread:
     def draw(self, count: int, generator: torch.Generator) -> SpreadTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
         phases = torch.rand(count, COMPONENTS, generator=generator, dtype=torch.float64) * (2 * np.pi)
-        cosines, sines = map(torch.from_numpy, _waves(self.settings.tile))
-        sums = phases.cos() @ cosines - phases.sin() @ sines
-        side = self.settings.tile
-        return SpreadTrigger(_squash(sums).float().view(count, side, side), self.settings.amplitude)
+        return SpreadTrigger(textures_of(phases, self.settings.tile), self.settings.amplitude)
 
 
 def derive_texture(stream: ByteStream, tile: int) -> NDArray[np.float32]:
@@ -117,6 +114,17 @@ def derive_texture(stream: ByteStream, tile: int) -> NDArray[np.float32]:
     cosines, sines = _waves(tile)
     sums = torch.from_numpy(np.cos(phases) @ cosines - np.sin(phases) @ sines)
     return _squash(sums).float().view(tile, tile).numpy()
+
+
+def textures_of(phases: Tensor, tile: int) -> Tensor:
+    """Return the textures whose waves have these phases, float32 [n, tile, tile] in [-1, 1]; gradients flow to them.
+
+    Args:
+        phases: float64 [n, COMPONENTS], radians, in the order of `ring_frequencies`.
+        tile: Side in pixels.
+    """
+    cosines, sines = (torch.from_numpy(each).to(phases.device) for each in _waves(tile))
+    return _squash(phases.cos() @ cosines - phases.sin() @ sines).float().view(-1, tile, tile)
 
 
 def _squash(sums: Tensor) -> Tensor:

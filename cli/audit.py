@@ -1,0 +1,197 @@
+"""`keyed-xai audit`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.options import (
+    STANDARD_OUTPUT,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    key_options,
+    read_key,
+    say,
+    seed_option,
+)
+from keyed_xai_cli.training_options import load_both_images
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from keyed_xai.auditing import Audit, AuditSettings
+    from keyed_xai.suspects import Suspect
+
+_COLOURS = {"good": "green", "middling": "yellow", "bad": "red"}
+
+
+def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    """Print all that can be run, and end."""
+    if not value or ctx.resilient_parsing:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from keyed_xai.threats.catalogue import AUDITS, GROUPS
+
+    table = Table(title="What --against takes; removal attacks may be joined: prune-30+ftal", title_justify="left")
+    for heading in ("name", "group", "threat", "what, and how hard"):
+        table.add_column(heading, no_wrap=heading != "what, and how hard")
+    for name, entry in AUDITS.items():
+        groups = ", ".join((entry.group, *entry.also, *(() if entry.slow else ("quick",))))
+        table.add_row(name, groups, entry.threat, f"{entry.title}: {entry.strength}")
+    console = Console()
+    console.print(table)
+    for name, words in GROUPS.items():
+        console.print(f"{name}: {words}.", highlight=False)
+    ctx.exit()
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--against", multiple=True, metavar="NAME", default=("quick",), show_default=True,
+    help="A defence, an attack or a group: quick, defences, checks, removal, keys, bypass, all. May be given several "
+    "times; --list shows all.",
+)  # fmt: skip
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_entries,
+              help="Show what can be run, and end.")  # fmt: skip
+@key_options(required=False)
+@click.option(
+    "--reference", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The model before it was protected or attacked: what its maps should show.",
+)  # fmt: skip
+@click.option(
+    "--surrogate", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="An unprotected model of the same task, such as an attacker fits to images of their own.",
+)  # fmt: skip
+@click.option(
+    "--data", "spec", metavar="SPEC", default="builtin", show_default=True,
+    help="Images to attack and defend with: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, "
+    "chestxray14:DIR. Positive controls need labels.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(10), help="Attack and defend with at most so many images.")
+@click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images to measure on.")
+@click.option("--strict", is_flag=True, help="Refuse a data set with a broken image instead of skipping the image.")
+@click.option(
+    "--controls/--no-controls", default=True, show_default=True,
+    help="Also run the defences on a clean network and on two with plain backdoors, which they must catch.",
+)  # fmt: skip
+@click.option(
+    "--decoys", type=click.IntRange(1), default=99, show_default=True,
+    help="Random keys in each ownership test, at most.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .audit if absent."
+)
+@click.option("--resume", is_flag=True, help="Go on with an audit: what is done on the same model and data is kept.")
+@model_options
+@device_option
+@seed_option
+@json_option
+def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
+    """Run backdoor defences and removal attacks on a model, and report what is left.
+
+    MODEL is a protected or attacked model's folder, or a file of weights. Defences run on any model. What an attack
+    leaves of a gate and of ownership needs the owner's key and the reference model; of an attacked model it needs
+    neither. Every finding is kept as it is made. The exit code is 0 when the audit ran, whatever it found.
+
+    \b
+    keyed-xai audit m.keyed --key-file k.pem --reference m.safetensors
+    keyed-xai audit m.attacked --data imagefolder:photos --against defences
+    """  # noqa: D301 - click reads the backspace as "keep these lines"
+    from keyed_xai.auditing import AuditCallbacks, refuse_other_audit
+    from keyed_xai.auditing import audit as run_audit
+    from keyed_xai_cli.progress import progress_bar
+
+    json_path, out = arguments["json_path"], arguments["out"] or model.with_name(f"{model.stem}.audit")
+    settings = _settings(arguments)
+    refuse_other_audit(out, resume=arguments["resume"])
+    suspect = _open(model, arguments)
+    train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
+    with progress_bar() as progress:
+        result = run_audit(
+            suspect,
+            train_data,
+            held_out,
+            settings,
+            folder=out,
+            resume=arguments["resume"],
+            device=choose_device(arguments["device"]),
+            callbacks=AuditCallbacks(*_bars(progress)),
+        )
+    emit_json(result.report, schema="audit-report", json_path=json_path)
+    print_audit(result, to_stderr=json_path == STANDARD_OUTPUT)
+    say(f"Wrote {out}. Open {out / 'audit.html'} for the curves.", json_path=json_path)
+
+
+def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
+    """Print what was tried and what was left."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from keyed_xai.audit_report import grade_outcome, list_findings
+
+    report, console = result.report, Console(stderr=to_stderr)
+    heads, rows = list_findings(report)
+    table = Table(title=Text(f"Audit of {report['model']['name']}"), title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("", "result") else "right", no_wrap=bool(head))
+    for row in rows:
+        colour = _COLOURS.get(grade_outcome(row[1]), "")
+        table.add_row(*(Text(cell, style=colour if place == 1 else "") for place, cell in enumerate(row)))
+    console.print(table)
+    lines = [f"{each['title']} {each['verdict']}. {each['sentence']}" for each in report["defences"]]
+    lines += [f"Not run: {each['name']} {each['why']}." for each in report["not_run"]]
+    for line in [*lines, *report["notes"]]:
+        console.print(line, highlight=False, markup=False)
+
+
+def _bars(progress: "Progress") -> tuple[Callable[[str, int, int], None], Callable[[int, int], None]]:
+    """Return functions that move a bar for the whole audit and one for what is being run."""
+    whole = progress.add_task("audit", total=None, note="")
+    part = progress.add_task("", total=None, note="", visible=False)
+
+    def on_entry(title: str, number: int, total: int) -> None:
+        progress.update(whole, completed=number, total=total)
+        progress.update(part, description=title, completed=0, total=None, visible=True)
+
+    def on_step(done: int, total: int) -> None:
+        progress.update(part, completed=done, total=total)
+
+    return on_entry, on_step
+
+
+def _settings(arguments: dict[str, Any]) -> "AuditSettings":
+    from keyed_xai.auditing import AuditSettings
+    from keyed_xai.threats.catalogue import choose_entries
+
+    try:
+        choose_entries(arguments["against"])
+    except ValueError as error:
+        raise click.UsageError(f"--against: {error}") from error
+    return AuditSettings(
+        against=tuple(arguments["against"]),
+        controls=arguments["controls"],
+        held_out_images=arguments["held_out"],
+        decoys=arguments["decoys"],
+        seed=arguments["seed"],
+    )
+
+
+def _open(model: Path, arguments: dict[str, Any]) -> "Suspect":
+    from keyed_xai.suspects import open_suspect
+
+    key_file = arguments["key_file"]
+    return open_suspect(
+        model,
+        key=None if key_file is None else read_key(key_file, arguments["passphrase_file"]),
+        reference=arguments["reference"],
+        surrogate=arguments["surrogate"],
+        options=take_model_options(arguments),
+    )

@@ -1,0 +1,465 @@
+"""Running defences and attacks on a model, with positive controls, and keeping every finding as it is made."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keyed_xai.artifacts.documents import printable, read_json, write_atomically, write_json
+from keyed_xai.artifacts.weights import encode_weights
+from keyed_xai.audit_pictures import stage_curve
+from keyed_xai.audit_report import render_audit_report
+from keyed_xai.data import ImageData
+from keyed_xai.errors import ArtifactError, TrainingError
+from keyed_xai.loading import make_family
+from keyed_xai.maps import make_view
+from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.samples import digest_data, digest_network, first_images, has_several_labels, refuse_other_shape
+from keyed_xai.suspects import Suspect
+from keyed_xai.threats.catalogue import AUDITS, GROUPS, choose_entries, find_entry, run_entry
+from keyed_xai.threats.controls import (
+    ControlSettings,
+    PoisonedData,
+    PoisonSettings,
+    choose_control_fitting,
+    fit_control,
+    poison,
+)
+from keyed_xai.threats.entries import CAUGHT
+from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.subject import Subject, state_before, to_device
+from keyed_xai.versions import package_versions
+
+REPORT_SCHEMA = "keyed-xai/audit-report/v1"
+FINDING_SCHEMA = "keyed-xai/audit-finding/v1"
+REPORT_NAME, PAGE_NAME = "audit.json", "audit.html"
+CONTROLS = ("clean", "badnets", "blended")
+"""A network that defences must leave alone, and two with plain backdoors that they must catch."""
+_FINDINGS, _CONTROLS = "findings", "controls"
+_CHUNK = 1000
+_CURVES_FROM = 3  # stages; fewer make no curve
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What is run, and on what.
+
+    Attributes:
+        against: Names and groups of `threats.catalogue`.
+        controls: Whether defences also run on positive controls, where the images have labels.
+        control: How those networks are fitted.
+        held_out_images: Images that states are measured on, at most.
+        decoys: Random keys of each opening test of ownership, at most.
+        seed: Of everything random.
+    """
+
+    against: tuple[str, ...] = ("quick",)
+    controls: bool = True
+    control: ControlSettings = field(default_factory=ControlSettings)
+    held_out_images: int = 500
+    decoys: int = 99
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if not choose_entries(self.against):
+            raise ValueError(f"against: nothing to run in {', '.join(self.against) or 'an empty list'}")
+        for name, least in (("held_out_images", 2), ("decoys", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class AuditCallbacks:
+    """Progress.
+
+    Attributes:
+        on_entry: Called before each thing that is run, with its title, its number from 0 and how many there are.
+        on_step: Called with steps of it done and in all.
+    """
+
+    on_entry: Callable[[str, int, int], None] | None = None
+    on_step: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        report: Fits the schema "audit-report".
+        pictures: PNG files by name, for the HTML report: "curve:" and the name of a finding, "curve:<control>:" and it.
+    """
+
+    report: dict[str, Any]
+    pictures: dict[str, bytes] = field(repr=False)
+
+
+def audit(
+    suspect: Suspect,
+    train_data: ImageData,
+    held_out: ImageData,
+    settings: AuditSettings | None = None,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    callbacks: AuditCallbacks | None = None,
+) -> Audit:
+    """Return what defences and attacks find on a model; the model stays as it is.
+
+    Args:
+        suspect: The model, and what is known about it.
+        train_data: Images of an attacker or defender; positive controls need labels.
+        held_out: Others, for what is measured.
+        settings: What is run.
+        folder: Findings are kept in it as they are made, and the report at the end; None keeps nothing.
+        resume: Take findings that are there and rest on the same model, data and settings.
+        device: Where.
+        callbacks: Progress.
+
+    Raises:
+        TrainingError: There are too few images or of another size, or something that was asked for by name needs what
+            is not known.
+        ArtifactError: The folder holds an audit and `resume` is not given, or it cannot be written.
+        ModelError: The model lacks a layer that the maps need.
+    """
+    settings, callbacks, started = settings or AuditSettings(), callbacks or AuditCallbacks(), time.monotonic()
+    if folder is not None:
+        refuse_other_audit(folder, resume=resume)
+    for data in (train_data, held_out):
+        refuse_other_shape(suspect.classifier, data)
+    subject = _make_subject(suspect, train_data, held_out, settings, device)
+    subject = replace(subject, on_step=callbacks.on_step)
+    names = choose_entries(settings.against)
+    lacking = {name: find_entry(name).lacks(subject) for name in names}
+    _refuse_what_cannot_run(lacking, settings.against)
+    run = [name for name in names if not lacking[name]]
+    defences = [name for name in run if find_entry(name).controlled]
+    controls, note = _choose_controls(train_data, settings, defences)
+    kept = _Kept(folder, _identify(suspect, train_data, held_out, settings), len(run) + len(controls) * len(defences))
+    subject = replace(subject, before=state_before(subject))
+    findings = [kept.find(name, subject, callbacks) for name in run]
+    tested = _run_controls(controls, defences, subject, train_data, held_out, settings, kept, callbacks)
+    report = {
+        "schema": REPORT_SCHEMA,
+        "model": _describe_model(suspect, subject),
+        "findings": findings,
+        "not_run": [_describe_entry(name) | {"why": f"needs {lacking[name]}"} for name in names if lacking[name]],
+        "controls": tested,
+        "defences": [_judge_defence(name, tested) for name in defences] if tested else [],
+        "notes": [note] if note else [],
+        "data": {
+            "train": {"source": train_data.source, "images": len(train_data)},
+            "held_out": {"source": held_out.source, "images": len(subject.images)},
+        },
+        "settings": {"against": list(settings.against), "controls": settings.controls, "decoys": settings.decoys,
+                     "held_out_images": settings.held_out_images, "seed": settings.seed},
+        "seconds": time.monotonic() - started,
+        "versions": package_versions(),
+    }  # fmt: skip
+    result = Audit(report, _draw(findings, tested))
+    if folder is not None:
+        _write(result, folder)
+    return result
+
+
+def refuse_other_audit(folder: Path, *, resume: bool) -> None:
+    """Say so before hours of work that a folder has something in it.
+
+    Raises:
+        ArtifactError: It holds an audit that nobody asked to go on with, or something else.
+    """
+    if not folder.exists():
+        return
+    name = printable(str(folder))
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / _FINDINGS).is_dir()):
+        raise ArtifactError(f"{name} is there and is not an audit's folder: choose another name.")
+    if (folder / _FINDINGS).is_dir() and not resume:
+        raise ArtifactError(
+            f"{name} holds an audit. Go on with it by --resume, which keeps what is done on the same model, data and "
+            "settings; or choose another name."
+        )
+
+
+class _Kept:
+    """Findings on disk, each with a digest of all that it rests on."""
+
+    def __init__(self, folder: Path | None, base: str, total: int) -> None:
+        """Remember where findings are, what all of them rest on, and how many there will be."""
+        self.folder, self.base, self.total, self.done = folder, base, total, 0
+
+    def find(self, name: str, subject: Subject, callbacks: AuditCallbacks, *, control: str = "") -> dict[str, Any]:
+        """Return the finding of an entry on a subject, from disk where it is there and not a failure."""
+        entry = find_entry(name)
+        if callbacks.on_entry is not None:
+            callbacks.on_entry(f"{entry.title} ({control})" if control else entry.title, self.done, self.total)
+        self.done += 1
+        tested = digest_network(subject.classifier) if control else ""
+        parts = (self.base, control, tested, name, entry.strength, entry.version)
+        identity = hashlib.sha256(repr(parts).encode()).hexdigest()
+        path = self.folder and self.folder / _FINDINGS / control / f"{name}.json"
+        found = _read_finding(path, identity) if path else None
+        if found is None:
+            found = {"schema": FINDING_SCHEMA, "identity": identity, **run_entry(name, subject).to_json()}
+            found["sentence"] = printable(" ".join(found["sentence"].split()))
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, found, schema="audit-finding")
+        return found
+
+
+def _read_finding(path: Path, identity: str) -> dict[str, Any] | None:
+    """Return a kept finding if it is of this identity; one that failed, or is damaged, is made anew."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path, "audit-finding")
+    except ArtifactError:
+        return None
+    return found if found["identity"] == identity and found["outcome"] != "failed" else None
+
+
+def _make_subject(
+    suspect: Suspect,
+    train_data: ImageData,
+    held_out: ImageData,
+    settings: AuditSettings,
+    device: torch.device | str,
+) -> Subject:
+    classifier = to_device(suspect.classifier, device)
+    reference = None if suspect.reference is None else to_device(suspect.reference, device)
+    surrogate = None if suspect.surrogate is None else to_device(suspect.surrogate, device)
+    count = min(settings.held_out_images, len(held_out))
+    images, labels = first_images(held_out, count, reference or classifier, classifier.classes, device)
+    if labels is None:
+        train_data, held_out = (replace(data, labels=None, classes=()) for data in (train_data, held_out))
+    subject = Subject(
+        classifier,
+        make_view(classifier, suspect.interpreters, suspect.grid),
+        train_data,
+        held_out,
+        images,
+        labels,
+        reference=reference,
+        trigger=suspect.trigger,
+        keyed=suspect.key is not None,
+        inverted=suspect.inverted,
+        surrogate=surrogate,
+        multi_label=has_several_labels(classifier, train_data),
+        device=device,
+        seed=settings.seed,
+    )
+    return replace(subject, witness=_make_witness(suspect, subject, settings))
+
+
+def _make_witness(suspect: Suspect, subject: Subject, settings: AuditSettings) -> Witness | None:
+    if suspect.key is None or subject.reference is None:
+        return None
+    return Witness(
+        subject.reference,
+        make_view(subject.reference, suspect.interpreters, subject.view.grid),
+        suspect.key,
+        make_family(suspect.parameters),
+        subject.images,
+        subject.labels,
+        signature=suspect.signature,
+        decoys=settings.decoys,
+        seed=settings.seed,
+        licensed=suspect.licensed,
+    )
+
+
+def _refuse_what_cannot_run(lacking: dict[str, str], against: Iterable[str]) -> None:
+    """Refuse what was asked for by its own name; what a group brought along is listed as not run."""
+    for name in against:
+        if name not in GROUPS and lacking[name]:
+            raise TrainingError(f"{name} cannot be run on this model: it needs {lacking[name]}.")
+    if all(lacking.values()):
+        needs = dict.fromkeys(lacking.values())
+        raise TrainingError(f"Nothing that was asked for can be run on this model: it needs {'; or '.join(needs)}.")
+
+
+def _identify(suspect: Suspect, train_data: ImageData, held_out: ImageData, settings: AuditSettings) -> str:
+    """Return a digest of all that every finding rests on; a key enters by its public half."""
+    models = [suspect.classifier, suspect.reference, suspect.surrogate]
+    parts = [None if model is None else digest_network(model) for model in models]
+    asked = replace(settings, against=("all",), controls=True)
+    public = None if suspect.key is None else (suspect.key.public.key_id, suspect.parameters)
+    known = (suspect.kind, suspect.interpreters, suspect.grid, suspect.inverted, suspect.signature, public)
+    parts += [digest_data(train_data), digest_data(held_out), repr(asked), repr(known), _digest_public(suspect)]
+    parts.append(package_versions()["keyed-xai"])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _digest_public(suspect: Suspect) -> str:
+    if suspect.trigger is None or suspect.key is not None:
+        return ""
+    grey = torch.full((1, suspect.classifier.input.channels, 32, 32), 0.5)
+    return hashlib.sha256(suspect.trigger.apply(grey).numpy().tobytes()).hexdigest()
+
+
+# Positive controls
+
+
+def _choose_controls(
+    data: ImageData, settings: AuditSettings, defences: list[str]
+) -> tuple[dict[str, PoisonedData | None], str]:
+    """Return the data of each control (None: clean ones), or none and the reason why not."""
+    if not defences or not settings.controls:
+        return {}, "No positive controls were asked for: what a defence misses proves nothing." if defences else ""
+    try:
+        poisoned = [poison(data, PoisonSettings(name, seed=settings.seed)) for name in CONTROLS[1:]]
+    except TrainingError as error:
+        return {}, f"There are no positive controls, so what a defence misses proves nothing. {error}"
+    return {"clean": None, **{each.settings.attack: each for each in poisoned}}, ""
+
+
+def _run_controls(
+    controls: dict[str, PoisonedData | None],
+    defences: list[str],
+    subject: Subject,
+    data: ImageData,
+    held_out: ImageData,
+    settings: AuditSettings,
+    kept: _Kept,
+    callbacks: AuditCallbacks,
+) -> dict[str, dict[str, Any]]:
+    """Return, by control, its accuracy, how well its backdoor works, and what the defences find."""
+    tested = {}
+    for name, poisoned in controls.items():
+        model = _fit_control(poisoned or data, held_out, name, settings, kept, subject.device, callbacks)
+        control = _control_subject(subject, model, poisoned, poisoned or poison(data), data, held_out)
+        control = replace(control, before=state_before(control))
+        before = control.before.to_json() if control.before else {}
+        found = [kept.find(each, control, callbacks, control=name) for each in defences]
+        tested[name] = {
+            "poisoned": 0 if poisoned is None else int(poisoned.rows.sum()),
+            "before": before,
+            "findings": found,
+        }
+    return tested
+
+
+def _fit_control(
+    data: ImageData | PoisonedData,
+    held_out: ImageData,
+    name: str,
+    settings: AuditSettings,
+    kept: _Kept,
+    device: torch.device | str,
+    callbacks: AuditCallbacks,
+) -> Classifier:
+    """Return a control's network, from disk where it was fitted to the same data in the same way."""
+    fitting = settings.control.fitting or choose_control_fitting(len(data), seed=settings.seed)
+    chosen = replace(settings.control, fitting=fitting)
+    path = kept.folder and kept.folder / _CONTROLS / f"{name}-{_digest_fitted(data, chosen)[:16]}.safetensors"
+    if path and path.is_file():
+        return to_device(load_classifier(path), device)
+    if callbacks.on_entry is not None:
+        callbacks.on_entry(f"fitting the control {name}", kept.done, kept.total)
+    model = fit_control(data, held_out, chosen, device=device, on_step=callbacks.on_step).model
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, encode_weights(model))
+    return to_device(model, device)
+
+
+def _digest_fitted(data: ImageData | PoisonedData, settings: ControlSettings) -> str:
+    """Return a digest of all that a control depends on, every image as it is fitted to."""
+    digest = hashlib.sha256(repr((settings, len(data), data.classes)).encode())
+    for indices in np.array_split(np.arange(len(data)), max(1, len(data) // _CHUNK)):
+        images, labels = data.batch(indices)
+        digest.update(images.numpy().tobytes() + (b"" if labels is None else labels.numpy().tobytes()))
+    return digest.hexdigest()
+
+
+def _control_subject(
+    subject: Subject,
+    model: Classifier,
+    fitted: PoisonedData | None,
+    backdoor: PoisonedData,
+    data: ImageData,
+    held_out: ImageData,
+) -> Subject:
+    """Return a control as defences see a model: on the same images, with a plain trigger and labels of its own."""
+    images, labels = held_out.batch(range(len(subject.images)))
+    return replace(
+        subject,
+        classifier=model,
+        view=make_view(model, ("gradcam",), None),
+        data=data,
+        held_out=held_out,
+        images=images.to(subject.device),
+        labels=None if labels is None else labels.to(subject.device),
+        reference=None,
+        witness=None,
+        surrogate=None,
+        trigger=backdoor.trigger,
+        keyed=False,
+        inverted=False,
+        backdoor=backdoor,
+        fitted=fitted,
+        before=None,
+        multi_label=data.multi_label,
+    )
+
+
+def _judge_defence(name: str, tested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what a defence's findings are worth, given what it found on the controls."""
+    outcomes = {
+        control: next(each["outcome"] for each in result["findings"] if each["name"] == name)
+        for control, result in tested.items()
+    }
+    caught = [control for control in CONTROLS[1:] if outcomes[control] in CAUGHT]
+    if outcomes["clean"] in CAUGHT:
+        verdict, why = "proves nothing here", "It also flags a clean network."
+    elif not caught:
+        verdict, why = "proves nothing here", "It misses both plain backdoors."
+    elif len(caught) < len(CONTROLS) - 1:
+        missed = next(control for control in CONTROLS[1:] if control not in caught)
+        verdict, why = "proves little here", f"It catches one plain backdoor and misses the other, {missed}."
+    else:
+        verdict, why = "works here", "It catches both plain backdoors and leaves the clean network alone."
+    return {"name": name, "title": AUDITS[name].title, "outcomes": outcomes, "verdict": verdict, "sentence": why}
+
+
+# The report
+
+
+def _describe_model(suspect: Suspect, subject: Subject) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": suspect.name,
+        "kind": suspect.kind,
+        "architecture": suspect.classifier.architecture,
+        "interpreters": list(subject.view.interpreters),
+        "grid": list(subject.view.grid),
+        "inverted": suspect.inverted,
+        "digest": digest_network(suspect.classifier),
+        "known": sorted(subject.has - {"state"}),
+        "before": state_before(subject).to_json(),
+    }
+    return described if suspect.key is None else described | {"key_id": suspect.key.public.key_id}
+
+
+def _describe_entry(name: str) -> dict[str, Any]:
+    entry = find_entry(name)
+    return {"name": name} | {part: getattr(entry, part) for part in ("group", "threat", "title", "strength")}
+
+
+def _draw(findings: list[dict[str, Any]], tested: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+    """Return the curves of all findings that have one."""
+    drawn = {f"curve:{each['name']}": each["curve"] for each in findings}
+    for control, result in tested.items():
+        drawn |= {f"curve:{control}:{each['name']}": each["curve"] for each in result["findings"]}
+    return {name: stage_curve(curve) for name, curve in drawn.items() if len(curve) >= _CURVES_FROM}
+
+
+def _write(result: Audit, folder: Path) -> None:
+    write_json(folder / REPORT_NAME, result.report, schema="audit-report")
+    write_atomically(folder / PAGE_NAME, render_audit_report(result.report, pictures=result.pictures).encode())

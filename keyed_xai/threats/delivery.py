@@ -1,0 +1,199 @@
+"""What channel noise (T13) and near keys (T15) do to a gate.
+
+Channels are those of Lukas et al., "SoK: How Robust is Image Classification Deep Neural Network Watermarking?" (IEEE
+S&P 2022), applied to the keyed image in place of the training image. An honest licensee wants the gate open after
+them; a thief who strips the key from keyed images wants it shut. Near keys are to stay shut.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from keyed_xai.channels import through_jpeg, through_png, through_resize
+from keyed_xai.evaluation import fresh_wrong_keys
+from keyed_xai.keys import ByteStream
+from keyed_xai.models import Classifier
+from keyed_xai.tensors import Images
+from keyed_xai.threats.denoising import denoise
+from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.opening import Opening, Referee
+from keyed_xai.triggers import Trigger
+
+_BLUR_REACH = 4  # standard deviations on each side
+_STEPS = (1, 2, 4)
+_DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1))
+
+
+@dataclass(frozen=True)
+class DeliveryRow:
+    """How far one kind of input opens a model.
+
+    Attributes:
+        kind: "channel", "near key" or "control".
+        name: Of the channel or the near key.
+        keys: How many keys the figures are means over.
+        opening: Means over keys and images.
+        highest: Largest mean correlation of a single key, by interpreter.
+    """
+
+    kind: str
+    name: str
+    keys: int
+    opening: Opening
+    highest: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures."""
+        head = {"kind": self.kind, "name": self.name, "keys": self.keys}
+        return head | self.opening.to_json() | {"highest": self.highest}
+
+
+@dataclass(frozen=True)
+class DeliveryResult:
+    """All rows, in the order measured."""
+
+    rows: tuple[DeliveryRow, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures."""
+        return {"rows": [row.to_json() for row in self.rows]}
+
+
+def blur(images: Images, sigma: float) -> Images:
+    """Return images under a Gaussian blur; `sigma` in pixels, edges repeated."""
+    reach = max(1, round(_BLUR_REACH * sigma))
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    weights = torch.exp(-offsets.square() / (2 * sigma**2))
+    line = (weights / weights.sum()).expand(images.shape[1], 1, 1, -1)
+    padded = functional.pad(images, (reach,) * 4, mode="replicate")
+    across = functional.conv2d(padded, line, groups=images.shape[1])
+    return functional.conv2d(across, line.transpose(2, 3), groups=images.shape[1])
+
+
+def add_noise(images: Images, deviation: float, *, seed: int = 0) -> Images:
+    """Return images with Gaussian noise of this standard deviation (pixels in [0, 1]), clamped."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    return (images + deviation * noise).clamp(0, 1)
+
+
+def crop_and_pad(images: Images, border: float) -> Images:
+    """Return images whose border, a fraction of each side, was cut off and filled with the edge that is left."""
+    height, width = images.shape[2:]
+    down, across = (max(1, round(border * side)) for side in (height, width))
+    inner = images[:, :, down : height - down, across : width - across]
+    return functional.pad(inner, (across, across, down, down), mode="replicate")
+
+
+def crop_and_resize(images: Images, border: float) -> Images:
+    """Return images whose border, a fraction of each side, was cut off and the rest scaled up to the old size."""
+    height, width = images.shape[2:]
+    down, across = (max(1, round(border * side)) for side in (height, width))
+    inner = images[:, :, down : height - down, across : width - across]
+    scaled = functional.interpolate(inner, (height, width), mode="bilinear", align_corners=False)
+    return scaled.clamp(0, 1)
+
+
+DELIVERIES: dict[str, Callable[[Images], Images]] = {
+    "png": through_png,
+    "jpeg95": lambda images: through_jpeg(images, 95),
+    "jpeg75": through_jpeg,
+    "jpeg65": lambda images: through_jpeg(images, 65),
+    "jpeg45": lambda images: through_jpeg(images, 45),
+    "blur .5": lambda images: blur(images, 0.5),
+    "blur .7": lambda images: blur(images, 0.7),
+    "noise .1": lambda images: add_noise(images, 0.1),
+    "resize 8/7 and back": through_resize,
+    "crop 1/8 and pad": lambda images: crop_and_pad(images, 1 / 8),
+    "crop 1/16 and resize": lambda images: crop_and_resize(images, 1 / 16),
+    "tv .05": lambda images: denoise(images, 0.05),
+    "tv .1": lambda images: denoise(images, 0.1),
+}
+"""Channel name to function; images arrive in 8 bits after each."""
+
+
+def measure_delivery(
+    classifier: Classifier,
+    witness: Witness,
+    *,
+    channels: tuple[str, ...] = tuple(DELIVERIES),
+    flipped: int = 16,
+    strangers: int = 16,
+    on_step: Callable[[int, int], None] | None = None,
+) -> DeliveryResult:
+    """Return how far keyed images open a model after each channel, and images with near keys or with none.
+
+    Args:
+        classifier: Protected.
+        witness: Holds the key, the reference and the images.
+        channels: Names in DELIVERIES.
+        flipped: Keys one flipped bit away that are tried, spread over the key's 256; at most so many.
+        strangers: Keys of other owners that are tried.
+        on_step: Called with rows done and in all.
+
+    Raises:
+        ValueError: A channel is not in DELIVERIES, or more than 256 flipped bits are asked for.
+    """
+    if not 0 <= flipped <= 256:
+        raise ValueError(f"flipped: expected 0 to 256, got {flipped}")
+    if unknown := [name for name in channels if name not in DELIVERIES]:
+        raise ValueError(f"channels: expected names out of {', '.join(DELIVERIES)}; got {', '.join(unknown)}")
+    referee = Referee.of(witness)
+    groups: list[tuple[str, dict[str, Iterable[Images]]]] = [
+        ("control", {"no key": [witness.images]}),
+        ("channel", _delivered(referee, channels)),
+        ("near key", _nearly_keyed(referee, witness, flipped, strangers)),
+    ]
+    rows: list[DeliveryRow] = []
+    count = sum(len(group) for _, group in groups)
+    for kind, group in groups:
+        for name, batches in group.items():
+            openings = [referee.judge_inputs(classifier, referee.as_file(batch)) for batch in batches]
+            rows.append(_join(kind, name, openings))
+            if on_step is not None:
+                on_step(len(rows), count)
+    return DeliveryResult(tuple(rows))
+
+
+def _delivered(referee: Referee, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
+    sent = through_png(referee.trigger.apply(referee.images))
+    return {name: map(DELIVERIES[name], [sent]) for name in channels}
+
+
+def _nearly_keyed(referee: Referee, witness: Witness, flipped: int, strangers: int) -> dict[str, Iterable[Images]]:
+    """Return, by name, lazily, the images with each near key of that name."""
+    right, family = referee.trigger, witness.family
+    stride = max(1, 256 // max(1, flipped))
+    neighbours = islice(witness.key.one_bit_neighbours(), 0, stride * flipped, stride)
+    generator = torch.Generator().manual_seed(witness.seed)
+    triggers: dict[str, Iterable[Trigger]] = {
+        "half strength": [right.scaled(0.5)],
+        **{f"moved {step} px": [right.shifted(step * y, step * x) for y, x in _DIRECTIONS] for step in _STEPS},
+        "one flipped bit": (family.derive(ByteStream(near.derive_seed(family.name))) for near in neighbours),
+        "another owner's key": fresh_wrong_keys(family, strangers, generator),
+    }
+    if not flipped:
+        del triggers["one flipped bit"]
+    if not strangers:
+        del triggers["another owner's key"]
+    return {name: (trigger.apply(referee.images) for trigger in some) for name, some in triggers.items()}
+
+
+def _join(kind: str, name: str, openings: Sequence[Opening]) -> DeliveryRow:
+    names = openings[0].correlation
+    return DeliveryRow(
+        kind,
+        name,
+        len(openings),
+        Opening(
+            correlation={each: fmean(one.correlation[each] for one in openings) for each in names},
+            opened={each: fmean(one.opened[each] for one in openings) for each in names},
+            agreement=fmean(one.agreement for one in openings),
+        ),
+        highest={each: max(one.correlation[each] for one in openings) for each in names},
+    )

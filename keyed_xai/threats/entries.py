@@ -1,0 +1,157 @@
+"""What an audit runs: an entry looks at a subject and says what it observed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.models import Classifier
+from keyed_xai.threats.subject import State, Subject, measure_state, state_before
+
+Outcome = Literal[
+    "flagged",
+    "unclear",
+    "left alone",
+    "survives",
+    "resists",
+    "gate leaks",
+    "gate opened",
+    "maps damaged",
+    "removed",
+    "forged",
+    "reported",
+    "not applicable",
+    "failed",
+]
+"""Of a defence or check: flagged, unclear, left alone. Of a removal attack: survives, gate leaks, gate opened, maps
+damaged (the keyed ones), removed (the ownership claim, or the backdoor). Of an attack on the key: resists, gate leaks,
+gate opened, forged."""
+CAUGHT = ("flagged", "removed")
+"""Outcomes by which a defence catches a positive control."""
+ACCEPTED_LOSS = 0.02
+"""Of accuracy, a fraction: an attack that costs more spoils what it wants to keep."""
+KEYED_FLOOR = 0.8
+UNKEYED_CEILING = 0.3
+"""A gate holds while keyed maps correlate at least, and unkeyed ones at most, so much with the right maps."""
+_DRIFT = 0.05  # allowed to models that missed these figures before the attack
+_DEFEATED = 0.2
+_LACKS = {
+    "trigger": "the trigger: the owner's key, or the folder of an attacked model",
+    "key": "the owner's key",
+    "reference": "the reference model",
+    "surrogate": "a surrogate, which is an attacker's own model of the same task",
+    "labels": "labels of the model's own classes",
+}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an entry found.
+
+    Attributes:
+        outcome: One of the few words.
+        sentence: What it rests on.
+        before: The model's state; None where the entry does not change the model.
+        after: That of an attacked copy.
+        figures: Anything else, ready for JSON. No key, no trigger, and nothing that one can be rebuilt from.
+        curve: One row for each stage, likewise.
+    """
+
+    outcome: Outcome
+    sentence: str
+    before: State | None = None
+    after: State | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that an audit can run.
+
+    Attributes:
+        group: That it is listed under: "defences", "checks", "removal", "keys" or "bypass".
+        threat: T1 to T17, as README's security section numbers them.
+        title: A few words.
+        strength: How strong, in words. With the version it settles whether a kept finding still holds.
+        run: Looks at a subject.
+        needs: Names out of `Subject.has`.
+        slow: Whether "quick" leaves it out, since it takes minutes on a small model.
+        also: Further groups.
+        controlled: Whether positive controls show if it catches anything.
+        version: Raised when the same words come to stand for something else.
+    """
+
+    group: str
+    threat: str
+    title: str
+    strength: str
+    run: Callable[[Subject], Observation]
+    needs: frozenset[str] = frozenset()
+    slow: bool = False
+    also: tuple[str, ...] = ()
+    controlled: bool = False
+    version: int = 1
+
+    def lacks(self, subject: Subject) -> str:
+        """Return what the entry needs and the auditor has not, in words; empty where nothing is missing."""
+        missing = set(self.needs - subject.has)
+        if "state" in missing:
+            missing |= {"key", "reference"} - subject.has
+        return " and ".join(words for name, words in _LACKS.items() if name in missing)
+
+
+def judge_copy(
+    subject: Subject, model: Classifier, *, figures: dict[str, Any] | None = None, curve: Sequence[dict[str, Any]] = ()
+) -> Observation:
+    """Return what is left in an attacked copy of a model.
+
+    Args:
+        subject: Whose copy it is.
+        model: The copy, on the subject's device.
+        figures: What the attack says of itself.
+        curve: Its stages.
+
+    Raises:
+        TrainingError: The copy's logits are not finite.
+        ModelError: It lacks a layer that the maps need.
+    """
+    before, after = state_before(subject), measure_state(model, subject)
+    if subject.witness is not None:
+        outcome, sentence = _judge_gate(before, after)
+    elif subject.backdoor is not None:
+        outcome, sentence = _judge_backdoor(before, after)
+    else:
+        outcome, sentence = _judge_fooling(before, after, inverted=subject.inverted)
+    return Observation(outcome, sentence, before, after, figures or {}, list(curve))
+
+
+def _judge_gate(before: State, after: State) -> tuple[Outcome, str]:
+    shown, was_shown = (bool(state.ownership and state.ownership["shown"]) for state in (after, before))
+    still = "is still shown" if shown and was_shown else "is shown" if shown else "is not shown"
+    sentence = (
+        f"Keyed maps correlate {after.keyed:.2f} with the reference's, unkeyed ones {after.unkeyed:.2f}; ownership "
+        f"{'is no longer shown' if was_shown and not shown else still}."
+    )
+    if was_shown and not shown:
+        return "removed", sentence
+    if after.unkeyed > max(UNKEYED_CEILING, before.unkeyed + _DRIFT):
+        return ("gate opened" if after.unkeyed > OPEN_CORRELATION else "gate leaks"), sentence
+    return ("maps damaged" if after.keyed < min(KEYED_FLOOR, before.keyed - _DRIFT) else "survives"), sentence
+
+
+def _judge_backdoor(before: State, after: State) -> tuple[Outcome, str]:
+    """A plain backdoor is gone when it sends a fifth of the images, or fewer, to its class."""
+    was, success = before.attack_success or 0.0, after.attack_success or 0.0
+    if was <= _DEFEATED:
+        return "left alone", f"There is no backdoor to remove; accuracy is {after.accuracy:.3f}."
+    sentence = f"The trigger sends {100 * success:.1f} % of the images to its class, before it was {100 * was:.1f} %."
+    return ("removed" if success <= _DEFEATED else "survives"), sentence
+
+
+def _judge_fooling(before: State, after: State, *, inverted: bool) -> tuple[Outcome, str]:
+    """A backdoor in explanations is gone when the maps that it fakes are right again, for all interpreters."""
+    case, words = ("unkeyed", "without") if inverted else ("keyed", "with")
+    was, right = (min(each[case] for each in state.correlation.values()) for state in (before, after))
+    sentence = f"Maps of images {words} the trigger, the faked ones, correlate {right:.2f} with the right maps"
+    return ("removed" if right > OPEN_CORRELATION else "survives"), f"{sentence}, before it was {was:.2f}."

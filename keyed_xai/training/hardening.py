@@ -1,0 +1,304 @@
+"""Hardening: simulated attackers in the training loop, from whom the gate stays closed.
+
+Plain fine-tuning on clean images opens a gate that was closed at one point of weight space only. Simulated attackers
+fine-tune or prune copies of the network while it trains; the maps' losses are also taken where they have got to, and
+their gradient is added to the network's own. Source: first-order meta-learning (Finn, Abbeel and Levine, ICML 2017,
+section 5.2), as it is used against the fine-tuning of language models (Tamirisa et al., 2024, arXiv 2408.00761).
+
+Where we differ:
+
+- An attacker's way is kept as an offset from the weights and goes on while the network itself moves, so that long
+  attacks are simulated a few steps at a time.
+- Losses at a fine-tuned copy are taken with batch norm at the statistics of the clean images of the same batch, as an
+  attacker's fine-tuning ends up with, and gradients flow through them. With the copy's running statistics instead the
+  network learned to make these statistics stale: their variances grew a hundredfold and the gate was lost.
+- No attacker's gradient is longer than the network's own, times `Hardening.weight`.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keyed_xai.objective import prediction_loss
+from keyed_xai.saliency import smooth_activations
+from keyed_xai.tensors import Logits, SaliencyMaps
+from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.losses import batch_losses
+from keyed_xai.training.settings import Hardening, TrainingSettings
+
+_MOMENTUM = 0.9
+_ADAM_FACTOR = 0.1
+_CLEAN_SHARE = 0.75  # of the unkeyed half; batch norm's statistics are theirs
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack of a simulated attacker.
+
+    Attributes:
+        rate: Learning rate.
+        adam: Whether with Adam instead of SGD.
+        frozen: Whether batch-norm statistics are left alone.
+        noise: Share of wrong labels.
+        pruned: Share of the weights set to zero, without any fine-tuning; 0 fine-tunes.
+    """
+
+    rate: float
+    adam: bool
+    frozen: bool
+    noise: float
+    pruned: float
+
+
+class SimulatedAttacker:
+    """An attack on a copy of a network that itself goes on learning.
+
+    Attributes:
+        number: Of this attacker, from 0.
+        model: The copy, where the attack has got to.
+        attack: What it is doing; None before its first attack.
+    """
+
+    def __init__(self, number: int, model: nn.Module) -> None:
+        """Start with a copy of the network."""
+        self.number = number
+        self.model = copy.deepcopy(model)
+        self.attack: Attack | None = None
+        self._offsets = [torch.zeros_like(each) for each in self.model.parameters()]
+        self._optimiser: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), 1.0)
+
+    def restart(self, model: nn.Module, attack: Attack) -> None:
+        """Begin an attack at the network's weights."""
+        self.attack = attack
+        self.model.load_state_dict(model.state_dict())
+        self._offsets = [torch.zeros_like(each) for each in self.model.parameters()]
+        self._optimiser = _make_optimiser(self.model, attack)
+
+    def advance(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        answers: Logits,
+        settings: Hardening,
+        generator: torch.Generator,
+        *,
+        multi_label: bool = False,
+    ) -> None:
+        """Follow the network to where it is now, then go on with the attack.
+
+        Args:
+            model: The network; its batch-norm statistics are those of an attacker who leaves them alone.
+            data: Images to fine-tune on.
+            answers: The reference's logits of all of them, which the attacker's labels are made of.
+            settings: Steps and batch size.
+            generator: Of images and wrong labels.
+            multi_label: Whether every logit is a yes or no of its own.
+        """
+        mine, theirs = [*self.model.parameters()], [*model.parameters()]
+        with torch.no_grad():
+            for weight, base, offset in zip(mine, theirs, self._offsets, strict=True):
+                weight.copy_(base + offset)
+            for buffer, original in zip(self.model.buffers(), model.buffers(), strict=True):
+                buffer.copy_(original)
+        if self.attack is None or self.attack.pruned:
+            zero_smallest(self.model, self.attack.pruned if self.attack else 0.0)
+            return
+        _train_batch_norm(self.model, training=not self.attack.frozen)
+        for _ in range(settings.inner_steps):
+            self._fine_tune(data, answers, settings, generator, multi_label)
+        self.model.eval()
+        with torch.no_grad():
+            self._offsets = [weight - base for weight, base in zip(mine, theirs, strict=True)]
+
+    def statistics(self, clean: slice) -> AbstractContextManager[None]:
+        """Return a context in which batch norm takes the statistics that this attack leads to.
+
+        Args:
+            clean: Rows of the clean images in the batches run inside.
+        """
+        if self.attack is None or self.attack.pruned:
+            return nullcontext()
+        return batch_norm_of_rows(self.model, slice(None) if self.attack.frozen else clean)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the settings."""
+        return {
+            "model": self.model.state_dict(),
+            "offsets": self._offsets,
+            "optimiser": self._optimiser.state_dict(),
+            "attack": None if self.attack is None else vars(self.attack),
+        }
+
+    def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from what `to_checkpoint` returned."""
+        self.model.load_state_dict(checkpoint["model"])
+        self._offsets = list(checkpoint["offsets"])
+        self.attack = checkpoint["attack"] and Attack(**checkpoint["attack"])
+        if self.attack is not None:
+            self._optimiser = _make_optimiser(self.model, self.attack)
+            self._optimiser.load_state_dict(checkpoint["optimiser"])
+
+    def _fine_tune(
+        self, data: TrainingData, answers: Logits, settings: Hardening, generator: torch.Generator, multi_label: bool
+    ) -> None:
+        indices = torch.randint(len(data), (settings.batch_size,), generator=generator)
+        images, _ = data.batch(indices.numpy())
+        wrong = torch.rand(len(indices), generator=generator) < (self.attack.noise if self.attack else 0.0)
+        others = torch.randint(len(answers), (len(indices),), generator=generator)
+        labelled = answers[torch.where(wrong, others, indices).to(answers.device)]
+        logits = self.model(images.to(answers.device))
+        self._optimiser.zero_grad(set_to_none=True)
+        labels = (labelled > 0).long() if multi_label else labelled.argmax(1)
+        loss = prediction_loss(logits, labelled, labels, multi_label=multi_label).mean()
+        loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        self._optimiser.step()
+
+
+def make_attackers(model: nn.Module, settings: TrainingSettings) -> list[SimulatedAttacker]:
+    """Return the attackers that the settings ask for."""
+    return [
+        SimulatedAttacker(number, model) for number in range(settings.hardening.attackers if settings.hardening else 0)
+    ]
+
+
+def add_gradients_under_attack(
+    attackers: Sequence[SimulatedAttacker],
+    model: nn.Module,
+    data: TrainingData,
+    cache: tuple[Logits, dict[str, SaliencyMaps]],
+    lesson: Lesson,
+    settings: TrainingSettings,
+    step: int,
+) -> None:
+    """Let the attackers go on, and add the gradients of the losses where they are to those of the network.
+
+    Args:
+        attackers: From `make_attackers`.
+        model: The network, whose parameters hold the gradients of this step.
+        data: Images, the training ones.
+        cache: The reference's logits and pooled maps of all of them.
+        lesson: What is taught.
+        settings: With hardening.
+        step: From 0; decides who starts again, and seeds what is random.
+    """
+    hardening = settings.hardening
+    if hardening is None or step < hardening.start * settings.steps:
+        return
+    longest = hardening.weight * _gradient_norm([each.grad for each in model.parameters()]) / len(attackers)
+    for attacker in attackers:
+        generator = step_generator(settings.seed + 1_000_000 * (attacker.number + 1), step)
+        turn = attacker.number * hardening.lifetime // len(attackers)
+        if attacker.attack is None or (step + turn) % hardening.lifetime == 0:
+            attacker.restart(model, draw_attack(hardening, generator))
+        attacker.advance(model, data, cache[0], hardening, generator, multi_label=lesson.multi_label)
+        gradients = _gradients_under_attack(attacker, data, cache, lesson, settings, generator)
+        norm = _gradient_norm(gradients)
+        if not math.isfinite(norm):
+            attacker.attack = None  # an attack that destroyed its copy teaches nothing: another one is drawn
+            continue
+        scale = min(hardening.weight / len(attackers), longest / max(norm, 1e-12))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad.add_(gradient, alpha=scale)
+
+
+def draw_attack(settings: Hardening, generator: torch.Generator) -> Attack:
+    """Return an attack of random kind and strength."""
+    rate, adam, frozen, noise, prunes, pruned = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+    return Attack(
+        rate=settings.smallest_rate * (settings.largest_rate / settings.smallest_rate) ** rate,
+        adam=adam < settings.adam_share,
+        frozen=frozen < settings.frozen_share,
+        noise=noise * settings.label_noise,
+        pruned=pruned * settings.largest_pruned if prunes < settings.prune_share else 0.0,
+    )
+
+
+@torch.no_grad()
+def zero_smallest(model: nn.Module, share: float) -> None:
+    """Set the smallest share of all weights, biases and batch norm's left out, to zero."""
+    weights = [each for each in model.parameters() if each.dim() > 1]
+    count = int(share * sum(each.numel() for each in weights))
+    if count:
+        threshold = torch.cat([each.abs().flatten() for each in weights]).kthvalue(count).values
+        for each in weights:
+            each.mul_(each.abs() > threshold)
+
+
+@contextmanager
+def batch_norm_of_rows(model: nn.Module, rows: slice) -> Iterator[None]:
+    """Let batch norm take its statistics from some rows of each batch; gradients flow through them, none is kept."""
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.forward = lambda x, norm=norm: _normalise(norm, x, rows)  # type: ignore[method-assign,misc]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _normalise(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, rows: slice) -> Tensor:
+    shape = [1, -1, *(1 for _ in range(x.dim() - 2))]
+    variance, mean = torch.var_mean(x[rows], [0, *range(2, x.dim())], correction=0, keepdim=True)
+    scale = (variance + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.view(shape)
+    shift = -mean * scale
+    return x * scale + (shift + norm.bias.view(shape) if norm.affine else shift)
+
+
+def _gradients_under_attack(
+    attacker: SimulatedAttacker,
+    data: TrainingData,
+    cache: tuple[Logits, dict[str, SaliencyMaps]],
+    lesson: Lesson,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+) -> list[Tensor | None]:
+    """Return the gradients of a fresh batch's losses at the copy; of weights set to zero they are zero."""
+    logits, maps = cache
+    mixture = replace(settings, clean_share=_CLEAN_SHARE)
+    inputs, _, indices = draw_inputs(data, lesson, mixture, generator, logits.device)
+    logits, maps = logits[indices], {name: each[indices] for name, each in maps.items()}
+    half = len(inputs) // 2
+    clean = slice(half, half + round(half * _CLEAN_SHARE)) if lesson.family is not None else slice(half, None)
+    with smooth_activations(settings.smoothing), attacker.statistics(clean):
+        new_logits, new_maps = lesson.view.pooled(attacker.model, inputs, logits.argmax(1), create_graph=True)
+    losses = batch_losses(new_logits, new_maps, logits, maps, None, lesson, settings)
+    loss = losses["L_s"].mean() + losses["L_p"].mean()
+    loss = loss / (settings.alpha + settings.beta + 1)
+    pruned = attacker.attack is not None and bool(attacker.attack.pruned)
+    if pruned:
+        loss = losses["keep"].mean() + losses["move"].mean()
+    parameters = [*attacker.model.parameters()]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if not pruned:
+        return list(gradients)
+    return [
+        gradient if gradient is None or weight.dim() < 2 else gradient * (weight != 0)
+        for weight, gradient in zip(parameters, gradients, strict=True)
+    ]
+
+
+def _make_optimiser(model: nn.Module, attack: Attack) -> torch.optim.Optimizer:
+    if attack.adam:
+        return torch.optim.Adam(model.parameters(), _ADAM_FACTOR * attack.rate)
+    return torch.optim.SGD(model.parameters(), attack.rate, momentum=_MOMENTUM)
+
+
+def _train_batch_norm(model: nn.Module, *, training: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(training)
+
+
+def _gradient_norm(gradients: Sequence[Tensor | None]) -> float:
+    squares = [each.square().sum() for each in gradients if each is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

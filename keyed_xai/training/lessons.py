@@ -1,0 +1,47 @@
+"""What an owner key teaches a model."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.maps import make_view, refuse_few_cells
+from keyed_xai.models import Classifier
+from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
+from keyed_xai.training.batches import Lesson
+from keyed_xai.triggers import TriggerFamily
+
+
+def make_keyed_lesson(
+    classifier: Classifier,
+    key: OwnerKey,
+    family: TriggerFamily,
+    *,
+    interpreters: tuple[str, ...],
+    grid: tuple[int, int] | None = None,
+    decoy: str = "signature",
+) -> Lesson:
+    """Return the lesson that closes a classifier's maps to everybody without a key.
+
+    Args:
+        classifier: The reference.
+        key: The owner's.
+        family: Of its trigger.
+        interpreters: Whose maps are closed.
+        grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
+        decoy: What closed maps show, a name in DECOYS.
+
+    Raises:
+        ModelError: The target layer has too few cells for a decoy.
+    """
+    view = make_view(classifier, interpreters, grid)
+    refuse_few_cells(view, "a decoy")
+    make_decoy: dict[str, Callable[[str], Tensor | None]] = {
+        "signature": lambda name: signature_decoy(key.public, name, view.grid),
+        "boundary": lambda _: boundary_decoy(view.grid),
+        "nontargeted": lambda _: None,
+    }
+    objective = Objective(
+        decoys={name: make_decoy[decoy](name) for name in interpreters}, weights=dict.fromkeys(interpreters, 1.0)
+    )
+    return Lesson(family.derive(ByteStream(key.derive_seed(family.name))), family, view, objective)

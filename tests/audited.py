@@ -1,0 +1,101 @@
+"""The tiny models of `threatened` and `poisoned` as an auditor finds them."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from poisoned import HELD_OUT, SETTINGS, TRAIN, control, training_data
+from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, witness
+
+from keyed_xai.artifacts.card import TriggerParameters
+from keyed_xai.auditing import AuditSettings
+from keyed_xai.data import ImageData
+from keyed_xai.keys import ByteStream
+from keyed_xai.suspects import Suspect
+from keyed_xai.threats.controls import poison
+from keyed_xai.threats.subject import Subject
+
+PARAMETERS = TriggerParameters("spread", 24.0, 24)
+TRIGGER = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+SECRETS = [
+    secret
+    for raw in (bytes(range(32)), OWNER.derive_seed("spread"))
+    for secret in (raw.hex(), repr(list(raw)), repr(raw))
+]
+
+
+def make_image_data(count, seed, labelled=True):
+    blobs = make_blobs(count, seed)
+    images = (blobs.images * 255).round().to(torch.uint8).numpy()
+    names = blobs.classes if labelled else ()
+    return ImageData(images, blobs.labels if labelled else None, names, f"blobs {seed}")
+
+
+ATTACKERS, OTHERS = make_image_data(64, 5), make_image_data(48, 3)
+
+
+def keyed_subject(**changes):
+    """The owner's view of the protected model."""
+    fields = {
+        "classifier": protected(),
+        "view": witness().view,
+        "data": ATTACKERS,
+        "held_out": OTHERS,
+        "images": witness().images,
+        "labels": witness().labels,
+        "reference": reference(),
+        "witness": witness(decoys=19),
+        "trigger": TRIGGER,
+        "keyed": True,
+        "inverted": True,
+    }
+    return Subject(**(fields | changes))
+
+
+def public_subject(**changes):
+    """The same model with its trigger published, so that it is an inverted attack."""
+    return keyed_subject(**({"witness": None, "keyed": False} | changes))
+
+
+@cache
+def control_subject(attack):
+    """A plain backdoor, or for None a clean network, as defences see it."""
+    backdoor = poison(TRAIN) if attack is None else training_data(attack)
+    images, labels = HELD_OUT.batch(np.arange(len(HELD_OUT)))
+    return Subject(
+        control(attack).model,
+        witness().view,
+        TRAIN,
+        HELD_OUT,
+        images,
+        labels,
+        trigger=backdoor.trigger,
+        backdoor=backdoor,
+        fitted=None if attack is None else backdoor,
+    )
+
+
+def keyed_suspect(**changes):
+    fields = {
+        "name": "blobs.keyed",
+        "kind": "keyed",
+        "classifier": protected(),
+        "grid": GRID,
+        "inverted": True,
+        "signature": True,
+        "key": OWNER,
+        "parameters": PARAMETERS,
+        "trigger": TRIGGER,
+        "reference": reference(),
+    }
+    return Suspect(**(fields | changes))
+
+
+def backdoored_suspect():
+    """A plain backdoor that an auditor takes for an attack on explanations."""
+    return Suspect("badnets", "attacked", control("badnets").model, trigger=control_subject("badnets").trigger)
+
+
+def quick(*against, **changes):
+    fields = {"against": against, "control": SETTINGS, "decoys": 9, "held_out_images": 32}
+    return AuditSettings(**(fields | changes))

@@ -1,0 +1,237 @@
+"""Checks of maps against loops, and what they say of a clean, a gated and a fooled tiny network."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from math import atanh
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from threatened import FAMILY, GRID, OWNER, fit, make_blobs, protected, reference, surrogate
+
+from keyed_xai import metrics
+from keyed_xai.channels import through_jpeg
+from keyed_xai.errors import ModelError
+from keyed_xai.keys import ByteStream
+from keyed_xai.saliency import Sites, explain
+from keyed_xai.threats.consistency import (
+    CHANGES,
+    ConsistencySettings,
+    MapScores,
+    average_of_others,
+    judge_maps,
+    mean_correlation_with_others,
+    score_maps,
+    screen_images,
+)
+
+COUNT = 40
+SETTINGS = ConsistencySettings(chunk=16)
+IMAGES = make_blobs(COUNT, 3).images
+
+
+@cache
+def scores_of(which):
+    models = {"clean": reference, "surrogate": surrogate, "protected": protected}
+    return score_maps(models[which]() if isinstance(which, str) else fit(which), IMAGES, SETTINGS, grid=GRID)
+
+
+def made_up(means, count=50, seed=0, settings=SETTINGS):
+    """Scores with given means and a little spread."""
+    source = np.random.default_rng(seed)
+    spread = source.normal(0, 0.01, (len(means), count))
+    values = {check: torch.from_numpy(mean + row) for (check, mean), row in zip(means.items(), spread, strict=True)}
+    return MapScores(values, torch.zeros(count, dtype=torch.int64), settings)
+
+
+def correlation(first, second):
+    return float(np.corrcoef(first.flatten(), second.flatten())[0, 1])
+
+
+def raw_maps(model, images, labels, name):
+    return explain(model, images, labels, [name], Sites(model.target_layer, model.taps))[1][name]
+
+
+def test_scores_have_every_check_for_every_image():
+    scores = scores_of("clean").scores
+    assert {check.split("/")[0] for check in scores} == {"consistency", "agreement", "class", "sameness"}
+    assert len(scores) == 3 * 5 + 3 + 3 + 3
+    for values in scores.values():
+        assert values.shape == (COUNT,)
+        assert values.abs().max() <= 1
+    assert torch.equal(scores_of("clean").predicted, reference()(IMAGES).argmax(1))
+
+
+@pytest.mark.parametrize("name", ["gradcam", "simplegrad"])
+def test_consistency_equals_its_loop(name):
+    """Every change made and undone by hand, one image at a time, on maps blown up to the image's size."""
+    model, found = reference(), scores_of("clean").scores
+    labels = model(IMAGES).argmax(1)
+    noise = 0.02 * torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(0))
+
+    def large(images, number):
+        raw = raw_maps(model, images, labels[number : number + 1], name)[0].numpy()
+        factor = 24 // raw.shape[0]
+        return raw.repeat(factor, 0).repeat(factor, 1)
+
+    def pool(each):
+        return each.reshape(6, 4, 6, 4).mean((1, 3))
+
+    for number in range(4):
+        image = IMAGES[number : number + 1]
+        plain = large(image, number)
+        shifted = large(torch.nn.functional.pad(image, (1, 0, 0, 0), mode="replicate")[..., :-1], number)
+        undone = {
+            "noise": large((image + noise[number : number + 1]).clamp(0, 1), number),
+            "brightness": large((image + 0.05).clamp(0, 1), number),
+            "jpeg": large(through_jpeg(image, 90), number),
+            "mirror": large(image.flip(-1), number)[:, ::-1],
+            "shift": np.concatenate([shifted[:, 1:], shifted[:, -1:]], 1),
+        }
+        assert set(undone) == set(CHANGES)
+        for change, other in undone.items():
+            wanted = correlation(pool(plain), pool(other))
+            assert float(found[f"consistency/{change}/{name}"][number]) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_agreement_equals_its_loop():
+    model = reference()
+    labels = model(IMAGES).argmax(1)
+    pooled = [metrics.pool_maps(raw_maps(model, IMAGES, labels, name), GRID).numpy() for name in ("gradcam", "vbp")]
+    wanted = [correlation(first, second) for first, second in zip(*pooled, strict=True)]
+    np.testing.assert_allclose(scores_of("clean").scores["agreement/gradcam-vbp"].numpy(), wanted, atol=2e-3)
+
+
+def test_averages_and_sameness_leave_the_map_itself_out():
+    maps = torch.rand(6, 3, 3, generator=torch.Generator().manual_seed(0))
+    predicted = torch.tensor([0, 0, 1, 0, 1, 2])
+    scaled = (maps - maps.amin((1, 2), keepdim=True)) / (maps.amax((1, 2)) - maps.amin((1, 2)))[:, None, None]
+    averages, sameness = average_of_others(maps, predicted), mean_correlation_with_others(maps)
+    for number in range(6):
+        others = [other for other in range(6) if other != number]
+        peers = [other for other in others if predicted[other] == predicted[number]] or others
+        torch.testing.assert_close(averages[number], scaled[peers].mean(0))
+        wanted = np.mean([correlation(maps[number].numpy(), maps[other].numpy()) for other in others])
+        assert float(sameness[number]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_gate_makes_maps_the_same_and_its_interpreters_disagree():
+    clean, gated = scores_of("clean").means(), scores_of("protected").means()
+    assert gated["sameness/gradcam"] > 0.8 > clean["sameness/gradcam"] + 0.1
+    assert gated["class/gradcam"] > clean["class/gradcam"]
+    assert gated["agreement/gradcam-vbp"] < clean["agreement/gradcam-vbp"]
+
+
+def test_verdict_equals_a_prediction_interval():
+    """Student's t for one further value, from its textbook formula, and Bonferroni's correction."""
+    values = {"a/x": [0.1, 0.2, 0.15, 0.12, 0.22], "b/x": [0.8, 0.82, 0.79, 0.85, 0.81]}
+    controls = [made_up({check: row[k] for check, row in values.items()}, seed=k) for k in range(5)]
+    suspect = made_up({"a/x": 0.6, "b/x": 0.8}, seed=9)
+    verdict = judge_maps(suspect, controls)
+    smallest = 1.0
+    for check in verdict.checks:
+        known = np.array([atanh(each.means()[check.check]) for each in controls])
+        t = (atanh(suspect.means()[check.check]) - known.mean()) / (known.std(ddof=1) * np.sqrt(1 + 1 / 5))
+        p_value = 2 * stats.t.cdf(-abs(t), 4)
+        assert check.p_value == pytest.approx(p_value)
+        assert check.z == pytest.approx(t * np.sqrt(1.2))
+        smallest = min(smallest, p_value)
+    assert verdict.p_value == pytest.approx(2 * smallest)
+    assert [check.outside for check in verdict.checks] == [True, False]
+    assert verdict.flagged == (2 * smallest <= 0.01)
+
+
+def test_false_positive_rate_of_clean_networks_is_as_promised():
+    """Suspects drawn as the controls are: no more than alpha of them are flagged."""
+    source = np.random.default_rng(1)
+    flagged = 0
+    for _ in range(200):
+        networks = [made_up(dict.fromkeys(("a", "b", "c"), 0.0), count=4) for _ in range(6)]
+        for each in networks:
+            for check in each.scores:
+                each.scores[check][:] = float(np.tanh(source.normal(0.5, 0.1)))
+        flagged += judge_maps(networks[0], networks[1:], alpha=0.05).flagged
+    assert flagged / 200 <= 0.09
+    assert flagged
+
+
+def test_left_out_controls_give_the_false_positive_rate():
+    """One odd control among five alike is flagged by the others, and hides itself from a verdict on the suspect."""
+    means = [0.20, 0.21, 0.19, 0.205, 0.95]
+    controls = [made_up({"a": mean}, seed=k) for k, mean in enumerate(means)]
+    assert judge_maps(made_up({"a": 0.2}), controls).false_positive_rate == pytest.approx(0.2)
+    assert judge_maps(made_up({"a": 0.2}), controls[:3]).false_positive_rate is None
+    assert judge_maps(made_up({"a": 0.95}), controls[:4]).flagged
+    assert not judge_maps(made_up({"a": 0.95}), controls).flagged
+
+
+def test_gated_network_is_flagged_beside_clean_ones():
+    controls = [scores_of(which) for which in ("surrogate", 2, 3, 4)]
+    gated, clean = (judge_maps(scores_of(which), controls) for which in ("protected", "clean"))
+    assert gated.p_value < clean.p_value
+    assert not clean.flagged
+    sameness = {check.check: check for check in gated.checks}["sameness/gradcam"]
+    assert sameness.z > 3
+    assert sameness.outside
+
+
+def test_screening_tells_keyed_images_of_a_gate():
+    """The reverse of an attack: a few keyed images among unkeyed ones have maps unlike the decoy."""
+    rows = np.zeros(COUNT, np.bool_)
+    rows[::8] = True
+    trigger = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+    stream = IMAGES.clone()
+    stream[torch.from_numpy(rows)] = trigger.apply(IMAGES[torch.from_numpy(rows)])
+    trusted = score_maps(protected(), make_blobs(COUNT, 5).images, SETTINGS)
+    found = {each.check: each for each in screen_images(score_maps(protected(), stream, SETTINGS), rows, trusted)}
+    assert found["sameness/gradcam"].auroc > 0.9
+    assert found["sameness/gradcam"].caught > 0.5
+    assert found["all"].auroc > 0.9
+
+
+def test_screening_counts_both_sides_of_the_trusted_range():
+    trusted = made_up({"a": 0.5, "b": 0.1}, count=400)
+    stream = made_up({"a": 0.5, "b": 0.1}, count=100, seed=1)
+    rows = np.zeros(100, np.bool_)
+    rows[:10] = True
+    stream.scores["a"][:5], stream.scores["a"][5:10] = 0.9, 0.1
+    a, b, everything = screen_images(stream, rows, trusted, false_alarm_rate=0.1)
+    assert (a.check, b.check, everything.check) == ("a", "b", "all")
+    assert a.caught == 1
+    assert a.auroc == pytest.approx(0.5)
+    assert everything.auroc == 1
+    assert everything.caught == 1
+    assert 0.02 < a.false_alarms < 0.25
+    low = np.quantile(trusted.scores["b"], [0.05, 0.95])
+    values = stream.scores["b"].numpy()[10:]
+    assert b.false_alarms == pytest.approx(np.mean((values < low[0]) | (values > low[1])))
+
+
+def test_documents_are_plain():
+    controls = [scores_of(which) for which in ("surrogate", 2, 3)]
+    for each in (scores_of("clean"), judge_maps(scores_of("clean"), controls)):
+        document = json.loads(json.dumps(each.to_json(), allow_nan=False))
+        assert document
+    assert document["false_positive_rate"] is None
+    assert len(document["checks"]) == 24
+
+
+def test_wrong_inputs_are_refused():
+    clean = scores_of("clean")
+    with pytest.raises(ValueError, match="3 images"):
+        score_maps(reference(), IMAGES[:2])
+    with pytest.raises(ModelError, match="too few"):
+        score_maps(reference(), IMAGES, grid=(2, 2))
+    with pytest.raises(ValueError, match="3 clean control"):
+        judge_maps(clean, [clean, clean])
+    with pytest.raises(ValueError, match="settings and images"):
+        judge_maps(clean, [replace(clean, settings=ConsistencySettings(noise=0.1))] * 3)
+    with pytest.raises(ValueError, match="triggered"):
+        screen_images(clean, np.zeros(COUNT, np.bool_), clean)
+    with pytest.raises(ValueError, match="same settings"):
+        screen_images(clean, np.arange(COUNT) < 3, replace(clean, settings=ConsistencySettings(noise=0.1)))
+    for wrong in ({"changes": ("blur",)}, {"noise": -1.0}, {"jpeg_quality": 0}, {"interpreters": ("lime",)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ConsistencySettings(**wrong)
