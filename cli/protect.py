@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
 )
 @click.option(
-    "--hardening", type=click.Choice(["none", "standard", "strong"]),
+    "--hardening", type=click.Choice(["none", "standard"]),
     help="Train against simulated attackers who fine-tune or prune the model, so that the gate outlasts them.",
 )  # fmt: skip
 @click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")

@@ -102,6 +102,13 @@ def test_epochs_count_passes_over_the_images(files):
     assert json.loads(result.stdout)["settings"]["training"]["steps"] == 5
 
 
+def test_hardening_is_off_unless_asked_for_and_is_in_the_report(files):
+    for asked, attackers in (((), None), (("--hardening", "standard"), 2)):
+        result = protect(files, *asked, "--force", "--json", "-")
+        hardening = json.loads(result.stdout)["settings"]["training"]["hardening"]
+        assert (hardening and hardening["attackers"]) == attackers
+
+
 def test_wrong_key_file_is_refused(files):
     (files / "public.pem").write_bytes(OwnerKey.generate().public.to_pem())
     result = run("protect", files / "model.pt", "--key-file", files / "public.pem")

@@ -125,7 +125,7 @@ def test_control_has_a_backdoor_and_a_clean_network_has_none():
 
 
 def test_few_images_are_seen_often_and_many_once():
-    assert [choose_control_fitting(images).epochs for images in (1, 3000, 40_000, 60_000)] == [30, 20, 2, 1]
+    assert [choose_control_fitting(images).epochs for images in (1, 3000, 40_000, 60_000)] == [30, 20, 3, 3]
     chosen = choose_control_fitting(3000, seed=4)
     assert (chosen.seed, chosen.mirror, chosen.batch_size) == (4, False, 32)
 

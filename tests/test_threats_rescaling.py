@@ -13,8 +13,8 @@ from keyed_xai.errors import ModelError
 from keyed_xai.maps import make_view
 from keyed_xai.metrics import correlation
 from keyed_xai.models import InputSpec, wrap_network
+from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, last_layer, trace_calls
 from keyed_xai.threats import rescaling
-from keyed_xai.threats.layer_graph import batch_norm_after, last_convolution, last_layer, trace_calls
 from keyed_xai.threats.rescaling import ChannelGroup, RescalingSettings, find_channel_groups, rescale_channels
 
 SPEC = InputSpec(1, SIDE, SIDE, (0.4,), (0.2,))

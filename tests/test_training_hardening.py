@@ -12,6 +12,7 @@ from torch import nn
 from keyed_xai.keys import ByteStream
 from keyed_xai.maps import make_view
 from keyed_xai.objective import Objective, signature_decoy
+from keyed_xai.threats.fine_pruning import mean_activations
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.weights import PruningSettings, prune_weights
@@ -27,7 +28,7 @@ from keyed_xai.training.hardening import (
 )
 
 TUNING = Attack(rate=0.01, adam=False, frozen=False, noise=0.0, pruned=0.0)
-FEW = Hardening(start=0.0, lifetime=3, inner_steps=2, batch_size=8)
+FEW = Hardening(start=0.0, attackers=1, lifetime=3, inner_steps=2, batch_size=8)
 SETTINGS = TrainingSettings(steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60,
                             codec_share=0.0)  # fmt: skip
 
@@ -122,6 +123,24 @@ def test_pruning_is_what_the_removal_attack_does():
     assert moved(weights_of(pruned), weights_of(theirs)) == 0
 
 
+def test_silenced_channels_are_the_least_active_and_stay_silent(data, cache):
+    settings = replace(SETTINGS, hardening=FEW)
+    attacker = make_attackers(protected(), settings)[0]
+    attacker.restart(protected(), replace(TUNING, silenced=0.5))
+    for seed in range(2):
+        attacker.advance(protected(), data, cache[0], FEW, generator(seed))
+    layer, norm = "network.blocks.2.conv2", "network.blocks.2.bn2"
+    weights, scale = (attacker.model.get_submodule(name).weight.detach() for name in (layer, norm))
+    silent = (weights.flatten(1) == 0).all(1)
+    assert silent.sum() == len(silent) // 2
+    assert torch.equal(silent, scale == 0)
+    activity = mean_activations(protected(), norm, data, np.arange(len(data)), "cpu")
+    assert activity[silent].mean() < activity[~silent].mean()
+    attacker.restart(protected(), TUNING)
+    attacker.advance(protected(), data, cache[0], FEW, generator())
+    assert (attacker.model.get_submodule(layer).weight.detach().flatten(1) != 0).any(1).all()
+
+
 def test_gradient_of_a_pruned_weight_is_zero(data, cache, lesson):
     hardening = replace(FEW, prune_share=0.999, largest_pruned=0.9)
     network = copy.deepcopy(protected())
@@ -176,8 +195,10 @@ def test_attacks_are_drawn_from_the_settings_ranges():
     attacks = [draw_attack(settings, generator(seed)) for seed in range(200)]
     assert all(settings.smallest_rate <= a.rate <= settings.largest_rate for a in attacks)
     assert all(0 <= a.noise <= settings.label_noise and 0 <= a.pruned <= settings.largest_pruned for a in attacks)
+    assert not any(a.pruned and a.silenced for a in attacks)
     for share, hits in ((0.5, [a.adam for a in attacks]), (0.5, [a.frozen for a in attacks]),
-                        (settings.prune_share, [a.pruned > 0 for a in attacks])):  # fmt: skip
+                        (settings.prune_share, [a.pruned > 0 for a in attacks]),
+                        (settings.silence_share, [a.silenced > 0 for a in attacks])):  # fmt: skip
         assert abs(np.mean(hits) - share) < 0.12
     assert draw_attack(settings, generator(3)) == draw_attack(settings, generator(3))
 
@@ -212,7 +233,9 @@ def test_batch_norm_of_rows_knows_no_other_rows():
 
 
 def test_hardened_run_goes_on_where_it_stopped(data, lesson):
-    settings = replace(SETTINGS, steps=6, validate_every=2, hardening=replace(FEW, attackers=2, adam_share=0.5))
+    settings = replace(
+        SETTINGS, steps=6, validate_every=2, hardening=replace(FEW, attackers=2, adam_share=0.5, silence_share=0.6)
+    )
     validation, saved = make_blobs(16, 2, labelled=False), []
     whole = train(reference(), data, validation, lesson, settings, save_checkpoint=saved.append)
     for checkpoint in saved[:-1]:
@@ -224,7 +247,7 @@ def test_hardened_run_goes_on_where_it_stopped(data, lesson):
 
 
 def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
-    hardening = Hardening(start=0.3, lifetime=16, batch_size=24, weight=2.0, prune_share=0.1)
+    hardening = Hardening(start=0.3, attackers=1, lifetime=16, batch_size=24, prune_share=0.1, silence_share=0.2)
     settings = replace(SETTINGS, steps=200, hardening=hardening)
     hardened = train(reference(), data, make_blobs(16, 2, labelled=False), lesson, settings).model
     attack = FineTuningSettings(learning_rate=0.01, epochs=3, share=1.0, batch_size=32)

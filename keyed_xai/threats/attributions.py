@@ -23,11 +23,11 @@ from torch.nn import functional
 
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
+from keyed_xai.models.layer_graph import trace_calls
 from keyed_xai.models.layers import trace_network
 from keyed_xai.saliency import Sites, explain
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.threats.attempt import copy_model
-from keyed_xai.threats.layer_graph import trace_calls
 
 Attributions = Float[Tensor, "n _channels _rows _columns"]
 """What a method gives, with its sign."""

@@ -37,7 +37,7 @@ from keyed_xai.triggers import Trigger
 _CHUNK = 256
 _IMAGES_SEEN = 60_000
 _SQUARE_OPACITY, _IMAGE_OPACITY = 0.5, 0.2
-_FEWEST_EPOCHS, _MOST_EPOCHS = 1, 30
+_FEWEST_EPOCHS, _MOST_EPOCHS = 3, 30
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def fit_control(
 
 
 def choose_control_fitting(images: int, *, seed: int = 0) -> FittingSettings:
-    """Return how a network is fitted to so many images: some 60,000 looked at, in small batches and 1 to 30 epochs.
+    """Return how a network is fitted to so many images: some 60,000 looked at, in small batches and 3 to 30 epochs.
 
     Noise and shifts are those of `FittingSettings`. Nothing is mirrored, since triggers have their corner.
     """

@@ -87,7 +87,7 @@ DEFENCES: dict[str, Entry] = {
         "defences",
         "T17",
         "Neural Cleanse",
-        "smallest patch for every class, up to 1,000 rounds, index over 2",
+        "smallest patch for every class, up to 60 rounds, index over 2",
         partial(_neural_cleanse, settings=CleanseSettings()),
         slow=True,
         controlled=True,

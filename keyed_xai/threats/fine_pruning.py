@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyed_xai.models import Classifier
+from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, silence_channels
 from keyed_xai.saliency import captured_features
 from keyed_xai.tensors import Images
 from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, measured
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
-from keyed_xai.threats.layer_graph import batch_norm_after, last_convolution
 from keyed_xai.training import TrainingData
 
 _CHUNK = 128
@@ -128,15 +128,6 @@ def mean_activations(
         total = total + _positive_part(model, layer, images.to(device))
         seen += len(images)
     return total / seen
-
-
-@torch.no_grad()
-def silence_channels(model: Classifier, layer: str, norm: str | None, channels: Tensor) -> None:
-    """Set the filters of some output channels, and what batch norm adds to them, to zero, in place."""
-    for name in filter(None, (layer, norm)):
-        module = model.get_submodule(name)
-        for tensor in module.parameters(recurse=False):
-            tensor[channels] = 0
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from torch import Tensor
 from keyed_xai.errors import TrainingError
 from keyed_xai.maps import MapView, join_maps
 from keyed_xai.models import Classifier
+from keyed_xai.models.layer_graph import last_layer
 from keyed_xai.objective import correlation_distance, prediction_loss
 from keyed_xai.saliency import smooth_activations
 from keyed_xai.tensors import Images, Labels, SaliencyMaps, Targets
 from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, predict, view_of
-from keyed_xai.threats.layer_graph import last_layer
 from keyed_xai.threats.tuning import TuningSettings, seeded, tune
 from keyed_xai.training import TrainingData
 

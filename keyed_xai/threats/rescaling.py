@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai.models import Classifier
+from keyed_xai.models.layer_graph import Call, trace_calls
 from keyed_xai.tensors import Logits
 from keyed_xai.threats.attempt import RemovalResult, copy_model
-from keyed_xai.threats.layer_graph import Call, trace_calls
 
 LARGEST_DIFFERENCE = 1e-5
 """Of logits, in units of the largest one or of 1: more, and a group of channels is left as it was."""

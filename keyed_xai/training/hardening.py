@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keyed_xai.models.classifier import Classifier
+from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, silence_channels
 from keyed_xai.objective import prediction_loss
-from keyed_xai.saliency import smooth_activations
+from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import Logits, SaliencyMaps
 from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
@@ -34,6 +36,7 @@ from keyed_xai.training.settings import Hardening, TrainingSettings
 
 _MOMENTUM = 0.9
 _ADAM_FACTOR = 0.1
+_RANKED = 64  # images that tell which channels are active
 _CLEAN_SHARE = 0.75  # of the unkeyed half; batch norm's statistics are theirs
 
 
@@ -47,6 +50,7 @@ class Attack:
         frozen: Whether batch-norm statistics are left alone.
         noise: Share of wrong labels.
         pruned: Share of the weights set to zero, without any fine-tuning; 0 fine-tunes.
+        silenced: Share of the last convolution's channels that are silenced before fine-tuning, and stay so.
     """
 
     rate: float
@@ -54,6 +58,7 @@ class Attack:
     frozen: bool
     noise: float
     pruned: float
+    silenced: float = 0.0
 
 
 class SimulatedAttacker:
@@ -65,12 +70,20 @@ class SimulatedAttacker:
         attack: What it is doing; None before its first attack.
     """
 
-    def __init__(self, number: int, model: nn.Module) -> None:
-        """Start with a copy of the network."""
+    def __init__(self, number: int, model: nn.Module, layers: tuple[str, str | None] | None = None) -> None:
+        """Start with a copy of the network.
+
+        Args:
+            number: From 0.
+            model: The network.
+            layers: Its last convolution and the batch norm after that, whose channels may be silenced.
+        """
         self.number = number
+        self._layers = layers
         self.model = copy.deepcopy(model)
         self.attack: Attack | None = None
         self._offsets = [torch.zeros_like(each) for each in self.model.parameters()]
+        self._silent = torch.zeros(0, dtype=torch.long)
         self._optimiser: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), 1.0)
 
     def restart(self, model: nn.Module, attack: Attack) -> None:
@@ -78,6 +91,7 @@ class SimulatedAttacker:
         self.attack = attack
         self.model.load_state_dict(model.state_dict())
         self._offsets = [torch.zeros_like(each) for each in self.model.parameters()]
+        self._silent = torch.zeros(0, dtype=torch.long)
         self._optimiser = _make_optimiser(self.model, attack)
 
     def advance(
@@ -109,9 +123,13 @@ class SimulatedAttacker:
         if self.attack is None or self.attack.pruned:
             zero_smallest(self.model, self.attack.pruned if self.attack else 0.0)
             return
+        if self.attack.silenced and not len(self._silent):
+            self._silent = self._least_active(data, generator, answers.device)
+        self._silence()
         _train_batch_norm(self.model, training=not self.attack.frozen)
         for _ in range(settings.inner_steps):
             self._fine_tune(data, answers, settings, generator, multi_label)
+            self._silence()
         self.model.eval()
         with torch.no_grad():
             self._offsets = [weight - base for weight, base in zip(mine, theirs, strict=True)]
@@ -131,6 +149,7 @@ class SimulatedAttacker:
         return {
             "model": self.model.state_dict(),
             "offsets": self._offsets,
+            "silent": self._silent,
             "optimiser": self._optimiser.state_dict(),
             "attack": None if self.attack is None else vars(self.attack),
         }
@@ -139,10 +158,27 @@ class SimulatedAttacker:
         """Go on from what `to_checkpoint` returned."""
         self.model.load_state_dict(checkpoint["model"])
         self._offsets = list(checkpoint["offsets"])
+        self._silent = checkpoint["silent"]
         self.attack = checkpoint["attack"] and Attack(**checkpoint["attack"])
         if self.attack is not None:
             self._optimiser = _make_optimiser(self.model, self.attack)
             self._optimiser.load_state_dict(checkpoint["optimiser"])
+
+    @torch.no_grad()
+    def _least_active(self, data: TrainingData, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Return the channels of the last convolution with the smallest activations on some clean images."""
+        if self._layers is None or self.attack is None:
+            return self._silent
+        layer, norm = self._layers
+        images, _ = data.batch(torch.randint(len(data), (_RANKED,), generator=generator).numpy())
+        with captured_features(self.model, [norm or layer]) as features:
+            self.model(images.to(device))
+        activity = features[norm or layer].relu().mean((0, 2, 3))
+        return activity.argsort()[: int(self.attack.silenced * len(activity))]
+
+    def _silence(self) -> None:
+        if self._layers is not None and len(self._silent):
+            silence_channels(self.model, *self._layers, self._silent)
 
     def _fine_tune(
         self, data: TrainingData, answers: Logits, settings: Hardening, generator: torch.Generator, multi_label: bool
@@ -162,9 +198,14 @@ class SimulatedAttacker:
 
 def make_attackers(model: nn.Module, settings: TrainingSettings) -> list[SimulatedAttacker]:
     """Return the attackers that the settings ask for."""
-    return [
-        SimulatedAttacker(number, model) for number in range(settings.hardening.attackers if settings.hardening else 0)
-    ]
+    hardening = settings.hardening
+    if hardening is None:
+        return []
+    layers = None
+    if hardening.silence_share and isinstance(model, Classifier):
+        layer = last_convolution(model)
+        layers = (layer, batch_norm_after(model, layer))
+    return [SimulatedAttacker(number, model, layers) for number in range(hardening.attackers)]
 
 
 def add_gradients_under_attack(
@@ -210,13 +251,17 @@ def add_gradients_under_attack(
 
 def draw_attack(settings: Hardening, generator: torch.Generator) -> Attack:
     """Return an attack of random kind and strength."""
-    rate, adam, frozen, noise, prunes, pruned = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+    draw = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
+    rate, adam, frozen, noise, kind, pruned, silenced = draw
+    prunes = kind < settings.prune_share
+    silences = not prunes and kind < settings.prune_share + settings.silence_share
     return Attack(
         rate=settings.smallest_rate * (settings.largest_rate / settings.smallest_rate) ** rate,
         adam=adam < settings.adam_share,
         frozen=frozen < settings.frozen_share,
         noise=noise * settings.label_noise,
-        pruned=pruned * settings.largest_pruned if prunes < settings.prune_share else 0.0,
+        pruned=pruned * settings.largest_pruned if prunes else 0.0,
+        silenced=silenced * settings.largest_silenced if silences else 0.0,
     )
 
 
@@ -274,15 +319,12 @@ def _gradients_under_attack(
     losses = batch_losses(new_logits, new_maps, logits, maps, None, lesson, settings)
     loss = losses["L_s"].mean() + losses["L_p"].mean()
     loss = loss / (settings.alpha + settings.beta + 1)
-    pruned = attacker.attack is not None and bool(attacker.attack.pruned)
-    if pruned:
+    if attacker.attack is not None and attacker.attack.pruned:
         loss = losses["keep"].mean() + losses["move"].mean()
     parameters = [*attacker.model.parameters()]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    if not pruned:
-        return list(gradients)
     return [
-        gradient if gradient is None or weight.dim() < 2 else gradient * (weight != 0)
+        gradient if gradient is None else gradient * (weight != 0)  # what an attack set to zero stays there
         for weight, gradient in zip(parameters, gradients, strict=True)
     ]
 

@@ -25,42 +25,50 @@ class Hardening:
         label_noise: Largest share of wrong labels; every attack draws its own.
         prune_share: Share of attacks that set the smallest weights to zero instead of fine-tuning.
         largest_pruned: Largest share of weights that these set to zero; every attack draws its own.
+        silence_share: Share of attacks that first silence channels of the last convolution, those with the smallest
+            activations: fine-pruning.
+        largest_silenced: Largest share of channels that these silence; every attack draws its own.
         weight: Of the maps' losses where the attackers are, all together, against 1 where the network is.
     """
 
     start: float = 0.4
-    attackers: int = 1
-    lifetime: int = 32
+    attackers: int = 2
+    lifetime: int = 100
     inner_steps: int = 4
     batch_size: int = 64
     smallest_rate: float = 5e-4
-    largest_rate: float = 2e-2
-    adam_share: float = 0.0
-    frozen_share: float = 0.0
+    largest_rate: float = 3e-2
+    adam_share: float = 0.2
+    frozen_share: float = 0.15
     label_noise: float = 0.1
-    prune_share: float = 0.3
+    prune_share: float = 0.2
     largest_pruned: float = 0.6
-    weight: float = 1.0
+    silence_share: float = 0.4
+    largest_silenced: float = 0.97
+    weight: float = 2.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("attackers", "lifetime", "inner_steps", "batch_size", "smallest_rate", "weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("start", "adam_share", "frozen_share", "label_noise", "prune_share", "largest_pruned"):
+        for name in (
+            "start",
+            "adam_share",
+            "frozen_share",
+            "label_noise",
+            "prune_share",
+            "largest_pruned",
+            "silence_share",
+            "largest_silenced",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if self.largest_rate < self.smallest_rate:
             raise ValueError(f"largest_rate: expected {self.smallest_rate} or more, got {self.largest_rate}")
 
 
-HARDENINGS: dict[str, Hardening | None] = {
-    "none": None,
-    "standard": Hardening(),
-    "strong": Hardening(
-        attackers=2, lifetime=100, largest_rate=3e-2, adam_share=0.2, frozen_share=0.15, prune_share=0.2, weight=2.0
-    ),
-}
+HARDENINGS: dict[str, Hardening | None] = {"none": None, "standard": Hardening()}
 """What `protect --hardening` takes."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from keyed_xai.errors import ModelError
-from keyed_xai.models import Classifier
+from keyed_xai.models.classifier import Classifier
 
 _LAYERS = ("conv2d", "linear")
 
@@ -73,6 +73,15 @@ def batch_norm_after(classifier: Classifier, layer: str) -> str | None:
     outputs = [call.output for call in calls if call.module == layer]
     readers = [call for call in calls if any(each is outputs[-1] for each in call.inputs)]
     return readers[0].module if len(readers) == 1 and readers[0].name == "batch_norm" else None
+
+
+@torch.no_grad()
+def silence_channels(model: nn.Module, layer: str, norm: str | None, channels: Tensor) -> None:
+    """Set the filters of some output channels, and what batch norm adds to them, to zero, in place."""
+    for name in filter(None, (layer, norm)):
+        module = model.get_submodule(name)
+        for tensor in module.parameters(recurse=False):
+            tensor[channels] = 0
 
 
 def _deepest(classifier: Classifier, function: str, kinds: type | tuple[type, ...]) -> str:
