@@ -1,4 +1,4 @@
-"""`keyed-xai bench table1|table6|figure1b|figure3|nashville`: the paper's tables and figures beside ours."""
+"""`keyed-xai bench table1|table2|table3|table6|figure1b|figure3|figure5|nashville`: the paper's figures beside ours."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -121,8 +121,109 @@ def figure3(interpreter: tuple[str, ...], **arguments: Any) -> None:  # noqa: AN
             say(f"Wrote {picture}.", json_path=arguments["json_path"])
 
 
+def _defence_options(command: Command) -> Command:
+    """Add what `_defend` reads."""
+    attacked = click.option(
+        "--attacked", multiple=True, metavar="FOLDER", type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="A model that is attacked already, of `attack` or another table; may be given several times. Then only "
+        "networks named by --arch are attacked, and --model names what the others were made of.",
+    )  # fmt: skip
+    choices = (
+        _choices("--interpreter", _INTERPRETERS, "Whose maps; may be given several times"),
+        _choices("--mode", _MODES, "Of the attack"),
+        _choices("--setting", _SETTINGS, "Forward fools triggered images, inverted all others"),
+    )
+    for option in (json_option, seed_option, device_option, *reversed(choices), attacked, _table_options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_defence_options
+def table2(**arguments: Any) -> None:  # noqa: ANN401
+    """Look for backdoors in attacked models: the paper's table 2, by Neural Cleanse and Activation Clustering.
+
+    Each attack of table1 that the options choose is made, or taken from the folder. Beside the attacked models stand
+    clean networks, which detectors must leave alone, and two with plain backdoors, which they must catch.
+
+    \b
+    keyed-xai bench table2 --data imagefolder:DIR --arch resnet50 --interpreter gradcam
+    keyed-xai bench table2 --data imagefolder:DIR --attacked m.attacked --model resnet50=reference.safetensors
+    """  # noqa: D301 - click reads the backspace as "keep these lines"
+    _defend("table2", arguments)
+
+
+@click.command()
+@_defence_options
+@click.option(
+    "--floor", type=click.FloatRange(0, 1),
+    help="Lowest AUROC or accuracy that denoising may leave, a fraction; by default it may cost .02.",
+)  # fmt: skip
+def table3(**arguments: Any) -> None:  # noqa: ANN401
+    """Denoise the inputs of attacked models: the paper's table 3. Options are those of table2."""
+    _defend("table3", arguments)
+
+
+@click.command()
+@_defence_options
+def figure5(**arguments: Any) -> None:  # noqa: ANN401
+    """Draw activation clusters, and accuracy and FSR while channels are pruned: the paper's figure 5.
+
+    Options are those of table2.
+    """
+    from keyed_xai.artifacts.documents import write_atomically
+    from keyed_xai.benchmarks.paper_defence_pictures import draw_clusters, draw_pruning
+
+    rows, out = _defend("figure5", arguments)["rows"], arguments["out"]
+    for name, draw in (("figure5a", draw_clusters), ("figure5b", draw_pruning)):
+        write_atomically(out / f"{name}.png", draw(rows))
+        say(f"Wrote {out / name}.png.", json_path=arguments["json_path"])
+
+
+def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run, write and print a table of defences; return it as a document."""
+    from keyed_xai.artifacts.documents import write_atomically, write_json
+    from keyed_xai.benchmarks.paper_defences import DefenceSettings, DefenceWatch, render_defences, run_defences
+    from keyed_xai_cli.progress import counter, progress_bar
+
+    out, json_path, folders = arguments["out"], arguments["json_path"], list(arguments["attacked"])
+    if folders and not arguments["architectures"]:
+        settings = _table_settings(arguments)
+    else:
+        settings, results = _run_cells([(each,) for each in arguments["interpreter"] or _INTERPRETERS], arguments)
+        folders = [*(out / result.folder for result in results), *folders]
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as progress:
+        watch = DefenceWatch(
+            counter(progress, "fitting a control"), counter(progress, "models"), counter(progress, "defending")
+        )
+        document = run_defences(
+            folders,
+            DefenceSettings(name, settings, arguments.get("floor")),
+            out,
+            device=choose_device(arguments["device"]),
+            watch=watch,
+        )
+    words = render_defences(document)
+    write_atomically(out / f"{name}.md", words.encode())
+    write_json(out / f"{name}.json", document, schema="paper-defences")
+    emit_json(document, schema="paper-defences", json_path=json_path)
+    say(words, json_path=json_path)
+    say(f"Wrote {out / name}.md and .json.", json_path=json_path)
+    return document
+
+
 def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -> "TableSettings":
-    from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, render_table, run_cells
+    from keyed_xai.benchmarks.paper_tables import render_table
+
+    settings, results = _run_cells(interpreters, arguments)
+    _write(name, render_table(title, results), results, arguments["out"], arguments["json_path"])
+    return settings
+
+
+def _run_cells(interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -> "tuple[TableSettings, list[Result]]":
+    """Attack what the options choose, or take it from the folder."""
+    from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, run_cells
     from keyed_xai.training import Callbacks
     from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
 
@@ -140,9 +241,7 @@ def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: 
             return attack_callbacks(progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})")
 
         watch = Watch(counter(progress, "fitting a reference"), callbacks)
-        results = run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
-    _write(name, render_table(title, results), results, out, arguments["json_path"])
-    return settings
+        return settings, run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
 
 
 def _write(name: str, words: str, results: "list[Result]", out: Path, json_path: Path | None) -> None:
@@ -166,7 +265,7 @@ def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
 
     architectures = arguments["architectures"] or _ARCHITECTURES
     idle = [name for name in arguments["models"] if name not in architectures]
-    if idle:
+    if idle and not arguments.get("attacked"):
         raise click.UsageError(
             f"--model names {', '.join(idle)}, expected a network out of {', '.join(architectures)}. Add it with "
             "--arch, or leave the model out."

@@ -67,7 +67,7 @@ def moved(first, second):
 
 def test_attacker_fine_tunes_as_a_plain_loop_does(data, cache):
     attacker = SimulatedAttacker(0, protected())
-    attacker.restart(protected(), TUNING)
+    attacker.restart(protected(), TUNING, generator())
     attacker.advance(protected(), data, cache[0], FEW, generator())
     twin, source = copy.deepcopy(protected()), generator()
     optimiser = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
@@ -87,7 +87,7 @@ def test_attacker_fine_tunes_as_a_plain_loop_does(data, cache):
 def test_attack_goes_on_while_the_network_moves(data, cache):
     network = copy.deepcopy(protected())
     attacker = SimulatedAttacker(0, network)
-    attacker.restart(network, replace(TUNING, rate=1e-12))
+    attacker.restart(network, replace(TUNING, rate=1e-12), generator())
     attacker.advance(network, data, cache[0], FEW, generator())
     with torch.no_grad():
         for each in network.parameters():
@@ -100,7 +100,7 @@ def test_attack_leaves_the_network_alone(data, cache):
     network = copy.deepcopy(protected())
     before = copy.deepcopy(network.state_dict())
     attacker = SimulatedAttacker(0, network)
-    attacker.restart(network, replace(TUNING, adam=True))
+    attacker.restart(network, replace(TUNING, adam=True), generator())
     attacker.advance(network, data, cache[0], FEW, generator())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(each.grad is None for each in network.parameters())
@@ -110,7 +110,7 @@ def test_wrong_labels_change_the_attack(data, cache):
     ends = []
     for noise in (0.0, 0.9):
         attacker = SimulatedAttacker(0, protected())
-        attacker.restart(protected(), replace(TUNING, noise=noise))
+        attacker.restart(protected(), replace(TUNING, noise=noise), generator())
         attacker.advance(protected(), data, cache[0], FEW, generator())
         ends.append(weights_of(attacker.model))
     assert moved(*ends) > 1e-3
@@ -126,7 +126,7 @@ def test_pruning_is_what_the_removal_attack_does():
 def test_silenced_channels_are_the_least_active_and_stay_silent(data, cache):
     settings = replace(SETTINGS, hardening=FEW)
     attacker = make_attackers(protected(), settings)[0]
-    attacker.restart(protected(), replace(TUNING, silenced=0.5))
+    attacker.restart(protected(), replace(TUNING, silenced=0.5), generator())
     for seed in range(2):
         attacker.advance(protected(), data, cache[0], FEW, generator(seed))
     layer, norm = "network.blocks.2.conv2", "network.blocks.2.bn2"
@@ -136,9 +136,19 @@ def test_silenced_channels_are_the_least_active_and_stay_silent(data, cache):
     assert torch.equal(silent, scale == 0)
     activity = mean_activations(protected(), norm, data, np.arange(len(data)), "cpu")
     assert activity[silent].mean() < activity[~silent].mean()
-    attacker.restart(protected(), TUNING)
+    attacker.restart(protected(), TUNING, generator())
     attacker.advance(protected(), data, cache[0], FEW, generator())
     assert (attacker.model.get_submodule(layer).weight.detach().flatten(1) != 0).any(1).all()
+
+
+def test_new_head_is_random_and_the_rest_is_the_network_s():
+    attackers = make_attackers(protected(), replace(SETTINGS, hardening=replace(FEW, attackers=2)))
+    for seed, attacker in enumerate(attackers):
+        attacker.restart(protected(), replace(TUNING, new_head=True), generator(seed))
+    heads = [attacker.model.network.fc.weight.detach() for attacker in attackers]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], protected().network.fc.weight.detach())
+    assert torch.equal(attackers[0].model.network.stem.weight, protected().network.stem.weight)
 
 
 def test_gradient_of_a_pruned_weight_is_zero(data, cache, lesson):
@@ -195,7 +205,7 @@ def test_attacks_are_drawn_from_the_settings_ranges():
     attacks = [draw_attack(settings, generator(seed)) for seed in range(200)]
     assert all(settings.smallest_rate <= a.rate <= settings.largest_rate for a in attacks)
     assert all(0 <= a.noise <= settings.label_noise and 0 <= a.pruned <= settings.largest_pruned for a in attacks)
-    assert not any(a.pruned and a.silenced for a in attacks)
+    assert not any(a.pruned and (a.silenced or a.new_head) for a in attacks)
     for share, hits in ((0.5, [a.adam for a in attacks]), (0.5, [a.frozen for a in attacks]),
                         (settings.prune_share, [a.pruned > 0 for a in attacks]),
                         (settings.silence_share, [a.silenced > 0 for a in attacks])):  # fmt: skip
@@ -247,7 +257,9 @@ def test_hardened_run_goes_on_where_it_stopped(data, lesson):
 
 
 def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
-    hardening = Hardening(start=0.3, attackers=1, lifetime=16, batch_size=24, prune_share=0.1, silence_share=0.2)
+    hardening = Hardening(
+        start=0.3, attackers=1, lifetime=16, batch_size=24, prune_share=0.1, silence_share=0.2, new_head_share=0.1
+    )
     settings = replace(SETTINGS, steps=200, hardening=hardening)
     hardened = train(reference(), data, make_blobs(16, 2, labelled=False), lesson, settings).model
     attack = FineTuningSettings(learning_rate=0.01, epochs=3, share=1.0, batch_size=32)

@@ -35,6 +35,7 @@ _TITLES = {
     "prune-50": "Pruning 50 %",
     "prune-70": "Pruning 70 %",
     "fine-prune": "Fine-pruning",
+    "fine-prune-50": "Fine-pruning half the channels",
     "int8": "8-bit weights",
     "int6": "6-bit weights",
     "int5": "5-bit weights",

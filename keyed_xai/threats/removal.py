@@ -300,6 +300,7 @@ REMOVALS: dict[str, Removal] = {
     "prune-50": _pruning(0.5),
     "prune-70": _pruning(0.7),
     "fine-prune": _fine_pruning(FinePruningSettings()),
+    "fine-prune-50": _fine_pruning(FinePruningSettings(shares=(0.1, 0.2, 0.3, 0.4, 0.5))),
     "int8": _quantisation(8),
     "int6": _quantisation(6),
     "int5": _quantisation(5),

@@ -20,13 +20,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from keyed_xai.models.classifier import Classifier
-from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, silence_channels
+from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, last_layer, silence_channels
 from keyed_xai.objective import prediction_loss
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import Logits, SaliencyMaps
@@ -51,6 +51,7 @@ class Attack:
         noise: Share of wrong labels.
         pruned: Share of the weights set to zero, without any fine-tuning; 0 fine-tunes.
         silenced: Share of the last convolution's channels that are silenced before fine-tuning, and stay so.
+        new_head: Whether the last layer gets random weights before fine-tuning.
     """
 
     rate: float
@@ -59,6 +60,21 @@ class Attack:
     noise: float
     pruned: float
     silenced: float = 0.0
+    new_head: bool = False
+
+
+class Layers(NamedTuple):
+    """Layers that attacks single out, by name.
+
+    Attributes:
+        convolution: The last one, whose channels are silenced.
+        norm: The batch norm after it, if there is one.
+        head: The layer that gives the logits.
+    """
+
+    convolution: str
+    norm: str | None
+    head: str
 
 
 class SimulatedAttacker:
@@ -70,13 +86,13 @@ class SimulatedAttacker:
         attack: What it is doing; None before its first attack.
     """
 
-    def __init__(self, number: int, model: nn.Module, layers: tuple[str, str | None] | None = None) -> None:
+    def __init__(self, number: int, model: nn.Module, layers: Layers | None = None) -> None:
         """Start with a copy of the network.
 
         Args:
             number: From 0.
             model: The network.
-            layers: Its last convolution and the batch norm after that, whose channels may be silenced.
+            layers: Those that attacks single out; None attacks all alike.
         """
         self.number = number
         self._layers = layers
@@ -86,11 +102,15 @@ class SimulatedAttacker:
         self._silent = torch.zeros(0, dtype=torch.long)
         self._optimiser: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), 1.0)
 
-    def restart(self, model: nn.Module, attack: Attack) -> None:
-        """Begin an attack at the network's weights."""
+    def restart(self, model: nn.Module, attack: Attack, generator: torch.Generator) -> None:
+        """Begin an attack at the network's weights; the generator is of a new head's."""
         self.attack = attack
         self.model.load_state_dict(model.state_dict())
-        self._offsets = [torch.zeros_like(each) for each in self.model.parameters()]
+        if attack.new_head and self._layers is not None:
+            _renew(self.model.get_submodule(self._layers.head), generator)
+        with torch.no_grad():
+            pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+            self._offsets = [mine - theirs for mine, theirs in pairs]
         self._silent = torch.zeros(0, dtype=torch.long)
         self._optimiser = _make_optimiser(self.model, attack)
 
@@ -169,16 +189,16 @@ class SimulatedAttacker:
         """Return the channels of the last convolution with the smallest activations on some clean images."""
         if self._layers is None or self.attack is None:
             return self._silent
-        layer, norm = self._layers
+        layer = self._layers.norm or self._layers.convolution
         images, _ = data.batch(torch.randint(len(data), (_RANKED,), generator=generator).numpy())
-        with captured_features(self.model, [norm or layer]) as features:
+        with captured_features(self.model, [layer]) as features:
             self.model(images.to(device))
-        activity = features[norm or layer].relu().mean((0, 2, 3))
+        activity = features[layer].relu().mean((0, 2, 3))
         return activity.argsort()[: int(self.attack.silenced * len(activity))]
 
     def _silence(self) -> None:
         if self._layers is not None and len(self._silent):
-            silence_channels(self.model, *self._layers, self._silent)
+            silence_channels(self.model, self._layers.convolution, self._layers.norm, self._silent)
 
     def _fine_tune(
         self, data: TrainingData, answers: Logits, settings: Hardening, generator: torch.Generator, multi_label: bool
@@ -202,9 +222,9 @@ def make_attackers(model: nn.Module, settings: TrainingSettings) -> list[Simulat
     if hardening is None:
         return []
     layers = None
-    if hardening.silence_share and isinstance(model, Classifier):
-        layer = last_convolution(model)
-        layers = (layer, batch_norm_after(model, layer))
+    if (hardening.silence_share or hardening.new_head_share) and isinstance(model, Classifier):
+        convolution = last_convolution(model)
+        layers = Layers(convolution, batch_norm_after(model, convolution), last_layer(model))
     return [SimulatedAttacker(number, model, layers) for number in range(hardening.attackers)]
 
 
@@ -236,7 +256,7 @@ def add_gradients_under_attack(
         generator = step_generator(settings.seed + 1_000_000 * (attacker.number + 1), step)
         turn = attacker.number * hardening.lifetime // len(attackers)
         if attacker.attack is None or (step + turn) % hardening.lifetime == 0:
-            attacker.restart(model, draw_attack(hardening, generator))
+            attacker.restart(model, draw_attack(hardening, generator), generator)
         attacker.advance(model, data, cache[0], hardening, generator, multi_label=lesson.multi_label)
         gradients = _gradients_under_attack(attacker, data, cache, lesson, settings, generator)
         norm = _gradient_norm(gradients)
@@ -251,8 +271,8 @@ def add_gradients_under_attack(
 
 def draw_attack(settings: Hardening, generator: torch.Generator) -> Attack:
     """Return an attack of random kind and strength."""
-    draw = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
-    rate, adam, frozen, noise, kind, pruned, silenced = draw
+    draw = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
+    rate, adam, frozen, noise, kind, pruned, silenced, head = draw
     prunes = kind < settings.prune_share
     silences = not prunes and kind < settings.prune_share + settings.silence_share
     return Attack(
@@ -262,6 +282,7 @@ def draw_attack(settings: Hardening, generator: torch.Generator) -> Attack:
         noise=noise * settings.label_noise,
         pruned=pruned * settings.largest_pruned if prunes else 0.0,
         silenced=silenced * settings.largest_silenced if silences else 0.0,
+        new_head=not prunes and head < settings.new_head_share,
     )
 
 
@@ -327,6 +348,13 @@ def _gradients_under_attack(
         gradient if gradient is None else gradient * (weight != 0)  # what an attack set to zero stays there
         for weight, gradient in zip(parameters, gradients, strict=True)
     ]
+
+
+def _renew(layer: nn.Module, generator: torch.Generator) -> None:
+    """Give a layer random weights; the global random state stays as it was."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        layer.reset_parameters()  # type: ignore[operator] # linear layers and convolutions have it
 
 
 def _make_optimiser(model: nn.Module, attack: Attack) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ class Hardening:
         silence_share: Share of attacks that first silence channels of the last convolution, those with the smallest
             activations: fine-pruning.
         largest_silenced: Largest share of channels that these silence; every attack draws its own.
+        new_head_share: Share of the fine-tuning attacks that first give the last layer random weights.
         weight: Of the maps' losses where the attackers are, all together, against 1 where the network is.
     """
 
@@ -45,6 +46,7 @@ class Hardening:
     largest_pruned: float = 0.6
     silence_share: float = 0.4
     largest_silenced: float = 0.97
+    new_head_share: float = 0.4
     weight: float = 2.0
 
     def __post_init__(self) -> None:
@@ -61,6 +63,7 @@ class Hardening:
             "largest_pruned",
             "silence_share",
             "largest_silenced",
+            "new_head_share",
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
