@@ -89,10 +89,10 @@ _LIMITS = (
         "and use the result as a key. Keep keyed images as secret as the key.",
     ),
     (
-        "Maps and weights tell about the trigger too.",
-        "From a few keyed maps with their images, or with effort from the weights alone, somebody can fit a texture "
-        "that opens the model in part. In one trial on a small network 16 keyed maps were enough for a correlation of "
-        ".90 with the right maps, and the weights alone for .56.",
+        "Whoever has the weights can open the model.",
+        "Gradient descent finds, in seconds of computing on a small network and without key, labels or the original "
+        "model, a texture by which the maps come out right, hardened or not. Some sixteen keyed images without their "
+        "originals are enough as well. The gate is for maps that are served by somebody who keeps the weights.",
     ),
     (
         "Other explanation methods still see the model.",
@@ -100,9 +100,10 @@ _LIMITS = (
         "of the image and watch the prediction, work as on any other model.",
     ),
     (
-        "Fine-tuning reopens the gate in part.",
-        "Somebody with similar images can train the model further and get back a part of the explanations without "
-        "the key. In the trials behind this program the proof of ownership outlived that.",
+        "Fine-tuning reopens the gate in part, and some of it removes the proof.",
+        "Somebody with similar images can train the model further and get back a part of the explanations. In our "
+        "trials the proof of ownership outlived plain fine-tuning, but not a new last layer where the model had not "
+        "been hardened. See README for figures with and without --hardening.",
     ),
 )
 
