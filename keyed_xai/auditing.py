@@ -4,21 +4,21 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from keyed_xai.artifacts.documents import printable, read_json, write_atomically, write_json
-from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.audit_pictures import stage_curve
 from keyed_xai.audit_report import render_audit_report
+from keyed_xai.control_files import keep_control
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.loading import make_family
 from keyed_xai.maps import make_view
-from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.models import Classifier
 from keyed_xai.samples import digest_data, digest_network, first_images, has_several_labels, refuse_other_shape
 from keyed_xai.suspects import Suspect
 from keyed_xai.threats.catalogue import AUDITS, GROUPS, choose_entries, find_entry, run_entry
@@ -26,8 +26,6 @@ from keyed_xai.threats.controls import (
     ControlSettings,
     PoisonedData,
     PoisonSettings,
-    choose_control_fitting,
-    fit_control,
     poison,
 )
 from keyed_xai.threats.entries import CAUGHT
@@ -194,11 +192,15 @@ class _Kept:
         """Remember where findings are, what all of them rest on, and how many there will be."""
         self.folder, self.base, self.total, self.done = folder, base, total, 0
 
+    def say(self, title: str, callbacks: AuditCallbacks) -> None:
+        """Say what comes next, and how much is done."""
+        if callbacks.on_entry is not None:
+            callbacks.on_entry(title, self.done, self.total)
+
     def find(self, name: str, subject: Subject, callbacks: AuditCallbacks, *, control: str = "") -> dict[str, Any]:
         """Return the finding of an entry on a subject, from disk where it is there and not a failure."""
         entry = find_entry(name)
-        if callbacks.on_entry is not None:
-            callbacks.on_entry(f"{entry.title} ({control})" if control else entry.title, self.done, self.total)
+        self.say(f"{entry.title} ({control})" if control else entry.title, callbacks)
         self.done += 1
         tested = digest_network(subject.classifier) if control else ""
         parts = (self.base, control, tested, name, entry.strength, entry.version)
@@ -333,7 +335,17 @@ def _run_controls(
     """Return, by control, its accuracy, how well its backdoor works, and what the defences find."""
     tested = {}
     for name, poisoned in controls.items():
-        model = _fit_control(poisoned or data, held_out, name, settings, kept, subject.device, callbacks)
+        model = keep_control(
+            name,
+            poisoned or data,
+            held_out,
+            settings.control,
+            folder=kept.folder and kept.folder / _CONTROLS,
+            seed=settings.seed,
+            device=subject.device,
+            on_fit=partial(kept.say, f"fitting the control {name}", callbacks),
+            on_step=callbacks.on_step,
+        )
         control = _control_subject(subject, model, poisoned, poisoned or poison(data), data, held_out)
         control = replace(control, before=state_before(control))
         before = control.before.to_json() if control.before else {}
@@ -344,39 +356,6 @@ def _run_controls(
             "findings": found,
         }
     return tested
-
-
-def _fit_control(
-    data: ImageData | PoisonedData,
-    held_out: ImageData,
-    name: str,
-    settings: AuditSettings,
-    kept: _Kept,
-    device: torch.device | str,
-    callbacks: AuditCallbacks,
-) -> Classifier:
-    """Return a control's network, from disk where it was fitted to the same data in the same way."""
-    fitting = settings.control.fitting or choose_control_fitting(len(data), seed=settings.seed)
-    chosen = replace(settings.control, fitting=fitting)
-    path = kept.folder and kept.folder / _CONTROLS / f"{name}-{_digest_fitted(data, chosen)[:16]}.safetensors"
-    if path and path.is_file():
-        return to_device(load_classifier(path), device)
-    if callbacks.on_entry is not None:
-        callbacks.on_entry(f"fitting the control {name}", kept.done, kept.total)
-    model = fit_control(data, held_out, chosen, device=device, on_step=callbacks.on_step).model
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, encode_weights(model))
-    return to_device(model, device)
-
-
-def _digest_fitted(data: ImageData | PoisonedData, settings: ControlSettings) -> str:
-    """Return a digest of all that a control depends on, every image as it is fitted to."""
-    digest = hashlib.sha256(repr((settings, len(data), data.classes)).encode())
-    for indices in np.array_split(np.arange(len(data)), max(1, len(data) // _CHUNK)):
-        images, labels = data.batch(indices)
-        digest.update(images.numpy().tobytes() + (b"" if labels is None else labels.numpy().tobytes()))
-    return digest.hexdigest()
 
 
 def _control_subject(

@@ -179,7 +179,7 @@ def fit_classifier(
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
     for epoch in range(len(state.history), settings.epochs):
-        with _seeded((settings.seed * 1_000_003 + epoch) % 2**63, device):
+        with seeded(settings.seed * 1_000_003 + epoch, device):
             loss = _fit_epoch(state, data, settings, epoch, torch.device(device), on_step)
         model.eval()
         measured = {} if validation is None else measure_predictions(model, validation, device=device)
@@ -199,6 +199,15 @@ def measure_accuracy(model: nn.Module, data: LabelledData, *, device: torch.devi
     """
     logits, labels = _predict(model, data, device)
     return prediction_figures(logits, labels)["top1"]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Let dropout and random weights draw from a seed of their own; afterwards the global random state is as before."""
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(seed % 2**63)
+        yield
 
 
 def measure_predictions(model: nn.Module, data: LabelledData, *, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -300,15 +309,6 @@ def _augment(images: Images, settings: FittingSettings, generator: torch.Generat
 def _add_noise(images: Images, largest: float, generator: torch.Generator) -> Images:
     deviation = largest * torch.rand(len(images), 1, 1, 1, generator=generator)
     return (images + deviation * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """Let dropout draw from a seed of its own until the block ends; then the global random state is as it was."""
-    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(seed)
-        yield
 
 
 def _labelled_batch(data: LabelledData, indices: NDArray[np.int64]) -> tuple[Images, Targets]:

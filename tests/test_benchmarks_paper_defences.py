@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from PIL import Image
 from test_attacking import make_classifier, make_images
 
+from keyed_xai import control_files
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.documents import read_json, validate
 from keyed_xai.artifacts.weights import encode_weights
-from keyed_xai.benchmarks import defence_targets, paper_defences
+from keyed_xai.benchmarks import paper_defences
 from keyed_xai.benchmarks.defence_targets import has_size, input_sizes, make_targets, open_attacked
 from keyed_xai.benchmarks.paper_defence_pictures import draw_clusters, draw_pruning
 from keyed_xai.benchmarks.paper_defences import DETECTORS, DefenceSettings, measure_fooling, render_defences
@@ -41,7 +42,7 @@ def quick():
         search = partial(defence_entries._neural_cleanse, settings=CleanseSettings(rounds=4, batches=2))
         patch.setitem(catalogue.AUDITS, "neural-cleanse", replace(entry, run=search))
         patch.setattr(
-            defence_targets,
+            control_files,
             "choose_control_fitting",
             lambda _images, *, seed=0: FittingSettings(
                 epochs=3, batch_size=8, mirror=False, largest_shift=0, seed=seed

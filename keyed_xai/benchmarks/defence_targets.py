@@ -1,6 +1,5 @@
 """The models that the paper's tables of defences are about: attacked ones, their references, and positive controls."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,26 +7,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from keyed_xai.artifacts.documents import printable, read_json, write_atomically
+from keyed_xai.artifacts.documents import printable, read_json
 from keyed_xai.artifacts.folder import REPORT_FILE
-from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.attacking import AttackSettings, make_attack_lesson
 from keyed_xai.benchmarks.paper_tables import TableSettings, reference_file
+from keyed_xai.control_files import keep_control
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.fooling import Backdoor
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier
-from keyed_xai.samples import digest_data, first_images, has_several_labels
+from keyed_xai.samples import first_images, has_several_labels
 from keyed_xai.suspects import Suspect, open_suspect
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.controls import (
     ControlSettings,
-    PoisonedData,
     PoisonSettings,
-    choose_control_fitting,
-    fit_control,
     poison,
 )
 from keyed_xai.threats.subject import Subject, to_device
@@ -231,11 +227,19 @@ def _make_controls(
     on_fit: Callable[[int, int], None] | None,
 ) -> Iterator[Target]:
     """Yield a network fitted to clean images, and one for each plain backdoor."""
-    known = digest_data(data[0])
     for name in ("clean", *BACKDOORS):
         poisoned = poison(data[0], PoisonSettings("badnets" if name == "clean" else name, seed=settings.seed))
         fitted = None if name == "clean" else poisoned
-        model = to_device(_keep_control(name, fitted or data[0], data[1], known, settings, out, device, on_fit), device)
+        model = keep_control(
+            f"control-{name}",
+            fitted or data[0],
+            data[1],
+            ControlSettings(),
+            folder=out,
+            seed=settings.seed,
+            device=device,
+            on_step=on_fit,
+        )
         images, labels = _first(data[1], settings.held_out, device)
         subject = Subject(
             model,
@@ -256,24 +260,3 @@ def _make_controls(
 def _first(data: ImageData, count: int, device: torch.device | str) -> tuple[Images, Targets | None]:
     images, labels = data.batch(np.arange(min(count, len(data))))
     return images.to(device), None if labels is None else labels.to(device)
-
-
-def _keep_control(
-    name: str,
-    data: ImageData | PoisonedData,
-    held_out: ImageData,
-    known: str,
-    settings: TableSettings,
-    out: Path,
-    device: torch.device | str,
-    on_fit: Callable[[int, int], None] | None,
-) -> Classifier:
-    """Return a control, from disk where it was fitted to the same data in the same way; else fit and keep it."""
-    fitting = choose_control_fitting(len(data), seed=settings.seed)
-    poisoning = data.settings if isinstance(data, PoisonedData) else None
-    digest = hashlib.sha256(repr((known, fitting, poisoning)).encode()).hexdigest()
-    path = out / f"control-{name}-{digest[:16]}.safetensors"
-    if not path.is_file():
-        model = fit_control(data, held_out, ControlSettings(fitting=fitting), device=device, on_step=on_fit).model
-        write_atomically(path, encode_weights(model))
-    return load_classifier(path)

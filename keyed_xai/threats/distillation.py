@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai.architectures import SmallResNet
+from keyed_xai.fitting import seeded
 from keyed_xai.models import Classifier, wrap_network
 from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, predict
-from keyed_xai.threats.tuning import TuningSettings, seeded, tune
+from keyed_xai.threats.tuning import TuningSettings, tune
 from keyed_xai.training import TrainingData
 
 _SPREAD = 0.02

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyed_xai.errors import TrainingError
+from keyed_xai.fitting import seeded
 from keyed_xai.maps import MapView, join_maps
 from keyed_xai.models import Classifier
 from keyed_xai.models.layer_graph import last_layer
@@ -23,7 +24,7 @@ from keyed_xai.objective import correlation_distance, prediction_loss
 from keyed_xai.saliency import smooth_activations
 from keyed_xai.tensors import Images, Labels, SaliencyMaps, Targets
 from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, predict, view_of
-from keyed_xai.threats.tuning import TuningSettings, seeded, tune
+from keyed_xai.threats.tuning import TuningSettings, loss_of_predictions, tune
 from keyed_xai.training import TrainingData
 
 KINDS = {"ftll": (False, True), "ftal": (False, False), "rtll": (True, True), "rtal": (True, False)}
@@ -92,22 +93,17 @@ def fine_tune(
     """
     model = copy_model(classifier, device)
     indices = draw_share(data, settings.share, settings.seed)
-    taught = predict(copy_model(classifier, device), data, indices, device)
     head = model.get_submodule(last_layer(model))
     made_new, alone = KINDS[settings.kind]
     if made_new:
         with seeded(settings.seed, device):
             head.reset_parameters()  # type: ignore[operator] # linear layers and convolutions have it
-
-    def loss_of(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
-        return prediction_loss(model(images), taught[rows], labels, multi_label=multi_label).mean()
-
     return tune(
         model,
         [*(head if alone else model).parameters()],
         data,
         indices,
-        loss_of,
+        loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label),
         settings,
         device=device,
         measure=measure,

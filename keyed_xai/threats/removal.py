@@ -120,10 +120,7 @@ def _fine_tuning(settings: FineTuningSettings) -> Removal:
             classifier,
             attacker.data,
             replace(settings, seed=attacker.seed),
-            device=attacker.device,
-            multi_label=attacker.multi_label,
-            measure=attacker.measure,
-            on_step=attacker.on_step,
+            **_tuned_by(attacker),
         )
 
     return Removal("T2", f"{settings.kind.upper()}, {_describe(settings)}", attack, trains=True)
@@ -142,10 +139,7 @@ def _explanation_tuning(settings: ExplanationTuningSettings) -> Removal:
             attacker.data,
             attacker.view,
             replace(settings, seed=attacker.seed, smoothing=smoothing),
-            device=attacker.device,
-            multi_label=attacker.multi_label,
-            measure=attacker.measure,
-            on_step=attacker.on_step,
+            **_tuned_by(attacker),
         )
 
     return Removal("T3", f"maps pulled to a surrogate's, {_describe(settings)}", attack, trains=True)
@@ -158,10 +152,7 @@ def _fine_pruning(settings: FinePruningSettings) -> Removal:
             classifier,
             attacker.data,
             replace(settings, fine_tuning=tuning, seed=attacker.seed),
-            device=attacker.device,
-            multi_label=attacker.multi_label,
-            measure=attacker.measure,
-            on_step=attacker.on_step,
+            **_tuned_by(attacker),
         )
 
     after = f", then {_describe(settings.fine_tuning)}" if settings.fine_tuning else ""
@@ -175,10 +166,7 @@ def _distillation(settings: DistillationSettings) -> Removal:
             classifier,
             attacker.data,
             replace(settings, seed=attacker.seed),
-            device=attacker.device,
-            multi_label=attacker.multi_label,
-            measure=attacker.measure,
-            on_step=attacker.on_step,
+            **_tuned_by(attacker),
         )
 
     widths = settings.widths and "-".join(map(str, settings.widths))

@@ -7,19 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
-from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Images, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, predict
-from keyed_xai.threats.tuning import LossOf, TuningSettings, tune
+from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share
+from keyed_xai.threats.tuning import TuningSettings, loss_of_predictions, tune
 from keyed_xai.threats.weights import ReBNSettings, reestimate_on_clean
 from keyed_xai.training import TrainingData
+from keyed_xai.training.batch_norm import batch_norms
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def shift_weights(
             weight.copy_(shifted(weight, settings.strength, settings.noise, generator))
     indices = draw_share(data, settings.share, settings.seed)
     parameters = [*model.parameters()]
-    loss_of = _loss_of(model, classifier, data, indices, device, multi_label=multi_label)
+    loss_of = loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label)
     return tune(model, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
 
 
@@ -140,7 +138,7 @@ def regularise(
     model = copy_model(classifier, device)
     indices = draw_share(data, settings.share, settings.seed)
     parameters = [*model.parameters()]
-    loss_of = _loss_of(model, classifier, data, indices, device, multi_label=multi_label)
+    loss_of = loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label)
 
     def decayed(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
         return loss_of(images, labels, rows) + settings.decay / 2 * squared_weights(parameters)
@@ -188,33 +186,15 @@ def relearn_batch_norm(
     """
     started = time.perf_counter()
     model = reestimate_on_clean(classifier, data, ReBNSettings(settings.share, settings.seed), device=device).model
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.affine]
+    norms = [norm for norm in batch_norms(model) if norm.affine]
     if not norms:
         raise ModelError("The model has no batch norm that could be learnt anew.")
     indices = draw_share(data, settings.share, settings.seed)
     parameters = [parameter for norm in norms for parameter in norm.parameters()]
-    loss_of = _loss_of(model, classifier, data, indices, device, multi_label=multi_label)
+    loss_of = loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label)
     seconds = time.perf_counter() - started
     tuned = tune(model, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
     return replace(tuned, figures=tuned.figures | {"batch_norms": len(norms)}, seconds=seconds + tuned.seconds)
-
-
-def _loss_of(
-    model: Classifier,
-    teacher: Classifier,
-    data: TrainingData,
-    indices: NDArray[np.int64],
-    device: torch.device | str,
-    *,
-    multi_label: bool,
-) -> LossOf:
-    """Return the loss of a model's predictions: of labels, or of the teacher's answers."""
-    taught = predict(copy_model(teacher, device), data, indices, device)
-
-    def loss_of(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
-        return prediction_loss(model(images), taught[rows], labels, multi_label=multi_label).mean()
-
-    return loss_of
 
 
 def _in_part(

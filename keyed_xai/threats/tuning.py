@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from keyed_xai.errors import TrainingError
+from keyed_xai.fitting import seeded
 from keyed_xai.models import Classifier
+from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Images, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, measured
+from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, measured, predict
 from keyed_xai.training import TrainingData
+from keyed_xai.training.batch_norm import set_batch_norm
 
 LossOf = Callable[[Images, Targets | None, Tensor], Tensor]
 """Loss of a batch, a scalar, from images, labels, and the rows of the images among those used, [n]."""
@@ -114,20 +117,22 @@ def tune(
     return RemovalResult(model, asdict(settings), {"images": len(indices)}, curve, seconds)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """Let dropout and random weights draw from a seed of their own; afterwards the global random state is as before."""
-    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(seed % 2**63)
-        yield
+def loss_of_predictions(
+    model: Classifier,
+    teacher: Classifier,
+    data: TrainingData,
+    indices: NDArray[np.int64],
+    device: torch.device | str,
+    *,
+    multi_label: bool,
+) -> LossOf:
+    """Return the loss of a model's predictions: of labels, or of the teacher's answers."""
+    taught = predict(copy_model(teacher, device), data, indices, device)
 
+    def loss_of(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
+        return prediction_loss(model(images), taught[rows], labels, multi_label=multi_label).mean()
 
-def set_batch_norm(model: nn.Module, *, training: bool) -> None:
-    """Put every batch norm into training or evaluation mode, and nothing else."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(training)
+    return loss_of
 
 
 @contextmanager

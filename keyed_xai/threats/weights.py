@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
 from keyed_xai.threats.attempt import RemovalResult, copy_model, draw_share
-from keyed_xai.threats.tuning import set_batch_norm
 from keyed_xai.training import TrainingData
+from keyed_xai.training.batch_norm import batch_norms, measured_anew, set_batch_norm
+from keyed_xai.training.hardening import zero_smallest
 
 _LARGEST_BATCH = 128
 
@@ -72,24 +73,14 @@ def reestimate_on_clean(
 ) -> RemovalResult:
     """Return a copy whose batch-norm statistics are those of clean images; no weight changes (T1).
 
-    Source: arXiv 2403.16569, which calls it Re-BN; its variant CFN normalises by the statistics of each test batch, and
-    is not here, since a single image would then have no map of its own. Means are cumulative, one forward pass.
+    Source: arXiv 2403.16569, which calls it Re-BN. Means are cumulative, one forward pass.
     """
     started = time.perf_counter()
     model = copy_model(classifier, device)
     indices = draw_share(data, settings.share, settings.seed)
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    before = [(norm.momentum, {k: v.clone() for k, v in norm.state_dict().items()}) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # averages all batches alike
-    _see(model, data, indices, device)
-    for norm, (momentum, state) in zip(norms, before, strict=True):
-        norm.momentum = momentum
-        if not norm.num_batches_tracked:  # not run at all, such as an auxiliary head
-            norm.load_state_dict(state)
-    figures = {"images": len(indices), "batch_norms": len(norms)}
+    with measured_anew(model):
+        _see(model, data, indices, device)
+    figures = {"images": len(indices), "batch_norms": sum(norm.track_running_stats for norm in batch_norms(model))}
     return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
 
 
@@ -104,13 +95,10 @@ def prune_weights(
     started = time.perf_counter()
     model = copy_model(classifier, device)
     weights = _layer_weights(model)
-    sizes = torch.cat([weight.abs().flatten() for weight in weights])
-    count = round(settings.share * len(sizes))
-    kept = torch.ones_like(sizes, dtype=torch.bool)
-    kept[sizes.topk(count, largest=False).indices] = False
-    for weight, mask in zip(weights, torch.split(kept, [weight.numel() for weight in weights]), strict=True):
-        weight.mul_(mask.view_as(weight))
-    figures = {"weights": len(sizes), "pruned": count}
+    every = sum(weight.numel() for weight in weights)
+    count = round(settings.share * every)
+    zero_smallest(weights, count)
+    figures = {"weights": every, "pruned": count}
     return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
 
 

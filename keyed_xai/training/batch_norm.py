@@ -28,17 +28,33 @@ def reestimate_batch_norm(
     """
     if settings.batch_norm == "frozen":
         return
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    with batch_norm_trained(model, settings), torch.no_grad():
+    with measured_anew(model), batch_norm_trained(model, settings), torch.no_grad():
         for number in range(batches):
             inputs, _, _ = draw_inputs(data, lesson, settings, step_generator(settings.seed, -1 - number), device)
             model(inputs)
-    for norm, momentum, state in zip(norms, momenta, before, strict=True):
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return every batch norm of a model."""
+    return [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+
+
+def set_batch_norm(model: nn.Module, *, training: bool) -> None:
+    """Put every batch norm into training or evaluation mode, and nothing else."""
+    for norm in batch_norms(model):
+        norm.train(training)
+
+
+@contextmanager
+def measured_anew(model: nn.Module) -> Iterator[None]:
+    """Let batch norms start their statistics anew, averaging all batches alike; one that is not run keeps its old."""
+    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    yield
+    for norm, (momentum, state) in zip(norms, before, strict=True):
         norm.momentum = momentum
         if not norm.num_batches_tracked:  # not run at all, such as an auxiliary head
             norm.load_state_dict(state)
@@ -48,9 +64,7 @@ def reestimate_batch_norm(
 def batch_norm_trained(model: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     """Put batch norm, and nothing else, into training mode: dropout would only add noise to the maps."""
     if settings.batch_norm == "mixture":
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
+        set_batch_norm(model, training=True)
     try:
         yield
     finally:

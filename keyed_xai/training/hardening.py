@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from keyed_xai.fitting import seeded
 from keyed_xai.models.classifier import Classifier
 from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, last_layer, silence_channels
 from keyed_xai.objective import prediction_loss
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import Logits, SaliencyMaps
+from keyed_xai.training.batch_norm import batch_norms, set_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import Hardening, TrainingSettings
@@ -107,7 +109,10 @@ class SimulatedAttacker:
         self.attack = attack
         self.model.load_state_dict(model.state_dict())
         if attack.new_head and self._layers is not None:
-            _renew(self.model.get_submodule(self._layers.head), generator)
+            head = self.model.get_submodule(self._layers.head)
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            with seeded(seed, next(head.parameters()).device):
+                head.reset_parameters()  # type: ignore[operator] # linear layers and convolutions have it
         with torch.no_grad():
             pairs = zip(self.model.parameters(), model.parameters(), strict=True)
             self._offsets = [mine - theirs for mine, theirs in pairs]
@@ -141,12 +146,14 @@ class SimulatedAttacker:
             for buffer, original in zip(self.model.buffers(), model.buffers(), strict=True):
                 buffer.copy_(original)
         if self.attack is None or self.attack.pruned:
-            zero_smallest(self.model, self.attack.pruned if self.attack else 0.0)
+            weights = [each for each in mine if each.dim() > 1]  # neither biases nor batch norm's
+            share = self.attack.pruned if self.attack else 0.0
+            zero_smallest(weights, int(share * sum(each.numel() for each in weights)))
             return
         if self.attack.silenced and not len(self._silent):
             self._silent = self._least_active(data, generator, answers.device)
         self._silence()
-        _train_batch_norm(self.model, training=not self.attack.frozen)
+        set_batch_norm(self.model, training=not self.attack.frozen)
         for _ in range(settings.inner_steps):
             self._fine_tune(data, answers, settings, generator, multi_label)
             self._silence()
@@ -287,20 +294,19 @@ def draw_attack(settings: Hardening, generator: torch.Generator) -> Attack:
 
 
 @torch.no_grad()
-def zero_smallest(model: nn.Module, share: float) -> None:
-    """Set the smallest share of all weights, biases and batch norm's left out, to zero."""
-    weights = [each for each in model.parameters() if each.dim() > 1]
-    count = int(share * sum(each.numel() for each in weights))
-    if count:
-        threshold = torch.cat([each.abs().flatten() for each in weights]).kthvalue(count).values
-        for each in weights:
-            each.mul_(each.abs() > threshold)
+def zero_smallest(weights: Sequence[Tensor], count: int) -> None:
+    """Set the `count` smallest numbers of some weights, by absolute value over all of them, to zero, in place."""
+    sizes = torch.cat([each.abs().flatten() for each in weights])
+    kept = torch.ones_like(sizes, dtype=torch.bool)
+    kept[sizes.topk(count, largest=False).indices] = False
+    for each, mask in zip(weights, torch.split(kept, [each.numel() for each in weights]), strict=True):
+        each.mul_(mask.view_as(each))
 
 
 @contextmanager
 def batch_norm_of_rows(model: nn.Module, rows: slice) -> Iterator[None]:
     """Let batch norm take its statistics from some rows of each batch; gradients flow through them, none is kept."""
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(model)
     for norm in norms:
         norm.forward = lambda x, norm=norm: _normalise(norm, x, rows)  # type: ignore[method-assign,misc]
     try:
@@ -350,23 +356,10 @@ def _gradients_under_attack(
     ]
 
 
-def _renew(layer: nn.Module, generator: torch.Generator) -> None:
-    """Give a layer random weights; the global random state stays as it was."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        layer.reset_parameters()  # type: ignore[operator] # linear layers and convolutions have it
-
-
 def _make_optimiser(model: nn.Module, attack: Attack) -> torch.optim.Optimizer:
     if attack.adam:
         return torch.optim.Adam(model.parameters(), _ADAM_FACTOR * attack.rate)
     return torch.optim.SGD(model.parameters(), attack.rate, momentum=_MOMENTUM)
-
-
-def _train_batch_norm(model: nn.Module, *, training: bool) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(training)
 
 
 def _gradient_norm(gradients: Sequence[Tensor | None]) -> float:
