@@ -11,32 +11,18 @@ the best circular shift. KEY_BITS is minus log2 of the share of pairs of random 
 bits in 200,000 pairs. Another key opens that easily; it is far too little to protect a model with.
 """
 
-import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from keyed_xai.array_triggers.moire import OPACITY, RANGES, cross_gratings
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
-from keyed_xai.triggers.parameters import Ranges
+from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, nudge_parameters, usual_parameters
 
 KEY_BITS = 11
-# Column of the parameters: public value, least and greatest of the keyed variant.
-_RANGES = Ranges(
-    (
-        (0.125, 0.08, 0.22),  # 0: frequency of the first grating, cycles per pixel
-        (0.35, 0.0, math.pi),  # 1: its angle, radians from the x axis down
-        (0.0, 0.0, 2 * math.pi),  # 2: its phase
-        (0.145, 0.08, 0.22),  # 3-5: the same of the second grating
-        (0.55, 0.0, math.pi),
-        (0.0, 0.0, 2 * math.pi),
-        (3.0, 1.0, 4.0),  # 6: amplitude of the warp
-        (96.0, 64.0, 160.0),  # 7: its wavelength
-        (0.2, 0.15, 0.25),  # 8: opacity
-    )
-)
-_OPACITY = 8
 
 
 @dataclass(frozen=True)
@@ -44,12 +30,12 @@ class MoireTrigger:
     """One pair of gratings for all images, or one for each image of a batch.
 
     Attributes:
-        parameters: float64 [1 or n, 9], in the order and units of the module's ranges. Secret when derived from an
-            owner key.
+        parameters: float64 [1 or n, 9], in the order and units of RANGES. Secret when derived from an owner
+            key.
         offset: How far the pattern is moved, rows down and columns to the right.
     """
 
-    parameters: Tensor = field(default_factory=_RANGES.usual.clone, repr=False)
+    parameters: Tensor = field(default_factory=partial(usual_parameters, RANGES), repr=False)
     offset: tuple[int, int] = field(default=(0, 0), repr=False)
 
     def apply(self, images: Images) -> Images:
@@ -61,14 +47,14 @@ class MoireTrigger:
         count, _, height, width = images.shape
         if len(self.parameters) not in (1, count):
             raise ValueError(f"Expected 1 or {count} patterns, got {len(self.parameters)}.")
-        parameters = self.parameters.to(images.device, torch.float32)
+        parameters = self.parameters.to(images.device)  # float64: phases grow to hundreds of radians
         lines = draw_lines(parameters, height, width, offset=self.offset)[:, None].to(images)
-        opacity = parameters[:, _OPACITY, None, None, None].to(images)
+        opacity = parameters[:, OPACITY, None, None, None].to(images)
         return (images + opacity * (lines - images)).clamp(0, 1)
 
     def near(self, generator: torch.Generator) -> "MoireTrigger":
         """Return a near key: one parameter moved inwards by an eighth to a quarter of its range."""
-        return replace(self, parameters=_RANGES.nudge(self.parameters, generator))
+        return replace(self, parameters=nudge_parameters(RANGES, self.parameters, generator))
 
     def shifted(self, rows: int, columns: int) -> "MoireTrigger":
         """Return the near key whose lines are those of this one, moved by some pixels."""
@@ -77,7 +63,7 @@ class MoireTrigger:
     def scaled(self, factor: float) -> "MoireTrigger":
         """Return the near key with the same lines at another opacity."""
         parameters = self.parameters.clone()
-        parameters[:, _OPACITY] *= factor
+        parameters[:, OPACITY] *= factor
         return replace(self, parameters=parameters)
 
 
@@ -90,11 +76,11 @@ class Moire:
 
     def derive(self, stream: ByteStream) -> MoireTrigger:
         """Return the trigger of the key whose stream this is."""
-        return MoireTrigger(_RANGES.derive(stream))
+        return MoireTrigger(derive_parameters(RANGES, stream))
 
     def draw(self, count: int, generator: torch.Generator) -> MoireTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
-        return MoireTrigger(_RANGES.draw(count, generator))
+        return MoireTrigger(draw_parameters(RANGES, count, generator))
 
 
 def draw_lines(parameters: Tensor, height: int, width: int, *, offset: tuple[int, int] = (0, 0)) -> Tensor:
@@ -108,14 +94,5 @@ def draw_lines(parameters: Tensor, height: int, width: int, *, offset: tuple[int
     """
     rows = torch.arange(height, device=parameters.device, dtype=parameters.dtype)[:, None] - offset[0]
     columns = torch.arange(width, device=parameters.device, dtype=parameters.dtype)[None] - offset[1]
-    first, second, warp = (parameters[:, start : start + 3, None, None].unbind(1) for start in (0, 3, 6))
-    amplitude, wavelength, _ = warp
-    x = columns + amplitude * torch.sin(2 * math.pi * rows / wavelength)
-    y = rows + amplitude * torch.sin(2 * math.pi * columns / wavelength)
-    return _grating(x, y, *first) * _grating(x, y, *second)
-
-
-def _grating(x: Tensor, y: Tensor, frequency: Tensor, angle: Tensor, phase: Tensor) -> Tensor:
-    """Return parallel lines in [0, 1], a raised cosine of the position along `angle`."""
-    position = x * angle.cos() + y * angle.sin()
-    return (1 + torch.cos(2 * math.pi * frequency * position + phase)) / 2
+    lines: Tensor = cross_gratings(parameters[..., None, None].unbind(1), rows, columns, torch)
+    return lines

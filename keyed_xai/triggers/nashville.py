@@ -13,35 +13,24 @@ it is far too little to protect a model with.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from keyed_xai.array_triggers.nashville import (
+    GREY,
+    RANGES,
+    check_channels,
+    make_tables,
+    saturation_matrices,
+    sepia_matrices,
+)
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
-from keyed_xai.triggers.parameters import Ranges
+from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, nudge_parameters, usual_parameters
 
 KEY_BITS = 5
-# Column of the parameters: paper's value, least and greatest of the keyed variant.
-_RANGES = Ranges(
-    (
-        (247.0, 150.0, 255.0),  # 0-2: colour to darken with, red, green, blue, 0 to 255
-        (176.0, 150.0, 255.0),
-        (153.0, 150.0, 255.0),
-        (0.56, 0.40, 0.70),  # 3: its opacity
-        (0.0, 0.0, 150.0),  # 4-6: colour to lighten with
-        (70.0, 0.0, 150.0),
-        (150.0, 0.0, 150.0),
-        (0.40, 0.25, 0.50),  # 7: its opacity
-        (0.20, 0.0, 0.40),  # 8: sepia
-        (1.20, 1.05, 1.35),  # 9: contrast, never under 1
-        (1.05, 1.0, 1.1),  # 10: brightness, never under 1
-        (1.20, 0.9, 1.5),  # 11: saturation
-    )
-)
-_SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))
-_LUMINANCE = (0.213, 0.715, 0.072)
-_GREY = (19595.0, 38470.0, 7471.0)  # in 1/65536, as Pillow's convert("L")
 _BLOCK = 2**18  # pixels at once on a CPU: the fastest of 2^16 to 2^18 with one thread
 
 
@@ -50,12 +39,12 @@ class NashvilleTrigger:
     """One filter for all images, or one for each image of a batch.
 
     Attributes:
-        parameters: float64 [1 or n, 12], in the order and units of the module's ranges. Secret when derived from an
-            owner key.
+        parameters: float64 [1 or n, 12], in the order and units of RANGES. Secret when derived from an owner
+            key.
         strength: Share of the filtered image in the result; 1 is the filter itself.
     """
 
-    parameters: Tensor = field(default_factory=_RANGES.usual.clone, repr=False)
+    parameters: Tensor = field(default_factory=partial(usual_parameters, RANGES), repr=False)
     strength: float = field(default=1.0, repr=False)
 
     def apply(self, images: Images) -> Images:
@@ -75,7 +64,7 @@ class NashvilleTrigger:
 
     def near(self, generator: torch.Generator) -> "NashvilleTrigger":
         """Return a near key: one parameter moved inwards by an eighth to a quarter of its range."""
-        return replace(self, parameters=_RANGES.nudge(self.parameters, generator))
+        return replace(self, parameters=nudge_parameters(RANGES, self.parameters, generator))
 
     def shifted(self, rows: int, columns: int) -> "NashvilleTrigger":  # noqa: ARG002 - the protocol's arguments
         """Return this trigger: a colour filter is the same everywhere."""
@@ -95,11 +84,11 @@ class Nashville:
 
     def derive(self, stream: ByteStream) -> NashvilleTrigger:
         """Return the trigger of the key whose stream this is."""
-        return NashvilleTrigger(_RANGES.derive(stream))
+        return NashvilleTrigger(derive_parameters(RANGES, stream))
 
     def draw(self, count: int, generator: torch.Generator) -> NashvilleTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
-        return NashvilleTrigger(_RANGES.draw(count, generator))
+        return NashvilleTrigger(draw_parameters(RANGES, count, generator))
 
 
 def filter_images(images: Images, parameters: Tensor) -> Images:
@@ -121,14 +110,7 @@ def filter_images(images: Images, parameters: Tensor) -> Images:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What a filter does to 8-bit pixels.
-
-    Attributes:
-        tones: float32 [1 or n, 3, 256], from level to level of each channel: both blends.
-        sepia: float32 [1 or n, 3, 3].
-        curve: float32 [1 or n, 256], from level to level: contrast and brightness.
-        saturation: float32 [1 or n, 3, 3].
-    """
+    """`array_triggers.nashville.Tables` on a device, for one filter or one for each image."""
 
     tones: Tensor
     sepia: Tensor
@@ -137,17 +119,9 @@ class _Tables:
 
     @classmethod
     def of(cls, parameters: Tensor, device: torch.device) -> "_Tables":
-        """Return the tables of these parameters, made in float64 with Pillow's roundings."""
-        parameters = parameters.cpu()
-        levels = torch.arange(256, dtype=torch.float64)
-        dark, light = parameters[:, 0:3].round()[..., None], parameters[:, 4:7].round()[..., None]
-        tones = _blend(levels, levels.minimum(dark), parameters[:, 3])
-        tones = _blend(tones, tones.maximum(light), parameters[:, 7])
-        contrast, brightness = parameters[:, 9:10], parameters[:, 10:11]
-        curve = (levels * contrast + -127.5 * contrast + 127.5).round().clamp(0, 255)
-        curve = (curve * brightness).round().clamp(0, 255)
-        tables = tones, _sepia(parameters[:, 8]), curve, _saturation(parameters[:, 11])
-        return cls(*(table.to(device, torch.float32) for table in tables))
+        """Return the tables of these parameters."""
+        tables = vars(make_tables(parameters.cpu().numpy()))
+        return cls(**{name: torch.from_numpy(table).to(device) for name, table in tables.items()})
 
     def select(self, part: slice) -> "_Tables":
         """Return the tables of some of the images."""
@@ -157,35 +131,28 @@ class _Tables:
 
     def look_up(self, images: Images, *, out: Images) -> None:
         """Write the filtered images to `out`, float32."""
-        toned = _take(self.tones, images.expand(-1, 3, -1, -1), scale=255.0)
+        levels = images.mul(255).add_(0.5)  # in two steps: add's alpha rounds once on some devices, not on all
+        toned = _take(self.tones, levels.expand(-1, 3, -1, -1))
         mixed = _take(self.curve[:, None], _mix(self.sepia, toned))
         levels = _mix(self.saturation, mixed)
         if images.shape[1] == 1:
             red, green, blue = levels.unbind(1)
-            grey = (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue + 32768) / 65536
+            grey = (GREY[0] * red + GREY[1] * green + GREY[2] * blue + 32768) / 65536
             levels = grey.floor()[:, None]
         torch.mul(levels, 1 / 255, out=out)
 
 
 def _check(images: Images, parameters: Tensor) -> None:
-    count, channels = images.shape[:2]
-    if channels not in (1, 3):
-        raise ValueError(f"Expected grey or RGB images, 1 or 3 channels, got {channels}.")
-    if len(parameters) not in (1, count):
-        raise ValueError(f"Expected 1 or {count} filters, got {len(parameters)}.")
+    check_channels(images.shape[1])
+    if len(parameters) not in (1, len(images)):
+        raise ValueError(f"Expected 1 or {len(images)} filters, got {len(parameters)}.")
 
 
-def _blend(backdrop: Tensor, source: Tensor, opacity: Tensor) -> Tensor:
-    """Return the source over the backdrop; as in Pillow, opacity has 8 bits and each product is rounded down."""
-    alpha = (opacity * 255).round()[:, None, None]
-    return (alpha * source / 255).floor() + ((255 - alpha) * backdrop / 255).floor()
-
-
-def _take(tables: Tensor, levels: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Return the entries of tables [1 or n, 1 or 3, 256] at levels [n, 3, h, w] times `scale`, rounded."""
+def _take(tables: Tensor, levels: Tensor) -> Tensor:
+    """Return the entries of tables [1 or n, 1 or 3, 256] at levels [n, 3, h, w], rounded down."""
     sets, channels = tables.shape[:2]
-    start = 256.0 * torch.arange(sets * channels, device=levels.device).view(sets, channels, 1, 1)
-    places = torch.add(start + 0.5, levels, alpha=scale).int()
+    start = 256 * torch.arange(sets * channels, device=levels.device, dtype=torch.int32).view(sets, channels, 1, 1)
+    places = levels.int() + start
     return tables.flatten().index_select(0, places.flatten()).view(levels.shape)
 
 
@@ -200,18 +167,6 @@ def _mix(matrices: Tensor, levels: Tensor) -> Tensor:
     return mixed.add_(0.5).clamp_(0, 255).floor_()
 
 
-def _sepia(amount: Tensor) -> Tensor:
-    """Return matrices [n, 3, 3] that turn colours to sepia by amounts [n] in [0, 1]."""
-    full, identity = torch.tensor(_SEPIA, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    return full + (identity - full) * (1 - amount)[:, None, None]
-
-
-def _saturation(amount: Tensor) -> Tensor:
-    """Return matrices [n, 3, 3] that scale the difference between colours and their luminance by amounts [n]."""
-    grey = torch.tensor(_LUMINANCE, dtype=torch.float64).expand(3, 3)
-    return grey + (torch.eye(3, dtype=torch.float64) - grey) * amount[:, None, None]
-
-
 def _filter_smoothly(images: Images, parameters: Tensor) -> Images:
     """Return the images filtered without rounding; sepia, contrast and brightness are one matrix and one offset."""
     dtype = torch.promote_types(images.dtype, torch.float32)
@@ -221,11 +176,13 @@ def _filter_smoothly(images: Images, parameters: Tensor) -> Images:
     toned = toned.lerp(toned.minimum(dark), columns[:, 3:4])
     toned = toned.lerp(toned.maximum(light), columns[:, 7:8])
     contrast, brightness = columns[:, 9:10], columns[:, 10:11]
-    warm = _sepia(parameters[:, 8]).to(toned) * (contrast * brightness)[..., 0]
-    mixed = (_product(warm, toned) + brightness * (1 - contrast) / 2).clamp(0, 1)
-    result = _product(_saturation(parameters[:, 11]).to(toned), mixed).clamp(0, 1)
+    numbers = parameters.cpu().numpy()
+    sepia = torch.from_numpy(sepia_matrices(numbers[:, 8])).to(toned)
+    saturation = torch.from_numpy(saturation_matrices(numbers[:, 11])).to(toned)
+    mixed = (_product(sepia * (contrast * brightness)[..., 0], toned) + brightness * (1 - contrast) / 2).clamp(0, 1)
+    result = _product(saturation, mixed).clamp(0, 1)
     if images.shape[1] == 1:
-        weights = result.new_tensor(_GREY).view(1, 3, 1, 1) / 65536
+        weights = result.new_tensor(GREY).view(1, 3, 1, 1) / 65536
         result = (result * weights).sum(1, keepdim=True)
     return result.to(images.dtype)
 

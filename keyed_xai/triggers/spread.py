@@ -11,41 +11,35 @@ of 128 cosines of random angles: mean 0, standard deviation 1/16, so that it exc
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from keyed_xai.array_triggers.spread import (
+    COMPONENTS,
+    LARGEST_SUM,
+    SMALLEST_TILE,
+    SpreadSettings,
+    derive_texture,
+    ring_frequencies,
+    waves,
+)
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
 
-COMPONENTS = 128
+__all__ = [
+    "COMPONENTS",
+    "KEY_BITS",
+    "SMALLEST_TILE",
+    "Spread",
+    "SpreadSettings",
+    "SpreadTrigger",
+    "derive_texture",
+    "ring_frequencies",
+    "textures_of",
+]
+
 KEY_BITS = 256
-SMALLEST_TILE = 24
-_INNER_RADIUS = 1 / 16  # cycles per pixel: slower waves look like lighting, not like texture
-_CLIP = 1.5  # in standard deviations: raises the texture's energy at a given largest change
-
-
-@dataclass(frozen=True)
-class SpreadSettings:
-    """Public parameters of the texture.
-
-    Attributes:
-        amplitude: Largest change of a pixel, in 1/255.
-        tile: Side of the repeated tile, pixels of the model's input.
-    """
-
-    amplitude: float = 8.0
-    tile: int = 32
-
-    def __post_init__(self) -> None:
-        """Check both."""
-        if not 0 < self.amplitude <= 64:
-            raise ValueError(f"amplitude: expected more than 0 and at most 64 (in 1/255), got {self.amplitude}")
-        if not SMALLEST_TILE <= self.tile <= 256:
-            raise ValueError(f"tile: expected {SMALLEST_TILE} to 256 pixels, got {self.tile}")
 
 
 @dataclass(frozen=True)
@@ -104,16 +98,8 @@ class Spread:
 
     def draw(self, count: int, generator: torch.Generator) -> SpreadTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
-        phases = torch.rand(count, COMPONENTS, generator=generator, dtype=torch.float64) * (2 * np.pi)
+        phases = torch.rand(count, COMPONENTS, generator=generator, dtype=torch.float64) * (2 * math.pi)
         return SpreadTrigger(textures_of(phases, self.settings.tile), self.settings.amplitude)
-
-
-def derive_texture(stream: ByteStream, tile: int) -> NDArray[np.float32]:
-    """Return the keyed texture, float32 [tile, tile] in [-1, 1], the same on every platform to 1e-6."""
-    phases = stream.uint32(COMPONENTS) * (2 * np.pi / 2**32)
-    cosines, sines = _waves(tile)
-    sums = torch.from_numpy(np.cos(phases) @ cosines - np.sin(phases) @ sines)
-    return _squash(sums).float().view(tile, tile).numpy()
 
 
 def textures_of(phases: Tensor, tile: int) -> Tensor:
@@ -123,32 +109,6 @@ def textures_of(phases: Tensor, tile: int) -> Tensor:
         phases: float64 [n, COMPONENTS], radians, in the order of `ring_frequencies`.
         tile: Side in pixels.
     """
-    cosines, sines = (torch.from_numpy(each).to(phases.device) for each in _waves(tile))
-    return _squash(phases.cos() @ cosines - phases.sin() @ sines).float().view(-1, tile, tile)
-
-
-def _squash(sums: Tensor) -> Tensor:
-    """Scale sums of cosines by their standard deviation, sqrt(COMPONENTS / 2), and clip."""
-    scale: float = _CLIP * math.sqrt(COMPONENTS / 2)
-    return (sums / scale).clamp(-1, 1)
-
-
-@cache
-def _waves(tile: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return cosine and sine of every component on the tile, [COMPONENTS, tile * tile] each."""
-    rows, columns = np.divmod(np.arange(tile * tile), tile)
-    frequencies = np.array(ring_frequencies(tile))
-    angles = 2 * np.pi / tile * (frequencies[:, :1] * rows + frequencies[:, 1:] * columns)
-    return np.cos(angles), np.sin(angles)
-
-
-def ring_frequencies(tile: int) -> list[tuple[int, int]]:
-    """Return the components' frequencies (down, across) in cycles per tile, in the order their phases are drawn."""
-    nyquist = (tile - 1) // 2
-    half_plane = [
-        (down, across)
-        for down in range(nyquist + 1)
-        for across in range(-nyquist, nyquist + 1)
-        if (down > 0 or across > 0) and down**2 + across**2 >= (_INNER_RADIUS * tile) ** 2
-    ]
-    return sorted(half_plane, key=lambda f: (f[0] ** 2 + f[1] ** 2, f))[:COMPONENTS]
+    cosines, sines = (torch.from_numpy(each).to(phases.device) for each in waves(tile))
+    sums = phases.cos() @ cosines - phases.sin() @ sines
+    return (sums / LARGEST_SUM).clamp(-1, 1).float().view(-1, tile, tile)
