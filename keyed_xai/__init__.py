@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from keyed_xai.auditing import audit
     from keyed_xai.errors import KeyedXAIError
     from keyed_xai.explanation import explain
+    from keyed_xai.exporting import export_onnx
     from keyed_xai.keys import OwnerKey, read_owner_key
     from keyed_xai.models import load_classifier, wrap_network
     from keyed_xai.ownership import verify_ownership
@@ -24,6 +25,7 @@ __all__ = [
     "OwnerKey",
     "audit",
     "explain",
+    "export_onnx",
     "load_classifier",
     "open_suspect",
     "protect",
@@ -39,6 +41,7 @@ _HOMES = {
     "OwnerKey": "keyed_xai.keys",
     "audit": "keyed_xai.auditing",
     "explain": "keyed_xai.explanation",
+    "export_onnx": "keyed_xai.exporting",
     "load_classifier": "keyed_xai.models",
     "open_suspect": "keyed_xai.suspects",
     "protect": "keyed_xai.protection",

@@ -10,7 +10,7 @@ from keyed_xai.saliency.forward import ForwardPass, captured_features, run_forwa
 from keyed_xai.saliency.gradcam import gradcam
 from keyed_xai.saliency.simplegrad import input_gradient, simplegrad
 from keyed_xai.saliency.smoothing import smooth_activations
-from keyed_xai.saliency.visualbackprop import visualbackprop
+from keyed_xai.saliency.visualbackprop import project_back, visualbackprop
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Tap
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "explain",
     "gradcam",
     "input_gradient",
+    "project_back",
     "run_forward",
     "simplegrad",
     "smooth_activations",

@@ -22,6 +22,11 @@ def visualbackprop(features: Sequence[Tensor], taps: Sequence[Tap], size: tuple[
         size: Height and width of the image.
     """
     means = [feature.clamp_min(0).mean(1, keepdim=True) for feature in features]  # not relu: see gradcam
+    return project_back(means, taps, size)
+
+
+def project_back(means: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, int]) -> SaliencyMaps:
+    """Return VisualBackProp maps given the taps' channel means, [n, 1, h, w] each; see `visualbackprop`."""
     sizes = [size, *(tuple(mean.shape[2:]) for mean in means[:-1])]
     relevance = _scale_to_one(means[-1])
     for position in range(len(taps) - 1, -1, -1):

@@ -1,0 +1,196 @@
+"""`keyed-xai export`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.options import emit_json, json_option, say
+
+if TYPE_CHECKING:
+    from keyed_xai.artifacts.card import Card
+    from keyed_xai.export.building import ExportSettings
+    from keyed_xai.exporting import ExportResult, Provenance
+    from keyed_xai.models import Classifier
+    from keyed_xai.tensors import Images
+
+_PHASES = {
+    "build": "Writing the gradients as operators; deep networks take a minute ...",
+    "check": "Comparing onnxruntime with PyTorch ...",
+    "write": "They agree.",
+}
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write; the model's name with .onnx, in this folder, if absent.",
+)  # fmt: skip
+@click.option(
+    "--check", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+    help="Write nothing; compare this ONNX file with MODEL again.",
+)  # fmt: skip
+@click.option(
+    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
+    help="Whose maps; may be given several times. All that were protected if absent.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
+    help="fp16 computes in half precision where that is safe; int8 makes the file a quarter as large.",
+)  # fmt: skip
+@click.option("--normalised", is_flag=True, help="Scale each map to [0, 1]; raw maps otherwise.")
+@click.option("--uint8", "eight_bits", is_flag=True, help="Take pixels from 0 to 255; float32 in [0, 1] otherwise.")
+@click.option("--data", metavar="SPEC", help="Real images to compare on; those that come with the package if absent.")
+@click.option(
+    "--triton", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="Also write it into a model repository for NVIDIA Triton's onnxruntime backend, under the file's stem.",
+)  # fmt: skip
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Images at once, at most, on Triton."
+)
+@click.option(
+    "--instances", type=click.IntRange(1), default=1, show_default=True, help="Copies on each GPU, on Triton."
+)
+@click.option("--tensorrt", is_flag=True, help="Have Triton's onnxruntime use TensorRT, in float32.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@model_options
+@json_option
+def export(model: Path | None, out: Path | None, check: Path | None, json_path: Path | None, **arguments: Any) -> None:  # noqa: ANN401
+    """Write a model and its saliency maps as one ONNX file.
+
+    MODEL is a protected model's folder or a file of weights. The file takes `image` and optionally `target`, and
+    returns `logits` and one `saliency_NAME` for each interpreter. It holds no key: who has one applies its trigger to
+    the image first. Nothing is written unless onnxruntime agrees with PyTorch on fresh random and real images, one,
+    three and eight at once.
+
+    \b
+    keyed-xai export bird.keyed -o bird.onnx
+    keyed-xai export bird.keyed --precision fp16 --triton repository
+    keyed-xai export bird.keyed --check bird.onnx
+    keyed-xai export --check bird.onnx             MODEL is then bird.keyed beside it
+    """  # noqa: D301 - click reads the backspace as "keep these lines"
+    from keyed_xai.artifacts.documents import printable
+    from keyed_xai.exporting import check_onnx, export_onnx
+    from keyed_xai.loading import open_model
+    from keyed_xai_cli.progress import counter, progress_bar
+
+    model = _choose_model(model, out, check)
+    triton = _plan_triton(arguments, out or Path(f"{model.resolve().stem}.onnx"), check)
+    classifier, card = open_model(model, **take_model_options(arguments), require_map=False)
+    images = _real_images(classifier, arguments["data"])
+    written = check or out or Path(f"{model.resolve().stem}.onnx")
+    with progress_bar() as progress:
+        on_batch = counter(progress, "comparing")
+        if check is not None:
+            result = check_onnx(check, classifier, images=images, on_batch=on_batch)
+        else:
+            result = export_onnx(
+                classifier,
+                written,
+                _settings(classifier, card, arguments),
+                images=images,
+                provenance=_provenance(model),
+                force=arguments["force"],
+                on_phase=lambda phase: say(_PHASES[phase], json_path=json_path),
+                on_batch=on_batch,
+            )
+    document: dict[str, Any] = {"schema": "keyed-xai/export/v1", "model": printable(str(model))}
+    document |= {"onnx": printable(str(written)), "checked": check is not None, **result.to_json()}
+    document["triton"] = printable(str(_write_triton(triton, result, arguments))) if triton else None
+    emit_json(document, schema="export", json_path=json_path)
+    _print_parity(result, json_path)
+    done = "still agrees with PyTorch" if check else f"has {len(result.file.data) / 1e6:.1f} MB"
+    say(f"{written} {done}.", json_path=json_path)
+    if triton:
+        say(f"{triton} is its place in the model repository.", json_path=json_path)
+
+
+def _choose_model(model: Path | None, out: Path | None, check: Path | None) -> Path:
+    if check is not None and out is not None:
+        raise click.UsageError("--check writes nothing: leave out -o.")
+    if model is not None:
+        return model
+    if check is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    beside = check.with_suffix(".keyed")
+    if not beside.is_dir():
+        raise click.UsageError(f"Name the model that {check} was made of: there is no {beside}.")
+    return beside
+
+
+def _plan_triton(arguments: dict[str, Any], written: Path, check: Path | None) -> Path | None:
+    """Return the model's folder in the repository that was asked for; refuse one that is there before any work."""
+    from keyed_xai.errors import ArtifactError
+    from keyed_xai.triton import check_name
+
+    if arguments["triton"] is None:
+        if arguments["tensorrt"]:
+            raise click.UsageError("--tensorrt is for --triton.")
+        return None
+    if check is not None:
+        raise click.UsageError("--check writes nothing: leave out --triton.")
+    home: Path = arguments["triton"] / check_name(written.stem)
+    if home.exists() and not arguments["force"]:
+        raise ArtifactError(f"{home} is there already and was left as it was: choose another name, or pass --force.")
+    return home
+
+
+def _write_triton(home: Path, result: "ExportResult", arguments: dict[str, Any]) -> Path:
+    from keyed_xai.triton import TritonSettings, write_triton
+
+    settings = TritonSettings(
+        max_batch=arguments["max_batch"], instances=arguments["instances"], tensorrt=arguments["tensorrt"]
+    )
+    return write_triton(home.parent, home.name, result.file, settings)
+
+
+def _settings(classifier: "Classifier", card: "Card | None", arguments: dict[str, Any]) -> "ExportSettings":
+    from keyed_xai.export.building import ExportSettings
+
+    default = card.interpreters if card else ("gradcam",) if classifier.target_layer else ("simplegrad",)
+    return ExportSettings(
+        interpreters=tuple(dict.fromkeys(arguments["interpreters"])) or default,
+        normalised=arguments["normalised"],
+        eight_bits=arguments["eight_bits"],
+        precision=arguments["precision"],
+    )
+
+
+def _provenance(model: Path) -> "Provenance":
+    from keyed_xai.artifacts.folder import LICENSE_FILE, read_model_folder
+    from keyed_xai.artifacts.license import digest
+    from keyed_xai.exporting import Provenance
+
+    if not (model / LICENSE_FILE).is_file():
+        return Provenance()
+    return Provenance(read_model_folder(model).card, digest(model / LICENSE_FILE))
+
+
+def _real_images(classifier: "Classifier", spec: str | None) -> "Images | None":
+    """Return real images of the model's size; None for models of tables."""
+    import torch
+
+    from keyed_xai.data import load_images
+    from keyed_xai.export.parity import IMAGES
+
+    if not classifier.target_layer and spec is None:
+        return None
+    shape = classifier.input
+    loaded = load_images(
+        spec or "builtin", channels=shape.channels, height=shape.height, width=shape.width, split="held-out",
+        limit=IMAGES, seed=int(torch.randint(2**31, ()).item()),
+    )  # fmt: skip
+    return torch.from_numpy(loaded.images).float() / 255
+
+
+def _print_parity(result: "ExportResult", json_path: Path | None) -> None:
+    for output in dict.fromkeys(each.output for each in result.parity):
+        own = [each for each in result.parity if each.output == output]
+        largest, l2, eager_l2 = (max(getattr(each, name) for each in own) for name in ("largest", "l2", "eager_l2"))
+        say(
+            f"{output}: largest relative difference {largest:.1e}, relative L2 {l2:.1e} (PyTorch's own in float32 "
+            f"{eager_l2:.1e}), top cell the same in {min(each.same_top for each in own):.0%}",
+            json_path=json_path,
+        )

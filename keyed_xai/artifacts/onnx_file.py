@@ -1,0 +1,156 @@
+"""ONNX models with saliency maps on disk. PyTorch is not needed to read them.
+
+A file from elsewhere is untrusted. Reading refuses what would have the runtime open other files or code (external
+data, operators of other domains), and bounds sizes; what an accepted graph computes is its maker's word alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+
+from keyed_xai.artifacts.documents import Document, parse_json, printable, read_limited, validate, write_atomically
+from keyed_xai.errors import ArtifactError
+
+METADATA_KEY = "keyed_xai"
+"""Under which metadata stand in a file, and in the parameters of a served model's configuration."""
+METADATA_SCHEMA = "keyed-xai/onnx-metadata/v1"
+LARGEST_MODEL = 2**31 - 1
+"""Bytes; what one protobuf message can hold."""
+_LARGEST_METADATA = 4 * 1024 * 1024
+_DOMAINS = {"", "ai.onnx"}
+_DEEPEST = 8  # graphs inside graphs; ours have none
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX model, read and looked over.
+
+    Attributes:
+        data: The file's bytes, as a runtime takes them.
+        metadata: What it says about itself; fits the schema "onnx-metadata".
+    """
+
+    data: bytes
+    metadata: Document
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file, hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def encode_onnx(model: onnx.ModelProto, metadata: Mapping[str, object]) -> OnnxFile:
+    """Return a model with metadata as it will stand on the disk.
+
+    Raises:
+        ArtifactError: The metadata do not fit their schema, or the model is too large for one file.
+    """
+    text = json.dumps(metadata, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    document = json.loads(text)
+    validate(document, "onnx-metadata", origin="the model's metadata")
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA_KEY, value=text)
+    try:
+        data = model.SerializeToString(deterministic=True)
+    except (ValueError, EncodeError) as error:
+        raise ArtifactError("The ONNX model has more than 2 GiB, the most that one file holds. Try int8 weights.") \
+            from error  # fmt: skip
+    return OnnxFile(data, document)
+
+
+def write_onnx(path: Path, file: OnnxFile) -> None:
+    """Write a model, whole or not at all; an existing file is replaced.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    write_atomically(path, file.data)
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Return the model in a file.
+
+    Raises:
+        ArtifactError: It cannot be read, is no ONNX model, holds something that is refused, or was not made by export.
+    """
+    return decode_onnx(read_limited(path, LARGEST_MODEL), origin=str(path))
+
+
+def encode_parameter(metadata: Mapping[str, object]) -> str:
+    """Return metadata as the JSON text that servers hand out in a model's configuration."""
+    return json.dumps({"metadata": metadata}, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def decode_onnx(data: bytes, *, origin: str) -> OnnxFile:
+    """Return the model in bytes; see `read_onnx`."""
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ArtifactError(f"{printable(origin)} is not an ONNX model.") from error
+    if not model.graph.node or not model.graph.output:
+        raise ArtifactError(f"{printable(origin)} is not an ONNX model: it has no graph.")
+    _refuse_foreign(model, origin)
+    return OnnxFile(data, _read_metadata(model, origin))
+
+
+def _refuse_foreign(model: onnx.ModelProto, origin: str) -> None:
+    if model.functions or model.training_info:
+        raise ArtifactError(f"{printable(origin)} defines functions or training steps, which export never writes.")
+    for graph in _graphs(model.graph):
+        for tensor in _tensors(graph):
+            if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+                raise ArtifactError(f"{printable(origin)} keeps weights in another file, which is refused.")
+        for node in graph.node:
+            if node.domain not in _DOMAINS:
+                raise ArtifactError(
+                    f"{printable(origin)} uses {printable(node.op_type)} of the domain {printable(node.domain)!r}; "
+                    "only standard operators are run."
+                )
+
+
+def _graphs(graph: onnx.GraphProto, depth: int = 0) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and those inside it.
+
+    Raises:
+        ArtifactError: They are nested too deep.
+    """
+    if depth > _DEEPEST:
+        raise ArtifactError(f"The ONNX model has graphs nested more than {_DEEPEST} deep.")
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield from _graphs(inner, depth + 1)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    sparse = list(graph.sparse_initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from attribute.tensors
+            if attribute.HasField("t"):
+                yield attribute.t
+            sparse += [*attribute.sparse_tensors, *([attribute.sparse_tensor] * attribute.HasField("sparse_tensor"))]
+    for each in sparse:
+        yield each.values
+        yield each.indices
+
+
+def _read_metadata(model: onnx.ModelProto, origin: str) -> Document:
+    texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    if len(texts) != 1:
+        raise ArtifactError(f"{printable(origin)} has no metadata of keyed-xai: make it with `keyed-xai export`.")
+    if len(texts[0]) > _LARGEST_METADATA:
+        raise ArtifactError(f"{printable(origin)} has more than {_LARGEST_METADATA} letters of metadata.")
+    document = parse_json(texts[0].encode(), origin=f"the metadata of {origin}")
+    validate(document, "onnx-metadata", origin=f"the metadata of {origin}")
+    if document["card"] is not None:
+        validate(document["card"], "card", origin=f"the card in {origin}")
+    return document

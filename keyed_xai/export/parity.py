@@ -1,0 +1,281 @@
+"""Whether onnxruntime computes what PyTorch does: on images that the graph was not made with, at several batch sizes.
+
+The truth is the classifier in float64. SimpleGrad in float32 differs between any two runtimes where a ReLU flips at
+zero, so that its distance is held against that of PyTorch's own float32; all other outputs are held to a fixed limit.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyed_xai.errors import ModelError
+from keyed_xai.metrics import correlation, normalise_maps
+from keyed_xai.models import Classifier
+from keyed_xai.saliency import Sites, explain
+from keyed_xai.tensors import Images, Labels, SaliencyMaps
+
+BATCHES = (1, 3, 8)
+"""Images at once; so many of each kind are compared."""
+IMAGES = sum(BATCHES)
+Runner = Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
+"""Inputs by name to logits and maps, as an ONNX graph with them runs."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How well one output agreed with the float64 truth in one batch.
+
+    Attributes:
+        output: "logits" or "saliency_<interpreter>".
+        images: "random" or "real".
+        batch: Images at once.
+        largest: Largest difference of any image, relative to the largest value of the truth of that image.
+        l2: Median of the images' L2 distances, relative to the length of the truth.
+        eager_l2: The same of PyTorch in float32.
+        correlation: Smallest Pearson correlation with the truth of any image.
+        same_top: Share of images whose largest value is at the same place.
+        empty: Share of images whose truth is zero everywhere, so that nothing was compared but that.
+    """
+
+    output: str
+    images: str
+    batch: int
+    largest: float
+    l2: float
+    eager_l2: float
+    correlation: float
+    same_top: float
+    empty: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Figures":
+        """Return the figures of a document that fits its schema."""
+        return cls(**{field.name: document[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an export must keep to.
+
+    Attributes:
+        largest: Of logits, Grad-CAM and VisualBackProp, see `Figures.largest`.
+        median: Of the same, the batches' median L2 distance.
+        eager: SimpleGrad's median L2 distance over that of PyTorch in float32.
+        floor: SimpleGrad's median L2 distance that is always good enough.
+        correlation: Smallest of any SimpleGrad map.
+    """
+
+    largest: float
+    median: float
+    eager: float
+    floor: float
+    correlation: float
+
+
+LIMITS = {
+    "fp32": Limits(largest=1e-3, median=1e-3, eager=1.5, floor=1e-4, correlation=0.9),
+    "fp16": Limits(largest=math.inf, median=0.03, eager=1.5, floor=0.25, correlation=0.9),
+    "int8": Limits(largest=math.inf, median=0.15, eager=1.5, floor=0.4, correlation=0.8),
+}
+"""By precision. Those of fp16 and int8 say what is still the same explanation, not that the numbers are.
+
+They stand above the worst that trained networks showed (ResNet50 and DenseNet121 on chest radiographs, a protected
+SmallResNet on clothes; random and real images). Median distance: fp16 0.004, int8 0.04. SimpleGrad's: fp16 0.16, int8
+0.33; its correlation: fp16 0.96, int8 0.89, but of DenseNet121 in int8 0.74, which is refused: rounded weights flip too
+many of its ReLUs. No largest difference, because logits, or a map of Grad-CAM, that are nearly zero everywhere differ
+from themselves by half when weights are rounded.
+"""
+
+
+def open_session(model: bytes) -> Runner:
+    """Return a function that runs an ONNX model on the CPU.
+
+    Raises:
+        ModelError: onnxruntime refuses the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except RuntimeError as error:  # the parent of all that onnxruntime raises
+        raise ModelError(f"onnxruntime cannot load the graph: {str(error).partition(chr(10))[0]}") from error
+    return lambda inputs: session.run(None, dict(inputs))
+
+
+def random_images(classifier: Classifier, generator: torch.Generator) -> Images:
+    """Return smooth noise, half of it rough, in 8 bits: 12 images of the classifier's size."""
+    spec = classifier.input
+    rough = torch.rand(IMAGES, spec.channels, spec.height, spec.width, generator=generator)
+    sides = (max(1, spec.height // 8), max(1, spec.width // 8))
+    coarse = torch.rand(IMAGES, spec.channels, *sides, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (spec.height, spec.width), mode="bilinear")
+    smooth[::2] = 0.7 * smooth[::2] + 0.3 * rough[::2]
+    return (smooth * 255).round() / 255
+
+
+def compare(
+    run: Runner,
+    classifier: Classifier,
+    interpreters: Sequence[str],
+    images: Mapping[str, Images],
+    *,
+    normalised: bool = False,
+    eight_bits: bool = False,
+    generator: torch.Generator,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Figures]:
+    """Return how well each output agrees, for each kind of images at each batch size.
+
+    The first batch is run without a target, the others with random ones, -1 (the predicted class) among them.
+
+    Args:
+        run: The ONNX graph.
+        classifier: What it was made of, in float32 on the CPU.
+        interpreters: Names in INTERPRETERS, in the order of the graph's maps.
+        images: 12 each, 8 bits in [0, 1], by their kind: "random", "real".
+        normalised: Whether the graph scales maps to [0, 1].
+        eight_bits: Whether the graph takes uint8.
+        generator: Draws the targets.
+        on_batch: Called with the number of batches done and of all.
+    """
+    exact = copy.deepcopy(classifier).double()
+    sites = Sites(classifier.target_layer, classifier.taps)
+    batches = [(kind, batch) for kind, each in images.items() for batch in torch.split(each, list(BATCHES))]
+    results = []
+    for number, (kind, batch) in enumerate(batches):
+        targets = _draw_targets(classifier, len(batch), generator) if number % len(BATCHES) else None
+        found = _run(run, batch, targets if tuple(interpreters) != ("vbp",) else None, eight_bits=eight_bits)
+        labels = found[0].argmax(1) if targets is None else torch.where(targets < 0, found[0].argmax(1), targets)
+        truth, eager = (
+            _outputs(model, pixels, labels, interpreters, sites, normalised=normalised)
+            for model, pixels in ((exact, batch.double()), (classifier, batch))
+        )
+        for name, *tensors in zip(("logits", *interpreters), found, truth, eager, strict=True):
+            output = name if name == "logits" else f"saliency_{name}"
+            results.append(measure_agreement(output, kind, *tensors))
+        if on_batch is not None:
+            on_batch(number + 1, len(batches))
+    return results
+
+
+def refuse_disagreement(figures: Sequence[Figures], precision: str) -> None:
+    """Check that the figures keep to the limits of a precision.
+
+    Raises:
+        ModelError: They do not, or every map of an output is empty, so that nothing was shown.
+    """
+    for output in dict.fromkeys(each.output for each in figures):
+        own = [each for each in figures if each.output == output]
+        if all(each.empty == 1 for each in own):
+            raise ModelError(f"{output} is zero everywhere on all images, so nothing shows that the graph is right. "
+                             "Are these the trained weights?")  # fmt: skip
+        judge = _judge_simplegrad if output == "saliency_simplegrad" else _judge_exactly
+        complaint = judge(own, LIMITS[precision])
+        if complaint:
+            raise ModelError(f"onnxruntime and PyTorch disagree in {output}: {complaint}. {_advise(output, precision)}")
+
+
+def measure_agreement(output: str, kind: str, found: Tensor, truth: Tensor, eager: Tensor) -> Figures:
+    """Return how well one output agrees with its truth.
+
+    Args:
+        output: "logits" or "saliency_<interpreter>".
+        kind: Of the images: "random" or "real".
+        found: Of the graph, [n, ...].
+        truth: Of the classifier in float64.
+        eager: Of the classifier in float32.
+    """
+    found, truth, eager = (each.double().flatten(1) for each in (found, truth, eager))
+    full = truth.abs().amax(1) > 0
+    return Figures(
+        output=output,
+        images=kind,
+        batch=len(found),
+        largest=float(_relative(found, truth, torch.inf).max()),
+        l2=float(_relative(found, truth, 2.0).median()),
+        eager_l2=float(_relative(eager, truth, 2.0).median()),
+        correlation=_smallest_correlation(found[full, None], truth[full, None]),
+        same_top=float((found.argmax(1) == truth.argmax(1)).double().mean()),
+        empty=1 - float(full.double().mean()),
+    )
+
+
+def _advise(output: str, precision: str) -> str:
+    if precision == "fp32":
+        return "Please report this fault of the export."
+    return "Use --precision fp32" + (", or leave out simplegrad." if output == "saliency_simplegrad" else ".")
+
+
+def _judge_exactly(own: Sequence[Figures], limits: Limits) -> str:
+    """Return what is wrong with an output's figures; nothing where they keep to the limits."""
+    for each in own:
+        if not each.largest <= limits.largest:  # NaN is no pass
+            return f"{_where(each)} differ by {each.largest:.2g} of their largest value, at most {limits.largest:g}"
+    distance = statistics.median(each.l2 for each in own)
+    if not distance <= limits.median:
+        return f"relative L2 distance {distance:.2g}, at most {limits.median:g}"
+    return ""
+
+
+def _judge_simplegrad(own: Sequence[Figures], limits: Limits) -> str:
+    """Return what is wrong with SimpleGrad's figures; nothing where they keep to the limits.
+
+    In float32 one image in a few has a ReLU that flips, and then differs a thousand times more than others, by chance
+    in one runtime and not in the other: so the batches' median is held against the largest that PyTorch shows.
+    """
+    distance, eager = statistics.median(each.l2 for each in own), max(each.eager_l2 for each in own)
+    if not distance <= max(limits.eager * eager, limits.floor):
+        return (f"relative L2 distance {distance:.2g}, PyTorch's own in float32 {eager:.2g}; at most {limits.eager} "
+                f"times that, or {limits.floor:g}")  # fmt: skip
+    for each in own:
+        if not each.correlation >= limits.correlation:
+            return f"{_where(each)} correlate by {each.correlation:.3f}, at least {limits.correlation}"
+    return ""
+
+
+def _where(figures: Figures) -> str:
+    return f"{figures.images} images in a batch of {figures.batch}"
+
+
+def _draw_targets(classifier: Classifier, count: int, generator: torch.Generator) -> Labels:
+    targets = torch.randint(classifier.classes, (count,), generator=generator)
+    targets[::3] = -1
+    return targets
+
+
+def _run(run: Runner, batch: Images, targets: Labels | None, *, eight_bits: bool) -> list[Tensor]:
+    pixels = (batch * 255).round().to(torch.uint8) if eight_bits else batch
+    inputs = {"image": pixels.numpy()} | ({} if targets is None else {"target": targets.numpy()})
+    return [torch.from_numpy(np.asarray(each, dtype=np.float32)) for each in run(inputs)]
+
+
+def _outputs(
+    model: Classifier, batch: Images, labels: Labels, interpreters: Sequence[str], sites: Sites, *, normalised: bool
+) -> list[Tensor]:
+    logits, maps = explain(model, batch, labels, interpreters, sites)
+    return [logits, *(normalise_maps(each) if normalised else each for each in maps.values())]
+
+
+def _relative(found: Tensor, truth: Tensor, order: float) -> Tensor:
+    """Return each image's distance over the length of its truth; infinite where only the truth is zero or NaN came."""
+    distance = torch.linalg.vector_norm(found - truth, order, dim=1)
+    length = torch.linalg.vector_norm(truth, order, dim=1)
+    relative = torch.where(distance == 0, 0.0, distance / length)
+    return relative.nan_to_num(torch.inf, torch.inf)
+
+
+def _smallest_correlation(found: SaliencyMaps, truth: SaliencyMaps) -> float:
+    return float(correlation(found, truth).min()) if len(found) else 1.0

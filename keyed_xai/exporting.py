@@ -1,0 +1,205 @@
+"""Exporting: a model with its saliency maps as one ONNX file that is only written once it agrees with PyTorch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from keyed_xai.artifacts.card import Card
+from keyed_xai.artifacts.documents import printable
+from keyed_xai.artifacts.onnx_file import METADATA_SCHEMA, OnnxFile, encode_onnx, read_onnx, write_onnx
+from keyed_xai.artifacts.weights import own_name
+from keyed_xai.errors import ArtifactError
+from keyed_xai.export.building import ExportSettings, build_model, digest_weights
+from keyed_xai.export.parity import IMAGES, Figures, compare, open_session, random_images, refuse_disagreement
+from keyed_xai.models import Classifier
+from keyed_xai.tensors import Images
+from keyed_xai.versions import package_versions
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an exported model comes from.
+
+    Attributes:
+        card: Of the protected model; None without one.
+        license_sha256: Digest of its license.json, hex; None without one.
+    """
+
+    card: Card | None = None
+    license_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An ONNX model that agrees with PyTorch.
+
+    Attributes:
+        file: The model as it stands on the disk.
+        parity: How well it agreed in this run.
+    """
+
+    file: OnnxFile = field(repr=False)
+    parity: tuple[Figures, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a document of the schema "export" says about the file."""
+        return {
+            "sha256": self.file.sha256,
+            "bytes": len(self.file.data),
+            "parity": [each.to_json() for each in self.parity],
+            "metadata": self.file.metadata,
+        }
+
+
+def export_onnx(
+    classifier: Classifier,
+    path: Path,
+    settings: ExportSettings | None = None,
+    *,
+    images: Images | None = None,
+    provenance: Provenance | None = None,
+    force: bool = False,
+    on_phase: Callable[[str], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> ExportResult:
+    """Write a classifier and its saliency maps as one ONNX model.
+
+    Args:
+        classifier: In evaluation mode, on the CPU.
+        path: The file to write.
+        settings: What the model is to hold; Grad-CAM in float32 by default.
+        images: 12 or more real images of the classifier's size, in [0, 1], for the parity check; the first 12 are
+            rounded to 8 bits. None checks random ones only.
+        provenance: Goes into the metadata.
+        force: Replace a file that is there.
+        on_phase: Called with "build", "check" and "write".
+        on_batch: Called with the number of batches compared and of all.
+
+    Raises:
+        ArtifactError: The file is there already, its folder is not, or it cannot be written.
+        ModelError: The network cannot be exported, or onnxruntime and PyTorch disagree; nothing is written then.
+        ValueError: There are too few images.
+    """
+    settings, provenance = settings or ExportSettings(), provenance or Provenance()
+    report = on_phase or (lambda _phase: None)
+    _check_place(path, force=force)
+    _check_images(images)
+    report("build")
+    model = build_model(classifier, settings)
+    report("check")
+    parity = _measure(model.SerializeToString(), classifier, settings, images, on_batch)
+    refuse_disagreement(parity, settings.precision)
+    report("write")
+    file = encode_onnx(model, _metadata(classifier, settings, provenance, parity))
+    write_onnx(path, file)
+    return ExportResult(file, parity)
+
+
+def check_onnx(
+    path: Path,
+    classifier: Classifier,
+    *,
+    images: Images | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> ExportResult:
+    """Compare an ONNX model again with the classifier it was made of, on fresh images.
+
+    Args:
+        path: The file.
+        classifier: In evaluation mode, on the CPU.
+        images: As for `export_onnx`.
+        on_batch: Likewise.
+
+    Raises:
+        ArtifactError: The file cannot be read, or was made of another network or other weights.
+        ModelError: onnxruntime and PyTorch disagree.
+    """
+    _check_images(images)
+    file = read_onnx(path)
+    if file.metadata["weights_sha256"] != digest_weights(classifier):
+        raise ArtifactError(f"{printable(str(path))} was made of other weights than the model given has.")
+    settings = settings_of(file)
+    parity = _measure(file.data, classifier, settings, images, on_batch)
+    refuse_disagreement(parity, settings.precision)
+    return ExportResult(file, parity)
+
+
+def settings_of(file: OnnxFile) -> ExportSettings:
+    """Return what an ONNX model says that it holds."""
+    said = file.metadata
+    return ExportSettings(
+        interpreters=tuple(said["interpreters"]),
+        normalised=said["maps"] == "normalised",
+        eight_bits=said["pixels"] == "uint8",
+        precision=said["precision"],
+    )
+
+
+def _check_place(path: Path, *, force: bool) -> None:
+    if path.exists() and not force:
+        raise ArtifactError(f"{printable(str(path))} is there already and was left as it was: choose another name, or "
+                            "pass --force.")  # fmt: skip
+    if not path.parent.is_dir():
+        raise ArtifactError(f"There is no folder {printable(str(path.parent))} to write {printable(path.name)} to.")
+
+
+def _check_images(images: Images | None) -> None:
+    if images is not None and len(images) < IMAGES:
+        raise ValueError(f"images: expected {IMAGES} or more, got {len(images)}")
+
+
+def _measure(
+    data: bytes,
+    classifier: Classifier,
+    settings: ExportSettings,
+    images: Images | None,
+    on_batch: Callable[[int, int], None] | None,
+) -> tuple[Figures, ...]:
+    generator = torch.Generator()
+    generator.seed()  # fresh images each time
+    compared: Mapping[str, Images] = {"random": random_images(classifier, generator)}
+    if images is not None:
+        compared = {**compared, "real": (images[:IMAGES].float() * 255).round() / 255}
+    return tuple(
+        compare(
+            open_session(data),
+            classifier,
+            settings.interpreters,
+            compared,
+            normalised=settings.normalised,
+            eight_bits=settings.eight_bits,
+            generator=generator,
+            on_batch=on_batch,
+        )
+    )
+
+
+def _metadata(
+    classifier: Classifier, settings: ExportSettings, provenance: Provenance, parity: tuple[Figures, ...]
+) -> dict[str, Any]:
+    spec = classifier.input
+    return {
+        "schema": METADATA_SCHEMA,
+        "model": {
+            "architecture": classifier.architecture,
+            "source": classifier.source,
+            "num_classes": classifier.classes,
+            "input_size": [spec.channels, spec.height, spec.width],
+            "target_layer": own_name(classifier.target_layer),
+            "label_names": list(classifier.label_names),
+        },
+        "interpreters": list(settings.interpreters),
+        "maps": "normalised" if settings.normalised else "raw",
+        "pixels": "uint8" if settings.eight_bits else "float32",
+        "precision": settings.precision,
+        "weights_sha256": digest_weights(classifier),
+        "card": provenance.card.to_json() if provenance.card is not None else None,
+        "license_sha256": provenance.license_sha256,
+        "parity": [each.to_json() for each in parity],
+        "versions": {**package_versions(), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+    }

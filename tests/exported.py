@@ -1,0 +1,53 @@
+"""Small networks of every architecture that is exported, with statistics that batch norm has to fold."""
+
+import torch
+from torch import nn
+from torchvision.models import densenet, resnet, squeezenet, vgg
+
+from keyed_xai.architectures import SmallResNet, TableMLP
+from keyed_xai.models import InputSpec, wrap_network
+
+COLOUR = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def _vgg():
+    """VGG11, a sixteenth as wide."""
+    widths = [each if each == "M" else each // 16 for each in vgg.cfgs["A"]]
+    network = vgg.VGG(vgg.make_layers(widths), 5)
+    network.classifier = nn.Sequential(
+        nn.Linear(32 * 49, 24), nn.ReLU(True), nn.Dropout(), nn.Linear(24, 24), nn.ReLU(True), nn.Linear(24, 5)
+    )
+    return network
+
+
+NETWORKS = {
+    "SmallResNet": lambda: (SmallResNet(3, 5, (8, 8, 16)), 32),
+    "resnet50": lambda: (resnet.resnet50(num_classes=5), 64),
+    "resnet, shallow": lambda: (resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=5), 64),
+    "vgg, narrow": lambda: (_vgg(), 64),
+    "densenet, shallow": lambda: (densenet.DenseNet(8, (3, 2), 16, num_classes=5), 64),
+    "squeezenet": lambda: (squeezenet.SqueezeNet("1_1", 5), 64),
+}
+
+
+def make_classifier(name):
+    """Return a network of NETWORKS with seeded weights, wrapped; its maps are not empty."""
+    torch.manual_seed(5)
+    network, side = NETWORKS[name]()
+    return wrap(network, side)
+
+
+def make_table():
+    torch.manual_seed(0)
+    spec = InputSpec(1, 1, 9, (0.0,), (1.0,))
+    return wrap_network(TableMLP(9, 2, (8, 4)).eval(), input=spec, require_map=False).eval()
+
+
+def wrap(network, side, **options):
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.7, 1.3)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.7, 1.3)
+    return wrap_network(network.eval(), input=InputSpec(3, side, side, *COLOUR), **options).eval()
