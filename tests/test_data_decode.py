@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from keyed_xai.data import read_image
+from keyed_xai.data.decode import read_image_bytes
 from keyed_xai.errors import DataError
 
 
@@ -119,6 +120,19 @@ def png_bomb(side):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_bytes_are_read_like_their_file(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p.jpg")
+    data = (tmp_path / "p.jpg").read_bytes()
+    expected = read_image(tmp_path / "p.jpg", channels=3, height=20, width=20)
+    np.testing.assert_array_equal(read_image_bytes(data, channels=3, height=20, width=20), expected)
+    with pytest.raises(DataError, match="the image: not a readable image"):
+        read_image_bytes(data[:100], channels=3, height=20, width=20)
+    with pytest.raises(DataError, match="70x50 is over 3499 pixels") as refused:
+        read_image_bytes(data, channels=3, height=20, width=20, largest=3499)
+    assert isinstance(refused.value.__cause__, Image.DecompressionBombError)
 
 
 @pytest.mark.parametrize("side", [9_500, 14_000, 60_000])

@@ -4,6 +4,7 @@ Only common raster formats are opened (never EPS, which would start Ghostscript)
 `LARGEST_IMAGE` pixels. This module loads neither torch nor the rest of the package: worker processes import it.
 """
 
+import io
 import math
 import multiprocessing
 import os
@@ -53,12 +54,23 @@ def read_image(path: Path, *, channels: int, height: int, width: int) -> Pixels:
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such image file.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about odd metadata and sizes; sizes are checked here
-            return _decode(path, channels, height, width)
-    except _DAMAGED as error:
-        raise DataError(f"{path}: not a readable image: {_describe(error)}.") from error
+    return _decode_or_refuse(path, str(path), LARGEST_IMAGE, (channels, height, width))
+
+
+def read_image_bytes(data: bytes, *, channels: int, height: int, width: int, largest: int = LARGEST_IMAGE) -> Pixels:
+    """Return the image in a file's bytes as `read_image` does the file's.
+
+    Args:
+        data: The file.
+        channels: 1 or 3.
+        height: Of the result, pixels.
+        width: Of the result, pixels.
+        largest: Most pixels that the image may have.
+
+    Raises:
+        DataError: It is no image, damaged or too large; then its cause is Pillow's DecompressionBombError.
+    """
+    return _decode_or_refuse(io.BytesIO(data), "the image", largest, (channels, height, width))
 
 
 def map_box(path: Path, box: Box, *, height: int, width: int, drawn_on: tuple[int, int] | None = None) -> Box:
@@ -165,10 +177,19 @@ def _choose_workers(count: int, request: Request) -> int:
     return min(os.cpu_count() or 1, _MOST_WORKERS) if count >= _POOL_FROM else 0
 
 
-def _decode(path: Path, channels: int, height: int, width: int) -> Pixels:
-    with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > LARGEST_IMAGE:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} is over {LARGEST_IMAGE} pixels")
+def _decode_or_refuse(file: Path | io.BytesIO, origin: str, largest: int, shape: tuple[int, int, int]) -> Pixels:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings about odd metadata and sizes; sizes are checked here
+            return _decode(file, largest, *shape)
+    except _DAMAGED as error:
+        raise DataError(f"{origin}: not a readable image: {_describe(error)}.") from error
+
+
+def _decode(file: Path | io.BytesIO, largest: int, channels: int, height: int, width: int) -> Pixels:
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > largest:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} is over {largest} pixels")
         twice = 2 * max(height, width)
         image.draft(None, (twice, twice))  # large JPEGs are decoded at 1/2, 1/4 or 1/8; never below twice the size
         return fit_image(flatten(_turn_upright(image), channels), height, width)

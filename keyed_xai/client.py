@@ -1,0 +1,411 @@
+"""Saliency maps from a served model: `Client(url).explain(images, key)`.
+
+Servers of the Open Inference Protocol are spoken to over HTTP: `keyed-xai serve`, NVIDIA Triton, KServe. The key stays
+in this process: its trigger is put on the images here, and keyed images are all that is sent. Whoever receives those
+can use them: talk to servers that you trust with them, over https.
+
+What the model is, its server says: `keyed-xai serve` and Triton hand out the metadata of the ONNX file, the card in
+them, as the parameter "keyed_xai" of the model's configuration. Others say input and output shapes only, and the
+trigger is passed by hand. What a server answers is checked as anything untrusted is.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from geventhttpclient.response import HTTPParseError
+from numpy.typing import NDArray
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from keyed_xai.artifacts.card import TriggerParameters
+from keyed_xai.artifacts.documents import Document, parse_json, printable, validate
+from keyed_xai.artifacts.onnx_file import METADATA_KEY
+from keyed_xai.errors import KeyedXAIError
+from keyed_xai.inference import (
+    BATCH,
+    LOGITS,
+    MAP_PREFIX,
+    Explained,
+    Explainer,
+    Floats,
+    Interface,
+    Picture,
+    Target,
+    choose_trigger,
+)
+from keyed_xai.keys import OwnerKey
+
+_PIXELS: dict[str, np.dtype[Any]] = {"FP32": np.dtype(np.float32), "UINT8": np.dtype(np.uint8)}
+_LARGEST_INPUT = 2**26  # numbers in one image
+_LARGEST_METADATA = 4 * 1024 * 1024
+_LONGEST_QUOTE = 300
+_NO_SUCH_ROUTE = {"400", "404", "405", "501"}
+# What the protocol's client raises when an answer is not what the protocol says.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, EOFError, zlib.error)
+
+
+class ServerError(KeyedXAIError):
+    """A server cannot be reached, refuses a request, or answers with something unexpected.
+
+    Attributes:
+        status: The HTTP status, such as "404"; "" if there was no answer.
+    """
+
+    def __init__(self, message: str, status: str = "") -> None:
+        """Take a message and a status."""
+        super().__init__(message)
+        self.status = status
+
+
+class Client(Explainer):
+    """A served model. For one thread; close it, or use it in a `with` statement.
+
+    Attributes of every `Explainer`, such as `interpreters` and `input_size`, and these:
+
+    Attributes:
+        url: Of the server.
+        model: Its name there.
+        batch_size: Images in one request, at most.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        key: OwnerKey | None = None,
+        trigger: TriggerParameters | None = None,
+        timeout: float = 60.0,
+        headers: Mapping[str, str] | None = None,
+        batch_size: int = BATCH,
+    ) -> None:
+        """Ask the server what the model is.
+
+        Args:
+            url: Such as "https://models.example:8000", with a path if the server is below one. Certificates are
+                checked; SSL_CERT_FILE names further authorities.
+            model: Its name on the server; the only one there by default.
+            key: Used where `explain` is given none.
+            trigger: Public parameters of the trigger; those that the server hands out by default.
+            timeout: Longest silence of the server, seconds.
+            headers: Sent with every request, such as {"Authorization": "Bearer ..."}.
+            batch_size: Images in one request, at most; fewer if the server takes fewer.
+
+        Raises:
+            ArtifactError: The model's metadata do not fit their schema.
+            ServerError: The server cannot be reached, has no such model, or the model was not exported by keyed-xai.
+            ValueError: An argument is malformed.
+        """
+        if batch_size < 1 or not timeout > 0:
+            raise ValueError(f"expected batch_size and timeout above 0, got {batch_size} and {timeout}")
+        self.url, self._key = url, key
+        self._server = _Server.connect(url, timeout, headers or {})
+        self.model = model if model is not None else self._server.find_only_model()
+        inputs, outputs = self._server.read_tensors(self.model)
+        config = self._server.read_config(self.model)
+        metadata = _read_metadata(config, origin=f"the metadata of {self.model} on {url}")
+        interface = _merge(_read_interface(inputs, outputs, self.model), metadata, self.model)
+        super().__init__(replace(interface, trigger=trigger or interface.trigger), metadata)
+        self.batch_size = min(batch_size, _read_limit(config) or batch_size)
+        self._sizes: dict[str, tuple[int, ...]] = {}  # of the outputs seen so far
+        self._target_sides = len(inputs["target"].shape) if self.takes_target else 0
+
+    def __enter__(self) -> "Client":
+        """Return this client."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._server.triton.close()
+
+    def explain(
+        self,
+        images: Picture | Sequence[Picture],
+        key: OwnerKey | None = None,
+        *,
+        target: Target | None = None,
+        interpreters: Sequence[str] | None = None,
+    ) -> Explained:
+        """Return predictions and maps of images; those of a protected model are right only with its key.
+
+        Args:
+            images: One or several; see `keyed_xai.inference`.
+            key: Whose trigger is put on the images, here; the client's by default, and without any what everybody sees.
+            target: Class explained, for all images or each; None or -1 for the one predicted.
+            interpreters: Whose maps are asked for; all by default.
+
+        Raises:
+            ArtifactError: The trigger cannot be made by this version.
+            DataError: An image file cannot be read.
+            ModelError: There is a key, and it is not known what trigger it makes.
+            ServerError: The server cannot be reached, or does not answer as it should.
+            ValueError: Images, targets or interpreters are not as described.
+        """
+        names = self.interface.check_interpreters(interpreters)
+        keyed = choose_trigger(key if key is not None else self._key, self.interface.trigger)
+        return self._explain(images, keyed, target, names, self.batch_size)
+
+    def _run(self, images: NDArray[Any], target: NDArray[np.int64], interpreters: tuple[str, ...]) -> dict[str, Floats]:
+        names = self.interface.name_outputs(interpreters)
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size)]
+        answers = [self._request(images[part], target[part], names) for part in parts]
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in names}
+
+    def _request(self, images: NDArray[Any], target: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, Floats]:
+        inputs = [_encode("image", images)]
+        if self.takes_target:
+            inputs.append(_encode("target", target.reshape(-1, *[1] * (self._target_sides - 1))))
+        result = self._server.infer(self.model, inputs, names)
+        return {name: self._decode(result, name, len(images)) for name in names}
+
+    def _decode(self, result: InferResult, name: str, count: int) -> Floats:
+        """Return an output of n images.
+
+        Raises:
+            ServerError: It is missing, or has another type, shape or range than it should.
+        """
+        try:
+            found: NDArray[Any] | None = result.as_numpy(name)
+        except _MALFORMED as error:
+            raise self._server.complain(f"a malformed {name}") from error
+        if found is None:
+            raise self._server.complain(f"no {name}")
+        shape = (count, self.classes) if name == LOGITS else (count, *found.shape[1:])
+        if found.dtype != np.float32 or found.shape != shape or found.ndim != (2 if name == LOGITS else 3):
+            wanted = f"[{count}, {self.classes}]" if name == LOGITS else f"[{count}, rows, columns]"
+            raise self._server.complain(f"{name} as {found.dtype} {list(found.shape)}, not float32 {wanted}")
+        if found.size == 0 or not np.isfinite(found).all():
+            raise self._server.complain(f"{name} that are empty, or not finite")
+        if self._sizes.setdefault(name, found.shape[1:]) != found.shape[1:]:
+            raise self._server.complain(f"{name} of another size than before")
+        return found
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Type and shape of an input or output; -1 for a side of any length."""
+
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A connection to a server; errors of all kinds become a ServerError.
+
+    Attributes:
+        url: As the user wrote it.
+        triton: The protocol's client.
+        headers: Sent with every request.
+        timeout: Longest silence, seconds.
+    """
+
+    url: str
+    triton: InferenceServerClient
+    headers: Mapping[str, str] = field(repr=False)
+    timeout: float
+
+    @classmethod
+    def connect(cls, url: str, timeout: float, headers: Mapping[str, str]) -> "_Server":
+        """Return a connection; the first request opens it.
+
+        Raises:
+            ValueError: The URL or a header is malformed.
+        """
+        address, secure = _split(url)
+        if any(not text.isprintable() for pair in headers.items() for text in pair):
+            raise ValueError("headers: expected names and values on one line each, without control characters")
+        triton = InferenceServerClient(
+            address,
+            connection_timeout=timeout,
+            network_timeout=timeout,
+            ssl=secure,
+        )
+        return cls(url, triton, dict(headers), timeout)
+
+    def find_only_model(self) -> str:
+        """Return the name of the model that is ready, if there is one only."""
+        index = self._ask(self.triton.get_model_repository_index)
+        try:
+            ready = [entry["name"] for entry in index if entry.get("state", "READY") == "READY"]
+        except _MALFORMED as error:
+            raise self.complain("a malformed list of models") from error
+        names = sorted({str(name) for name in ready})
+        if len(names) != 1:
+            listed = _quote(", ".join(names)) if names else "no model that is ready"
+            raise ServerError(f"{self.url} has {listed}: expected one model, or its name as model=.")
+        return names[0]
+
+    def read_tensors(self, model: str) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
+        """Return a model's inputs and outputs by name."""
+        said = self._ask(self.triton.get_model_metadata, model)
+        try:
+            inputs, outputs = (
+                {
+                    str(each["name"]): _Tensor(str(each["datatype"]), tuple(int(side) for side in each["shape"]))
+                    for each in said[side]
+                }
+                for side in ("inputs", "outputs")
+            )
+        except _MALFORMED as error:
+            raise self.complain(f"malformed metadata of the model {_quote(model)}") from error
+        return inputs, outputs
+
+    def read_config(self, model: str) -> Document:
+        """Return a model's configuration; empty where the server has none to show."""
+        try:
+            found = self._ask(self.triton.get_model_config, model)
+        except ServerError as error:
+            if error.status in _NO_SUCH_ROUTE:
+                return {}
+            raise
+        return found if isinstance(found, dict) else {}
+
+    def infer(self, model: str, inputs: Sequence[InferInput], names: Sequence[str]) -> InferResult:
+        """Return the outputs of those names."""
+        wanted = [InferRequestedOutput(name, binary_data=True) for name in names]
+        return self._ask(self.triton.infer, model, inputs, outputs=wanted)
+
+    def complain(self, what: str) -> ServerError:
+        """Return the error that the server answered with something unexpected."""
+        return ServerError(f"{self.url} answers with {what}. Is it a server of a model exported by keyed-xai?")
+
+    def _ask(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - any JSON
+        """Return what a request returns.
+
+        Raises:
+            ServerError: There is no answer, a refusal, or nonsense.
+        """
+        try:
+            return request(
+                *arguments, headers=dict(self.headers), **options
+            )  # a copy: the protocol's client adds to it
+        except InferenceServerException as error:
+            status = str(error.status() or "")
+            raise ServerError(
+                f"{self.url} refuses ({status or 'no status'}): {_quote(error.message())}", status
+            ) from error
+        except TimeoutError as error:
+            raise ServerError(f"{self.url} said nothing for {self.timeout:g} seconds. Pass a longer timeout.") \
+                from error  # fmt: skip
+        except (OSError, HTTPParseError) as error:
+            raise ServerError(f"Cannot talk to {self.url}: {_quote(str(error))}. Does the server run there?") from error
+        except _MALFORMED as error:
+            raise self.complain("something that is not the Open Inference Protocol") from error
+
+
+def _split(url: str) -> tuple[str, bool]:
+    """Return a URL's host, port and path, and whether it is https.
+
+    Raises:
+        ValueError: It is no such URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(f"url: expected http://HOST:PORT or https://HOST:PORT, perhaps with a path, got {url!r}")
+    if "@" in parts.netloc:
+        raise ValueError("url: expected no user or password in it; pass headers={'Authorization': ...}")
+    return parts.netloc + parts.path.rstrip("/"), parts.scheme == "https"
+
+
+def _read_interface(inputs: Mapping[str, _Tensor], outputs: Mapping[str, _Tensor], model: str) -> Interface:
+    """Return what a model takes and returns, from its inputs and outputs alone.
+
+    Raises:
+        ServerError: It is none that `keyed-xai export` makes.
+    """
+    image, logits = inputs.get("image", _NOTHING), outputs.get(LOGITS, _NOTHING)
+    sides, interpreters = image.shape[1:], tuple(name.removeprefix(MAP_PREFIX) for name in outputs if name != LOGITS)
+    fits = image.datatype in _PIXELS and len(sides) == 3 and min(sides) > 0 and math.prod(sides) <= _LARGEST_INPUT
+    fits = fits and len(logits.shape) == 2 and logits.shape[1] > 0 and set(inputs) <= {"image", "target"}
+    fits = fits and ("target" not in inputs or len(inputs["target"].shape) in (1, 2))
+    if not fits or not interpreters or not all(name.startswith(MAP_PREFIX) for name in outputs if name != LOGITS):
+        raise ServerError(
+            f"The model {_quote(model)} takes {_list(inputs)} and returns {_list(outputs)}; expected an image "
+            "[n, c, h, w], logits and saliency maps. Serve one that keyed-xai export made."
+        )
+    return Interface(
+        classes=logits.shape[1],
+        input_size=(sides[0], sides[1], sides[2]),
+        pixels=_PIXELS[image.datatype],
+        interpreters=interpreters,
+        takes_target="target" in inputs,
+    )
+
+
+_NOTHING = _Tensor("", ())
+
+
+def _read_metadata(config: Document, *, origin: str) -> Document | None:
+    """Return the metadata of the ONNX file that a configuration holds, None if it holds none.
+
+    Raises:
+        ArtifactError: They do not fit their schemas.
+    """
+    value: Any = config
+    for name in ("parameters", METADATA_KEY, "string_value"):
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        return None
+    if len(value) > _LARGEST_METADATA:
+        raise ServerError(f"{printable(origin)} has more than {_LARGEST_METADATA} letters, the most that is read.")
+    metadata: Any = parse_json(value.encode("utf-8", "replace"), origin=origin).get("metadata")
+    validate(metadata, "onnx-metadata", origin=origin)
+    if metadata["card"] is not None:
+        validate(metadata["card"], "card", origin=f"the card in {origin}")
+    return dict(metadata)
+
+
+def _merge(seen: Interface, metadata: Document | None, model: str) -> Interface:
+    """Return a model's interface with the names and the trigger that its metadata know.
+
+    Args:
+        seen: From its inputs and outputs.
+        metadata: From its configuration.
+        model: Its name.
+
+    Raises:
+        ServerError: The two contradict each other.
+    """
+    if metadata is None:
+        return seen
+    said = Interface.from_metadata(metadata)
+    alike = replace(said, label_names=(), trigger=None, interpreters=seen.interpreters)
+    if alike != seen or set(said.interpreters) != set(seen.interpreters):
+        raise ServerError(
+            f"The server says two things about the model {_quote(model)}: its inputs and outputs are not those of its "
+            "metadata. Ask its operator."
+        )
+    return said
+
+
+def _read_limit(config: Document) -> int | None:
+    """Return how many images the server takes at once; None if it does not say."""
+    limit = config.get("max_batch_size")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _encode(name: str, array: NDArray[Any]) -> InferInput:
+    tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+    return tensor.set_data_from_numpy(array, binary_data=True)
+
+
+def _list(tensors: Mapping[str, _Tensor]) -> str:
+    return _quote(
+        ", ".join(f"{name} {each.datatype} {list(each.shape)}" for name, each in tensors.items()) or "nothing"
+    )
+
+
+def _quote(text: str) -> str:
+    """Return a server's words, on one line and not too many."""
+    shown = printable(" ".join(str(text).split()))
+    return shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "..."

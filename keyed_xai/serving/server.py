@@ -1,0 +1,164 @@
+"""The server process: it listens, and stops without losing a request.
+
+Told to stop (SIGTERM, SIGINT, Ctrl+C), it is no longer ready and refuses new requests, but finishes those it has within
+the time of grace. Told twice, it stops at once.
+"""
+
+import logging
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from keyed_xai.errors import KeyedXAIError
+from keyed_xai.serving.app import make_app
+from keyed_xai.serving.service import Service
+
+_BACKLOG = 2048  # connections that wait to be accepted
+_KEEP_ALIVE = 75  # seconds; longer than the 60 after which common proxies drop idle connections themselves
+_FAREWELL = 3  # seconds for answers still on their way once the time of grace is over
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens.
+
+    Attributes:
+        host: Name or address.
+        port: 0 for any that is free.
+        certificate: PEM file, for HTTPS; None for plain HTTP.
+        private_key: PEM file of the certificate's key; None if it is in the same file.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that first lets a service finish.
+
+    Source: uvicorn closes its door before its requests are done, and ends by the signal that it got; this one answers
+    until they are, and returns.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        """Serve a service's application."""
+        super().__init__(config)
+        self._service = service
+        self._deadline = float("inf")
+
+    def stop(self) -> None:
+        """Refuse new requests, finish those inside within the time of grace, then stop. From any thread."""
+        if not self._service.stopping:
+            self._deadline = time.monotonic() + self._service.settings.grace
+            self._service.stopping = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Stop; at once when told for the second time."""
+        self.should_exit = self.force_exit = self._service.stopping
+        self.stop()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to close the door; called ten times a second."""
+        if await super().on_tick(counter):
+            return True
+        if not self._service.stopping:
+            return False
+        self._service.hurry()
+        return self._service.idle or time.monotonic() >= self._deadline
+
+
+def make_server(service: Service, place: Place, *, access_log: bool = False) -> Server:
+    """Return a server that is not running yet.
+
+    Raises:
+        KeyedXAIError: The certificate cannot be used.
+    """
+    if access_log:
+        _log_access()
+    config = uvicorn.Config(
+        make_app(service),
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=access_log,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=_FAREWELL,
+        ssl_certfile=place.certificate,
+        ssl_keyfile=place.private_key,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise KeyedXAIError(f"The certificate cannot be used: {error.strerror or error}.") from error
+    return Server(config, service)
+
+
+def listen(place: Place) -> socket.socket:
+    """Return a socket that takes connections.
+
+    Raises:
+        KeyedXAIError: The address is unknown or in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            place.host, place.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            if sys.platform != "win32":  # there it would let two servers share a port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise KeyedXAIError(f"Cannot listen on {place.host}, port {place.port}: {error.strerror}.") from error
+    return listener
+
+
+def serve(service: Service, place: Place, *, on_ready: Callable[[str], None], access_log: bool = False) -> None:
+    """Serve until a signal says stop, then close the service.
+
+    Args:
+        service: What is served.
+        place: Where.
+        on_ready: Called with the URL once connections are taken.
+        access_log: Write a line for each request to standard error.
+
+    Raises:
+        KeyedXAIError: The certificate or the address cannot be used.
+    """
+    try:
+        server = make_server(service, place, access_log=access_log)
+        with listen(place) as listener:
+            on_ready(_url(place, listener))
+            server.run(sockets=[listener])
+    finally:
+        service.close()
+
+
+def _url(place: Place, listener: socket.socket) -> str:
+    scheme = "https" if place.certificate else "http"
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+def _log_access() -> None:
+    logger = logging.getLogger("uvicorn.access")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())

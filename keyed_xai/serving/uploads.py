@@ -1,0 +1,104 @@
+"""Pictures that a client sends as files, and the answer to them: class, probability, and maps over the picture.
+
+Files are untrusted: only common raster formats are opened, of at most `LARGEST_PICTURE` pixels.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from keyed_xai.data.decode import FORMATS, read_image_bytes
+from keyed_xai.errors import DataError
+from keyed_xai.inference import LOGITS, MAP_PREFIX
+from keyed_xai.pictures import overlay
+from keyed_xai.serving.refusal import Refused, malformed
+
+LARGEST_PICTURE = 50_000_000
+"""Pixels; checked before any is decoded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What a model says about one picture.
+
+    Attributes:
+        logits: float32 [k].
+        target: The class that the maps explain.
+        overlays: PNG files by interpreter: the map over the picture as the model saw it.
+        maps: The same as numbers, [rows, columns] by interpreter.
+    """
+
+    logits: NDArray[np.float32]
+    target: int
+    overlays: Mapping[str, bytes]
+    maps: Mapping[str, NDArray[np.float32]]
+
+    @property
+    def predicted(self) -> int:
+        """The class with the largest logit."""
+        return int(self.logits.argmax())
+
+    @property
+    def probability(self) -> float:
+        """Of the target, by the softmax of the logits."""
+        shares = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        return float(shares[self.target] / shares.sum())
+
+    def to_json(self, *, model: str, label_names: Sequence[str], with_maps: bool = False) -> dict[str, Any]:
+        """Return it as the answer's JSON object; `label` is null where the model's labels are unknown."""
+        maps = {"maps": {name: each.tolist() for name, each in self.maps.items()}} if with_maps else {}
+        return {
+            "model": model,
+            "predicted": self.predicted,
+            "target": self.target,
+            "label": label_names[self.target] if label_names else None,
+            "probability": self.probability,
+            "logits": self.logits.tolist(),
+            "overlays": {name: base64.b64encode(png).decode() for name, png in self.overlays.items()},
+            **maps,
+        }
+
+
+def read_picture(data: bytes, input_size: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Return a picture as uint8 [c, h, w]: upright, centre-cropped and scaled as `read_image` does it with files.
+
+    Args:
+        data: The file: PNG, JPEG, WebP, BMP, GIF, TIFF or PPM; of several frames the first counts.
+        input_size: c, h, w.
+
+    Raises:
+        Refused: It is no such picture, is damaged, or too large.
+    """
+    channels, height, width = input_size
+    try:
+        return read_image_bytes(data, channels=channels, height=height, width=width, largest=LARGEST_PICTURE)
+    except DataError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise Refused(413, f"Expected a picture of at most {LARGEST_PICTURE} pixels.") from error
+        raise malformed(f"The body is not a readable picture: expected {', '.join(FORMATS)}.") from error
+
+
+def explain_picture(
+    pixels: NDArray[np.uint8],
+    outputs: Mapping[str, NDArray[np.float32]],
+    interpreters: Sequence[str],
+    target: int | None,
+) -> Explanation:
+    """Return what a model's outputs for one picture say.
+
+    Args:
+        pixels: [c, h, w], as the model saw it.
+        outputs: Of the graph, [1, ...].
+        interpreters: Whose maps are drawn.
+        target: The class asked for; the predicted one if None.
+    """
+    logits = outputs[LOGITS][0]
+    image = pixels.astype(np.float32) / 255
+    maps = {name: outputs[MAP_PREFIX + name][0] for name in interpreters}
+    overlays = {name: overlay(image, each) for name, each in maps.items()}
+    return Explanation(logits, int(logits.argmax()) if target is None else target, overlays, maps)

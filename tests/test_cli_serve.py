@@ -1,0 +1,119 @@
+"""`keyed-xai serve` as a process: it needs no PyTorch, answers, and stops without losing a request."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from served import SIZE, by_hand, write_model
+from tritonclient import http as triton
+
+from keyed_xai_cli import main as cli
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["torchvision"] = None
+from keyed_xai_cli.main import main
+main(prog_name="keyed-xai")
+"""
+
+
+@contextmanager
+def serving(*arguments):
+    """The process, its first line, and the address in it; killed at the end if it is still there."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, "serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    watch = threading.Timer(60, process.kill)
+    watch.start()
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"http://(127\.0\.0\.1:\d+)/v2", line)
+        assert found, line + process.stderr.read()
+        yield process, line, found[1]
+    finally:
+        watch.cancel()
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def refuse(*arguments):
+    result = CliRunner().invoke(cli.main, ["serve", *map(str, arguments)])
+    assert result.exit_code in (1, 2), result.output
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_finishes_what_is_inside(tmp_path, ending):
+    model = write_model(tmp_path / "bird.onnx")
+    images = np.random.default_rng(0).random((2, *SIZE), dtype=np.float32)
+    # All wait for more to share their batch, until the signal says that none will come.
+    with serving(model, "--max-delay", 10_000, "--max-batch", 64) as (process, line, address):
+        assert "bird (gradcam, vbp; CPUExecutionProvider)" in line
+        assert "No key is held here" in line
+
+        def ask(_):
+            with triton.InferenceServerClient(address) as client:
+                tensor = triton.InferInput("image", list(images.shape), "FP32")
+                tensor.set_data_from_numpy(images)
+                return client.infer("bird", [tensor]).as_numpy("saliency_gradcam")
+
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(ask, number) for number in range(4)]
+            while inside(address) < 4:
+                pass
+            process.send_signal(ending)
+            expected = by_hand(images)["saliency_gradcam"]
+            for each in waiting:
+                np.testing.assert_allclose(each.result(), expected, atol=1e-5)
+        out, error = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert (out, error) == ("", "Stopped.\n")
+
+
+def inside(address):
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return float(re.search(r'^keyed_xai_in_flight_requests{model="bird"} (.+)$', text, re.MULTILINE)[1])
+
+
+def test_several_models_and_the_access_log(tmp_path):
+    models = [write_model(tmp_path / "bird.onnx"), write_model(tmp_path / "cat.onnx", targeted=False)]
+    with serving(*models, "--access-log", "--threads", 1) as (process, line, address):
+        assert "cat (vbp; CPUExecutionProvider)" in line
+        request = urllib.request.Request(f"http://{address}/v2/repository/index", method="POST")
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert [each["name"] for each in json.load(answer)] == ["bird", "cat"]
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=20)
+    assert '"POST /v2/repository/index HTTP/1.1" 200' in error
+
+
+def test_wrong_files_and_options_are_named(tmp_path):
+    model = write_model(tmp_path / "bird.onnx")
+    (tmp_path / "text.onnx").write_text("text")
+    (tmp_path / "sub").mkdir()
+    twin = write_model(tmp_path / "sub" / "bird.onnx")
+    unsafe = write_model(tmp_path / "my bird.onnx")
+    for arguments, code, expected in (
+        ([], 2, "Missing argument 'MODELS"),
+        ([tmp_path / "none.onnx"], 2, "does not exist"),
+        ([tmp_path / "text.onnx"], 1, "is not an ONNX model"),
+        ([model, twin], 1, "Two files would be served as 'bird'"),
+        ([unsafe], 1, "Rename the file"),
+        ([model, "--device", "gpu"], 2, "expected auto, cpu, cuda, cuda:N or tensorrt"),
+        ([model, "--max-batch", "0"], 2, "max-batch"),
+        ([model, "--ssl-keyfile", model], 2, "--ssl-keyfile needs --ssl-certfile"),
+        ([model, "--ssl-certfile", model, "--device", "cpu"], 1, "certificate cannot be used"),
+        ([model, "--host", "no.such.host.invalid", "--device", "cpu"], 1, "Cannot listen on no.such.host.invalid"),
+    ):
+        assert refuse(*arguments)[0] == code
+        assert expected in " ".join(refuse(*arguments)[1].split())
