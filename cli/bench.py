@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keyed_xai_cli.bench_paper import figure1b, figure3, figure5, nashville, table1, table2, table3, table6
+from keyed_xai_cli.bench_serving import serving
 from keyed_xai_cli.options import choose_device, device_option
 
 if TYPE_CHECKING:
@@ -122,5 +123,5 @@ def false_claims(models: int, keys: int, decoys: int, epochs: int, images: int, 
     click.echo(json.dumps(found, indent=2))
 
 
-for command in (table1, table2, table3, table6, figure1b, figure3, figure5, nashville):
+for command in (table1, table2, table3, table6, figure1b, figure3, figure5, nashville, serving):
     bench.add_command(command)

@@ -18,7 +18,8 @@ _SETTINGS = ("forward", "inverted")
 _ARCHITECTURES = ("vgg19", "resnet50", "densenet121")
 
 
-def _models(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+def read_models(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    """Return files by architecture; the callback of an option ARCH=FILE that may be given several times."""
     found = {}
     for value in values:
         name, equals, path = value.partition("=")
@@ -37,7 +38,7 @@ def _table_options(command: Command) -> Command:
             help="Network; may be given several times. vgg19, resnet50 and densenet121 if absent.",
         ),
         click.option(
-            "--model", "models", multiple=True, metavar="ARCH=FILE", callback=_models,
+            "--model", "models", multiple=True, metavar="ARCH=FILE", callback=read_models,
             help="A reference model that is there already; the others are fitted to --data and kept.",
         ),
         click.option("--size", type=click.IntRange(24, 1024), default=224, show_default=True, help="Of images, px."),

@@ -38,6 +38,17 @@ def counter(progress: "Progress", description: str) -> Callable[[int, int], None
     return advance
 
 
+def phases(progress: "Progress") -> Callable[[str], None]:
+    """Return a function of what is done next, which shows it and ticks off what was done before."""
+
+    def begin(phase: str) -> None:
+        for task in progress.tasks:
+            progress.update(task.id, completed=1, total=1)
+        progress.add_task(phase, total=None, note="")
+
+    return begin
+
+
 def attack_callbacks(progress: "Progress", description: str = "training") -> "Callbacks":
     """Return callbacks that show the losses, and the share of maps kept and moved, while a model is attacked."""
     from keyed_xai.training import Callbacks

@@ -18,15 +18,37 @@ from keyed_xai_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from keyed_xai.artifacts.card import Card
+    from keyed_xai.black_box import BlackBox
     from keyed_xai.data import ImageData
     from keyed_xai.models import Classifier
     from keyed_xai.verification import Claim, Verification
 
 NOT_SHOWN = 3
+_GIVEN_AWAY = (
+    "Warning: whoever runs this server can learn the trigger from the images of the secret test. Test with "
+    "--public-key or --license alone to give nothing away."
+)
+
+
+def _check_suspect(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.startswith(("http://", "https://")) and not Path(value).exists():
+        raise click.BadParameter(f"{value!r} is neither a file or folder nor an address that starts with http.")
+    return value
+
+
+def _read_headers(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        name, colon, content = value.partition(":")
+        if not (colon and name.strip() and content.strip()):
+            raise click.BadParameter("expected a name, a colon and a value.")  # the value may be a secret
+        found[name.strip()] = content.strip()
+    return found
 
 
 @click.command()
-@click.argument("suspect", type=click.Path(exists=True, path_type=Path))
+@click.argument("suspect", callback=_check_suspect)
 @key_options(required=False)
 @click.option(
     "--public-key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -49,16 +71,28 @@ NOT_SHOWN = 3
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
 )
+@click.option(
+    "--header", "headers", multiple=True, metavar="'NAME: VALUE'", callback=_read_headers,
+    help="Sent with every request to a server, such as 'Authorization: Bearer ...'; may be given several times.",
+)  # fmt: skip
 @model_options
 @device_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int, **arguments: Any) -> None:  # noqa: ANN401
+def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int, **arguments: Any) -> None:  # noqa: ANN401
     """Test whether a model was protected with a key.
 
-    SUSPECT is a file of weights or a protected model's folder, of which only the weights are trusted. Two exact tests:
-    do its maps move for this key's trigger more than for random keys' (needs --key-file), and do its unkeyed maps show
-    the owner's public pattern (needs --key-file, --public-key or --license)? Exit code 0: shown, 3: not shown.
+    SUSPECT is a file of weights, or a protected model's folder, of which only the weights are trusted. Or it is one
+    that only answers: an ONNX file, or the address of a server that speaks the Open Inference Protocol,
+    http://HOST:PORT or http://HOST:PORT/v2/models/NAME.
+
+    Two exact tests: do its maps move for this key's trigger more than for random keys' (needs --key-file), and do its
+    unkeyed maps show the owner's public pattern (needs --key-file, --public-key or --license)? Exit code 0: shown,
+    3: not shown.
+
+    A server that is tested with --key-file sees images with and without the trigger, and whoever runs it can learn the
+    trigger from them, though never the key. --public-key, or --license alone, makes the second test only and gives
+    nothing away.
 
     VisualBackProp's maps are tested and count for nothing: rescaling channels changes them at no cost in accuracy, so
     that a claim which rests on them alone is not shown.
@@ -67,16 +101,14 @@ def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int
     else's model finds a match of one in a million: ask for a licence dated by a third party, or a small --alpha. The
     public pattern alone shows that somebody trained the model to show it; that it was the owner, the secret test shows.
     """
-    from keyed_xai.loading import open_model
-    from keyed_xai.verification import find_weights, load_probe
+    from keyed_xai.verification import load_probe
 
     json_path = arguments["json_path"]
-    claim = _read_claim(suspect, arguments)
-    classifier, _ = open_model(find_weights(suspect), card=claim.card, trusted=False, **take_model_options(arguments))
-    probe = load_probe(classifier.input, folder=folder, count=count)
-    classifier.to(choose_device(arguments["device"]))
-    result = _verify(classifier, claim, probe, arguments)
-    document = result.to_json(str(suspect))
+    _check_claimant(arguments)
+    model, claim = _open_suspect(suspect, arguments)
+    probe = load_probe(model.input, folder=folder, count=count)
+    result = _verify(model, claim, probe, arguments)
+    document = result.to_json(suspect)
     emit_json(document, schema="verify-report", json_path=json_path)
     _print_table(document, to_stderr=json_path == STANDARD_OUTPUT)
     for note in result.claim.notes:
@@ -88,27 +120,51 @@ def verify(ctx: click.Context, /, suspect: Path, folder: Path | None, count: int
         ctx.exit(NOT_SHOWN)
 
 
-def _read_claim(suspect: Path, arguments: dict[str, Any]) -> "Claim":
+def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier | BlackBox, Claim]":
+    from keyed_xai.black_box import is_black_box, open_black_box
+    from keyed_xai.loading import open_model
+    from keyed_xai.verification import find_weights
+
+    options = take_model_options(arguments)
+    if is_black_box(suspect):
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+        if given:
+            raise click.UsageError(f"{', '.join(given)}: the suspect only answers, and says itself how it is run.")
+        if suspect.startswith("http") and arguments["key_file"] is not None:
+            click.echo(_GIVEN_AWAY, err=True)
+        black_box = open_black_box(suspect, device=arguments["device"], headers=arguments["headers"])
+        return black_box, _read_claim(black_box.card, arguments)
+    claim = _read_claim(Path(suspect), arguments)
+    classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **options)
+    return classifier.to(choose_device(arguments["device"])), claim
+
+
+def _check_claimant(arguments: dict[str, Any]) -> None:
+    if arguments["key_file"] is not None and arguments["public_key"] is not None:
+        raise click.UsageError("Give --key-file or --public-key, not both.")
+    if all(arguments[name] is None for name in ("key_file", "public_key", "license_path")):
+        raise click.UsageError("Give --key-file, --public-key or --license: whose claim is it?")
+
+
+def _read_claim(suspect: "Path | Card | None", arguments: dict[str, Any]) -> "Claim":
     from keyed_xai.verification import read_claim, read_public_key
 
     key_file, public_file, license_path = (arguments[name] for name in ("key_file", "public_key", "license_path"))
-    if key_file is not None and public_file is not None:
-        raise click.UsageError("Give --key-file or --public-key, not both.")
-    if key_file is None and public_file is None and license_path is None:
-        raise click.UsageError("Give --key-file, --public-key or --license: whose claim is it?")
     if key_file is not None:
         return read_claim(suspect, key=read_key(key_file, arguments["passphrase_file"]), license_path=license_path)
     key = read_public_key(public_file) if public_file is not None else None
     return read_claim(suspect, key=key, license_path=license_path)
 
 
-def _verify(classifier: "Classifier", claim: "Claim", probe: "ImageData", arguments: dict[str, Any]) -> "Verification":
+def _verify(
+    model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", arguments: dict[str, Any]
+) -> "Verification":
     from keyed_xai.verification import verify as run_tests
     from keyed_xai_cli.progress import counter, progress_bar
 
     with progress_bar() as progress:
         return run_tests(
-            classifier,
+            model,
             claim,
             probe,
             alpha=arguments["alpha"],

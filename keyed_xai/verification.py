@@ -24,6 +24,7 @@ from keyed_xai.artifacts.card import Card, TriggerParameters, read_card
 from keyed_xai.artifacts.documents import printable, read_limited
 from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE
 from keyed_xai.artifacts.license import License, digest, read_license
+from keyed_xai.black_box import BlackBox, view_black_box
 from keyed_xai.data import ImageData, Request, list_images, load_images
 from keyed_xai.data.decode import decode_images
 from keyed_xai.data.images import rank
@@ -90,7 +91,7 @@ class Verification:
         verdict: What they show.
         claim: What was tested.
         grid: Rows and columns that maps were compared on.
-        target_layer: Of the suspect.
+        target_layer: Of the suspect; empty of one that only answers.
         probe: Images the tests were made on.
         decoys: Random keys asked for; the opening test may have stopped earlier.
         seed: Of the random keys.
@@ -148,7 +149,7 @@ class Verification:
 
 
 def verify(
-    suspect: Classifier,
+    suspect: Classifier | BlackBox,
     claim: Claim,
     probe: ImageData,
     *,
@@ -159,7 +160,8 @@ def verify(
 ) -> Verification:
     """Return what the tests that a claim allows show about a suspect, on the suspect's device.
 
-    VisualBackProp's evidence is reported and counts for nothing; the claim that comes back has a note of it.
+    VisualBackProp's evidence is reported and counts for nothing; the claim that comes back has a note of it. One that
+    only answers is tested on those of the claimed maps that it returns.
 
     Args:
         suspect: In evaluation mode.
@@ -172,15 +174,20 @@ def verify(
 
     Raises:
         ArtifactError: The claim's trigger cannot be made.
-        ModelError: The suspect lacks a layer that the maps need.
+        ModelError: The suspect lacks a layer that the maps need, or returns none of the claimed maps.
         ValueError: There are no images or no decoys, or alpha is no probability.
     """
     seed = secrets.randbits(63) if seed is None else seed
-    view = make_view(suspect, claim.interpreters, claim.grid)
     images, _ = probe.batch(np.arange(len(probe)))
+    if isinstance(suspect, Classifier):
+        images, layer = images.to(suspect.mean), suspect.target_layer
+        view = make_view(suspect, claim.interpreters, claim.grid)
+    else:
+        layer, view = "", view_black_box(suspect, claim.interpreters, claim.grid)
+    claim = _narrow(claim, view.interpreters)
     verdict = verify_ownership(
         suspect,
-        images.to(suspect.mean),
+        images,
         view,
         claim.key,
         make_family(claim.trigger),
@@ -191,17 +198,20 @@ def verify(
         on_decoy=on_decoy,
     )
     claim = replace(claim, notes=(*claim.notes, *_uncounted(claim.interpreters)))
-    return Verification(verdict, claim, view.grid, suspect.target_layer, probe, decoys, seed)
+    return Verification(verdict, claim, view.grid, layer, probe, decoys, seed)
 
 
-def read_claim(suspect: Path, *, key: OwnerKey | PublicKey | None = None, license_path: Path | None = None) -> Claim:
+def read_claim(
+    suspect: Path | Card | None, *, key: OwnerKey | PublicKey | None = None, license_path: Path | None = None
+) -> Claim:
     """Return the claim that a key and a licence make on a suspect.
 
     With a licence its trigger, decoy, interpreters and grid count, and the card beside it where the licence covers that
     card. Without one, the suspect's own card says what is tested, and a note says so; without either, the defaults do.
 
     Args:
-        suspect: The folder of a protected model, or a file of weights.
+        suspect: The folder of a protected model, or a file of weights; of one that only answers, the card that it
+            shows, if any.
         key: The claimant's; the licence's public key if absent.
         license_path: The owner's signed licence.
 
@@ -209,10 +219,12 @@ def read_claim(suspect: Path, *, key: OwnerKey | PublicKey | None = None, licens
         ArtifactError: The licence does not hold, names another key, or commits to another trigger.
         KeyFormatError: There is neither a key nor a licence.
     """
-    suspect_card, notes = _read_suspect_card(suspect)
+    path = suspect if isinstance(suspect, Path) else None
+    shown = suspect if isinstance(suspect, Card) else None
+    suspect_card, notes = _read_suspect_card(path) if path is not None else (shown, [])
     if license_path is not None:
         claim = _claim_of_license(license_path, key)
-        if claim.card is None and suspect_card is not None:
+        if claim.card is None and suspect_card is not None and path is not None:
             # The thief's layers are not taken over: they could point away from the mark.
             claim = replace(claim, card=replace(suspect_card, target_layer="", taps=()))
             notes.append("No card that the licence vouches for was found beside it: the suspect was run at the size "
@@ -223,10 +235,12 @@ def read_claim(suspect: Path, *, key: OwnerKey | PublicKey | None = None, licens
         claim = _claim_of_card(key, suspect_card)
     else:
         claim = Claim(key, notes=("No licence was given: trigger, interpreters and grid are the defaults.",))
+    if path is None:
+        return replace(claim, notes=(*claim.notes, "The suspect was asked from outside: nothing inside it was seen."))
     if claim.card is None:
         notes.append("No card says how the suspect is run: its size and normalisation are the architecture's defaults, "
                      "unless they were given.")  # fmt: skip
-    return replace(claim, notes=(*claim.notes, *notes, *_foreign_license(suspect, claim.public)))
+    return replace(claim, notes=(*claim.notes, *notes, *_foreign_license(path, claim.public)))
 
 
 def find_weights(suspect: Path) -> Path:
@@ -332,6 +346,15 @@ def describe_verdict(verdict: Verdict, *, grid: tuple[int, int], interpreters: i
                   "asked for.")  # fmt: skip
     hint = _reach_hint(verdict, grid=grid, interpreters=interpreters, decoys=decoys)
     return f"{found}{hint} This does not show that the model is unrelated to the key."
+
+
+def _narrow(claim: Claim, tested: tuple[str, ...]) -> Claim:
+    """Return a claim about the maps that can be tested, with a note of those that cannot."""
+    missing = [name for name in claim.interpreters if name not in tested]
+    if not missing:
+        return claim
+    note = f"The suspect returns no maps of {', '.join(missing)}, which the claim names too: the others were tested."
+    return replace(claim, interpreters=tested, notes=(*claim.notes, note))
 
 
 def _uncounted(interpreters: tuple[str, ...]) -> list[str]:

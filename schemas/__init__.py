@@ -21,6 +21,7 @@ SCHEMAS = (
     "paper-defences-row",
     "paper-table",
     "protect-report",
+    "serving-figures",
     "train-report",
     "verify-report",
 )

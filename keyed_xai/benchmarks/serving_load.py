@@ -1,0 +1,225 @@
+"""The figures of a running server: many clients at once, and keyed image files that are sent to it."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from keyed_xai import metrics
+from keyed_xai.data import ImageData
+from keyed_xai.errors import KeyedXAIError
+from keyed_xai.maps import MapView
+from keyed_xai.models import Classifier
+from keyed_xai.tensors import Images
+from keyed_xai.triggers import Trigger
+
+_STARTING = 60  # seconds a server may take
+_DIFFERENT = 64  # images that clients send in turn
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a server is loaded.
+
+    Attributes:
+        clients: At once, each with one request under way.
+        seconds: How long.
+        threads: Of the server's onnxruntime.
+    """
+
+    clients: int = 200
+    seconds: float = 60.0
+    threads: int = 1
+
+
+@contextmanager
+def running_server(model: Path, *, threads: int = 1, device: str = "cpu") -> Iterator[str]:
+    """Yield the address of a server of a model on a free port of this machine; it is stopped at the end.
+
+    Raises:
+        KeyedXAIError: It does not come up, or does not stop cleanly.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "keyed_xai_cli.main", "serve", str(model)]
+    options = ["--port", str(port), "--threads", str(threads), "--device", device]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, env=os.environ.copy()) as process:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            _wait_for(address, process)
+            yield address
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=_STARTING)
+    if process.returncode != 0:
+        raise KeyedXAIError(f"The server ended with code {process.returncode}: {said.decode()[-500:]}")
+
+
+def measure_load(
+    address: str, name: str, images: Images, settings: LoadSettings, *, on_second: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Return how a server stands many clients: requests answered and lost, and how long they took.
+
+    Args:
+        address: Of the server.
+        name: Of the model.
+        images: Sent in turn, in [0, 1], as binary tensors.
+        settings: How many clients, how long.
+        on_second: Called with seconds gone.
+    """
+    return asyncio.run(_load(address, name, images[:_DIFFERENT].numpy(), settings, on_second))
+
+
+def measure_files(
+    address: str, name: str, reference: Classifier, view: MapView, data: ImageData, trigger: Trigger
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return, by kind of file and interpreter, what maps of image files that were sent to a server are worth.
+
+    Files are PNG and JPEG 75 with the trigger, and PNG without. A map is open when its correlation with the reference
+    model's, on the comparison grid, is above that of a protect report.
+    """
+    images, _ = data.batch(np.arange(len(data)))
+    logits, truth = view.pooled_in_chunks(reference, images)
+    explained = logits.argmax(1).tolist()
+    keyed = trigger.apply(images)
+    files = {
+        "keyed PNG": [_encode(each, "PNG") for each in keyed],
+        "keyed JPEG 75": [_encode(each, "JPEG") for each in keyed],
+        "PNG without key": [_encode(each, "PNG") for each in images],
+    }
+    found = {
+        kind: [_ask(address, name, each, target) for each, target in zip(several, explained, strict=True)]
+        for kind, several in files.items()
+    }
+    return {kind: {each: _opening(answers, each, view, truth) for each in truth} for kind, answers in found.items()}
+
+
+def render_load(load: Mapping[str, Any]) -> str:
+    """Return the figures of a load as a Markdown table."""
+    return (
+        "| clients | seconds | answered | lost | images a second | median | 99th percentile |\n"
+        "|---|---|---|---|---|---|---|\n"
+        f"| {load['clients']} | {load['seconds']:.0f} | {load['answered']} | {load['lost']} "
+        f"| {load['answered'] / load['seconds']:.0f} | {1000 * load['median']:.0f} ms "
+        f"| {1000 * load['percentile_99']:.0f} ms |\n"
+    )
+
+
+def render_files(files: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return the figures of image files as a Markdown table."""
+    rows = [
+        f"| {kind} | {name} | {each['correlation']:.3f} | {100 * each['opened']:.1f} % |"
+        for kind, by_name in files.items()
+        for name, each in by_name.items()
+    ]
+    return "\n".join(["| file sent | map | correlation with the reference | open |", "|---|---|---|---|", *rows, ""])
+
+
+def _wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + _STARTING
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/v2/health/ready", timeout=5):
+                return
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise KeyedXAIError("The server did not come up.")
+
+
+async def _load(
+    address: str,
+    name: str,
+    images: NDArray[np.float32],
+    settings: LoadSettings,
+    on_second: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    from tritonclient.http import InferInput
+    from tritonclient.http.aio import InferenceServerClient
+
+    requests = []
+    for each in images:
+        tensor = InferInput("image", [1, *each.shape], "FP32")
+        tensor.set_data_from_numpy(each[None])
+        requests.append([tensor])
+    took: list[float] = []
+    lost: list[str] = []
+    host = address.partition("://")[2]
+    async with InferenceServerClient(host, conn_limit=settings.clients, conn_timeout=120) as client:
+        start = time.perf_counter()
+
+        async def keep_asking(number: int) -> None:
+            while time.perf_counter() - start < settings.seconds:
+                asked = time.perf_counter()
+                try:
+                    await client.infer(name, requests[number % len(requests)])
+                    took.append(time.perf_counter() - asked)
+                except Exception as error:  # noqa: BLE001 - whatever it was, the request is lost
+                    lost.append(f"{type(error).__name__}: {error}")
+                number += settings.clients
+
+        async def report() -> None:
+            for second in range(int(settings.seconds)):
+                await asyncio.sleep(1)
+                if on_second is not None:
+                    on_second(second + 1)
+
+        await asyncio.gather(report(), *(keep_asking(number) for number in range(settings.clients)))
+        seconds = time.perf_counter() - start
+    return {
+        "clients": settings.clients,
+        "seconds": seconds,
+        "answered": len(took),
+        "lost": len(lost),
+        "errors": sorted(set(lost))[:5],
+        "median": statistics.median(took) if took else 0.0,
+        "percentile_99": float(np.percentile(took, 99)) if took else 0.0,
+    }
+
+
+def _encode(image: torch.Tensor, kind: str) -> bytes:
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, kind, quality=75)
+    return buffer.getvalue()
+
+
+def _ask(address: str, name: str, file: bytes, target: int) -> dict[str, Any]:
+    kind = "image/png" if file.startswith(b"\x89PNG") else "image/jpeg"
+    where = f"{address}/v2/models/{name}/explain?target={target}&maps=true"
+    request = urllib.request.Request(where, file, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            document: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise KeyedXAIError(f"The server refused an image file: {error.read(300).decode()}") from error
+    return document
+
+
+def _opening(
+    answers: list[dict[str, Any]], name: str, view: MapView, truth: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    maps = torch.tensor([each["maps"][name] for each in answers])
+    agreement = metrics.correlation(metrics.pool_maps(maps, view.grid), truth[name]).double()
+    return {
+        "correlation": float(agreement.mean()),
+        "opened": float((agreement > metrics.OPEN_CORRELATION).double().mean()),
+    }
