@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import emit_json, json_option, say
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
     from keyed_xai.export.building import ExportSettings
     from keyed_xai.exporting import ExportResult, Provenance
     from keyed_xai.models import Classifier
-    from keyed_xai.tensors import Images
 
 _PHASES = {
     "build": "Writing the gradients as operators; deep networks take a minute ...",
     "check": "Comparing onnxruntime with PyTorch ...",
     "write": "They agree.",
 }
+
+_OF_TRITON = ("max_batch", "instances", "tensorrt")
+_OF_WRITING = ("out", "interpreters", "precision", "normalised", "eight_bits", "triton", "force", *_OF_TRITON)
 
 
 @click.command()
@@ -57,7 +60,16 @@ _PHASES = {
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @model_options
 @json_option
-def export(model: Path | None, out: Path | None, check: Path | None, json_path: Path | None, **arguments: Any) -> None:  # noqa: ANN401
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    model: Path | None,
+    out: Path | None,
+    check: Path | None,
+    json_path: Path | None,
+    **arguments: Any,  # noqa: ANN401
+) -> None:
     """Write a model and its saliency maps as one ONNX file.
 
     MODEL is a protected model's folder or a file of weights. The file takes `image` and optionally `target`, and
@@ -72,14 +84,15 @@ def export(model: Path | None, out: Path | None, check: Path | None, json_path: 
     keyed-xai export --check bird.onnx             MODEL is then bird.keyed beside it
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import printable
-    from keyed_xai.exporting import check_onnx, export_onnx
+    from keyed_xai.exporting import check_onnx, export_onnx, load_real_images
     from keyed_xai.loading import open_model
     from keyed_xai_cli.progress import counter, progress_bar
 
-    model = _choose_model(model, out, check)
-    triton = _plan_triton(arguments, out or Path(f"{model.resolve().stem}.onnx"), check)
+    _refuse_idle_options(ctx)
+    model = _choose_model(model, check)
+    triton = _plan_triton(arguments, out or Path(f"{model.resolve().stem}.onnx"))
     classifier, card = open_model(model, **take_model_options(arguments), require_map=False)
-    images = _real_images(classifier, arguments["data"])
+    images = load_real_images(classifier, arguments["data"]) if arguments["data"] else None
     written = check or out or Path(f"{model.resolve().stem}.onnx")
     with progress_bar() as progress:
         on_batch = counter(progress, "comparing")
@@ -107,9 +120,21 @@ def export(model: Path | None, out: Path | None, check: Path | None, json_path: 
         say(f"{triton} is its place in the model repository.", json_path=json_path)
 
 
-def _choose_model(model: Path | None, out: Path | None, check: Path | None) -> Path:
-    if check is not None and out is not None:
-        raise click.UsageError("--check writes nothing: leave out -o.")
+def _refuse_idle_options(ctx: click.Context) -> None:
+    """Refuse options that would do nothing: of writing with --check, of Triton without --triton."""
+    given = [
+        parameter
+        for parameter in ctx.command.params
+        if parameter.name and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    names = {parameter.name: parameter.opts[0] for parameter in given if isinstance(parameter, click.Option)}
+    if "check" in names and (idle := [names[name] for name in _OF_WRITING if name in names]):
+        raise click.UsageError(f"--check writes nothing: leave out {', '.join(idle)}.")
+    if "triton" not in names and (idle := [names[name] for name in _OF_TRITON if name in names]):
+        raise click.UsageError(f"{', '.join(idle)}: only for --triton.")
+
+
+def _choose_model(model: Path | None, check: Path | None) -> Path:
     if model is not None:
         return model
     if check is None:
@@ -120,17 +145,13 @@ def _choose_model(model: Path | None, out: Path | None, check: Path | None) -> P
     return beside
 
 
-def _plan_triton(arguments: dict[str, Any], written: Path, check: Path | None) -> Path | None:
+def _plan_triton(arguments: dict[str, Any], written: Path) -> Path | None:
     """Return the model's folder in the repository that was asked for; refuse one that is there before any work."""
     from keyed_xai.errors import ArtifactError
     from keyed_xai.triton import check_name
 
     if arguments["triton"] is None:
-        if arguments["tensorrt"]:
-            raise click.UsageError("--tensorrt is for --triton.")
         return None
-    if check is not None:
-        raise click.UsageError("--check writes nothing: leave out --triton.")
     home: Path = arguments["triton"] / check_name(written.stem)
     if home.exists() and not arguments["force"]:
         raise ArtifactError(f"{home} is there already and was left as it was: choose another name, or pass --force.")
@@ -166,23 +187,6 @@ def _provenance(model: Path) -> "Provenance":
     if not (model / LICENSE_FILE).is_file():
         return Provenance()
     return Provenance(read_model_folder(model).card, digest(model / LICENSE_FILE))
-
-
-def _real_images(classifier: "Classifier", spec: str | None) -> "Images | None":
-    """Return real images of the model's size; None for models of tables."""
-    import torch
-
-    from keyed_xai.data import load_images
-    from keyed_xai.export.parity import IMAGES
-
-    if not classifier.target_layer and spec is None:
-        return None
-    shape = classifier.input
-    loaded = load_images(
-        spec or "builtin", channels=shape.channels, height=shape.height, width=shape.width, split="held-out",
-        limit=IMAGES, seed=int(torch.randint(2**31, ()).item()),
-    )  # fmt: skip
-    return torch.from_numpy(loaded.images).float() / 255
 
 
 def _print_parity(result: "ExportResult", json_path: Path | None) -> None:

@@ -134,6 +134,8 @@ def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier 
             click.echo(_GIVEN_AWAY, err=True)
         black_box = open_black_box(suspect, device=arguments["device"], headers=arguments["headers"])
         return black_box, _read_claim(black_box.card, arguments)
+    if arguments["headers"]:
+        raise click.UsageError("--header is for a server's address.")
     claim = _read_claim(Path(suspect), arguments)
     classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **options)
     return classifier.to(choose_device(arguments["device"])), claim

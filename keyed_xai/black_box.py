@@ -159,4 +159,7 @@ def open_black_box(suspect: str, *, device: str = "auto", headers: Mapping[str, 
     address = _ENDPOINT.fullmatch(suspect)
     if address is None:
         raise ModelError("Expected http://HOST:PORT or http://HOST:PORT/v2/models/NAME as the address of a model.")
-    return BlackBox(Client(address["server"], model=address["model"], headers=headers))
+    try:
+        return BlackBox(Client(address["server"], model=address["model"], headers=headers))
+    except ValueError as error:
+        raise ModelError(f"The address of the model is malformed: {error}.") from error

@@ -13,10 +13,12 @@ from keyed_xai.artifacts.card import Card
 from keyed_xai.artifacts.documents import printable
 from keyed_xai.artifacts.onnx_file import METADATA_SCHEMA, OnnxFile, encode_onnx, read_onnx, write_onnx
 from keyed_xai.artifacts.weights import own_name
+from keyed_xai.data import load_images
 from keyed_xai.errors import ArtifactError
 from keyed_xai.export.building import ExportSettings, build_model, digest_weights
 from keyed_xai.export.parity import IMAGES, Figures, compare, open_session, random_images, refuse_disagreement
 from keyed_xai.models import Classifier
+from keyed_xai.runtime import Runtime
 from keyed_xai.tensors import Images
 from keyed_xai.versions import package_versions
 
@@ -74,7 +76,7 @@ def export_onnx(
         path: The file to write.
         settings: What the model is to hold; Grad-CAM in float32 by default.
         images: 12 or more real images of the classifier's size, in [0, 1], for the parity check; the first 12 are
-            rounded to 8 bits. None checks random ones only.
+            rounded to 8 bits. By default some that come with the package; rows of a table are random ones only.
         provenance: Goes into the metadata.
         force: Replace a file that is there.
         on_phase: Called with "build", "check" and "write".
@@ -123,10 +125,30 @@ def check_onnx(
     file = read_onnx(path)
     if file.metadata["weights_sha256"] != digest_weights(classifier):
         raise ArtifactError(f"{printable(str(path))} was made of other weights than the model given has.")
+    Runtime(file, device="cpu")  # refuses a graph that is not what its metadata say
     settings = settings_of(file)
     parity = _measure(file.data, classifier, settings, images, on_batch)
     refuse_disagreement(parity, settings.precision)
     return ExportResult(file, parity)
+
+
+def load_real_images(classifier: Classifier, spec: str = "builtin") -> Images:
+    """Return held-out images of a classifier's size for the parity check, others each time.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    shape = classifier.input
+    loaded = load_images(
+        spec,
+        channels=shape.channels,
+        height=shape.height,
+        width=shape.width,
+        split="held-out",
+        limit=IMAGES,
+        seed=int(torch.randint(2**31, ()).item()),
+    )
+    return torch.from_numpy(loaded.images).float() / 255
 
 
 def settings_of(file: OnnxFile) -> ExportSettings:
@@ -163,6 +185,8 @@ def _measure(
     generator = torch.Generator()
     generator.seed()  # fresh images each time
     compared: Mapping[str, Images] = {"random": random_images(classifier, generator)}
+    if images is None and classifier.target_layer:
+        images = load_real_images(classifier)
     if images is not None:
         compared = {**compared, "real": (images[:IMAGES].float() * 255).round() / 255}
     return tuple(

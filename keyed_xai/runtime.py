@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import printable
@@ -26,6 +25,7 @@ from keyed_xai.artifacts.onnx_file import OnnxFile, read_onnx
 from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.inference import BATCH, Explained, Explainer, Floats, Interface, Picture, Target, choose_trigger
 from keyed_xai.keys import OwnerKey
+from keyed_xai.sessions import FAILURES, first_line, load_session
 
 __all__ = ["Explained", "Runtime"]
 
@@ -37,12 +37,6 @@ _PROVIDERS = {
 }
 _TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PACKAGES = "pip install 'onnxruntime-gpu[cuda,cudnn]' (and no plain onnxruntime beside it)"
-# What onnxruntime raises: classes of its own, which have no parent of theirs, and errors of its Python code.
-_FAILURES: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    *(each for each in vars(bindings).values() if isinstance(each, type) and issubclass(each, Exception)),
-)
 
 
 class Runtime(Explainer):
@@ -125,8 +119,8 @@ class Runtime(Explainer):
         inputs = {"image": images, "target": target} if self.takes_target else {"image": images}
         try:
             return dict(zip(names, self._run_bound(inputs, names), strict=True))
-        except _FAILURES as error:
-            raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}.") from error
+        except FAILURES as error:
+            raise ModelError(f"onnxruntime cannot run the model: {first_line(error)}.") from error
 
     def _run_bound(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[Floats]:
         """Return some outputs; inputs are copied to the device once, outputs come back to the CPU."""
@@ -206,20 +200,9 @@ class _Loader:
         Raises:
             ModelError: onnxruntime refuses the graph or the device.
         """
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # fatal errors only; everything else is raised
-        options.intra_op_num_threads = self.threads or 0
         names = list(_PROVIDERS)
-        try:
-            return onnxruntime.InferenceSession(
-                self.data,
-                options,
-                providers=[self._describe(name) for name in names[names.index(device) :]],
-                enable_fallback=0,  # else it tries again by itself, and prints so
-                read_config_from_model=0,  # settings inside an untrusted file
-            )
-        except _FAILURES as error:
-            raise ModelError(f"onnxruntime cannot load the graph: {_first_line(error)}.") from error
+        providers = [self._describe(name) for name in names[names.index(device) :]]
+        return load_session(self.data, providers, threads=self.threads)
 
     def _describe(self, device: str) -> tuple[str, dict[str, int]]:
         return _PROVIDERS[device], {} if device == "cpu" else {"device_id": self.gpu}
@@ -298,7 +281,3 @@ def _check_graph(session: onnxruntime.InferenceSession, interface: Interface) ->
             f"The ONNX model returns {', '.join(map(printable, outputs))}, and its metadata name "
             f"{', '.join(interface.name_outputs())} of {interface.classes} classes."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return printable(str(error).strip().partition("\n")[0].rstrip("."))

@@ -176,6 +176,9 @@ class TestCommand:
         [
             ("http://127.0.0.1:1", 1, "127.0.0.1:1"),
             ("http://127.0.0.1:1/somewhere/else", 1, "Expected http://HOST:PORT"),
+            ("http://h:notaport", 1, "address"),
+            ("http://h:99999", 1, "address"),
+            ("http://[::1", 1, "address"),
             ("nowhere.onnx", 2, "neither a file or folder nor an address"),
         ],
     )
@@ -190,6 +193,11 @@ class TestCommand:
         assert result.exit_code == 2
         assert "expected a name, a colon and a value" in result.output
         assert "secret" not in result.output
+
+    def test_header_for_a_file_is_a_usage_error(self, place):
+        result = run(place / "owner.keyed", "--public-key", place / "k.pub.pem", "--header", "A: b")
+        assert result.exit_code == 2
+        assert "--header is for a server's address" in result.output
 
     def test_headers_reach_the_server(self, place):
         seen = []

@@ -14,7 +14,15 @@ from torch import nn
 from keyed_xai.errors import ModelError
 from keyed_xai.export.building import ExportSettings, build_model, build_plain, digest_weights
 from keyed_xai.export.graph import SaliencyGraph
-from keyed_xai.export.parity import LIMITS, Figures, compare, open_session, random_images, refuse_disagreement
+from keyed_xai.export.parity import (
+    LIMITS,
+    Figures,
+    compare,
+    measure_agreement,
+    open_session,
+    random_images,
+    refuse_disagreement,
+)
 from keyed_xai.export.precision import lower_precision
 from keyed_xai.saliency import INTERPRETERS, Sites, explain
 
@@ -312,3 +320,28 @@ def test_digest_tells_weights_apart(small):
     with torch.no_grad():
         other.network.fc.bias[0] += 1e-3
     assert digest_weights(other) != digest_weights(classifier)
+
+
+def test_graph_that_onnxruntime_refuses_is_our_error():
+    with pytest.raises(ModelError, match="onnxruntime cannot load the graph"):
+        open_session(b"junk")
+
+
+def test_inputs_that_a_graph_refuses_are_our_error():
+    run = open_session(build_plain(make_classifier("SmallResNet")).SerializeToString())
+    with pytest.raises(ModelError, match="onnxruntime cannot run the model"):
+        run({"image": np.zeros((1, 3, 31, 32), np.float32)})
+
+
+def test_faint_maps_are_compared_at_a_hundredth_of_the_usual():
+    usual = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]], [[2.0, 0.0]], [[0.0, 0.0]]])
+    truth, found = torch.tensor([[[1e-6, 0.0]]]), torch.tensor([[[2e-6, 0.0]]])
+    strict = measure_agreement("saliency_gradcam", "random", found, truth, truth)
+    assert strict.largest == pytest.approx(1)
+    fair = measure_agreement("saliency_gradcam", "random", found, truth, truth, usual=usual)
+    assert fair.largest == pytest.approx(1e-6 / 0.02)
+    assert fair.l2 == pytest.approx(1e-6 / 0.02)
+    full = measure_agreement("saliency_gradcam", "random", usual[:3] * 1.01, usual[:3], usual[:3], usual=usual)
+    assert full.largest == pytest.approx(0.01)
+    gone = measure_agreement("saliency_gradcam", "random", usual, usual * 0, usual * 0, usual=usual * 0)
+    assert gone.largest == float("inf")

@@ -15,12 +15,13 @@ from onnx import TensorProto, helper
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.artifacts.license import digest
 from keyed_xai.artifacts.onnx_file import METADATA_KEY, decode_onnx, read_onnx, write_onnx
-from keyed_xai.errors import ArtifactError, ModelError
+from keyed_xai.errors import ArtifactError, KeyedXAIError, ModelError
 from keyed_xai.export.building import ExportSettings
 from keyed_xai.export.parity import open_session, random_images
 from keyed_xai.exporting import Provenance, check_onnx, export_onnx, settings_of
 from keyed_xai.keys import ByteStream
 from keyed_xai.triggers.spread import derive_texture
+from keyed_xai.triton import require_target
 from keyed_xai_cli import main as cli
 
 OWNER_BYTES = bytes([1]) * 32
@@ -161,6 +162,28 @@ class TestCheck:
         with pytest.raises(ModelError, match="disagree"):
             check_onnx(tmp_path / "m.onnx", classifier)
 
+    def test_copy_in_a_model_repository_is_checked_too(self, exported, tmp_path):
+        folder, classifier, _ = exported
+        (tmp_path / "copy.onnx").write_bytes(require_target(read_onnx(folder / "m.onnx")))
+        assert len(check_onnx(tmp_path / "copy.onnx", classifier).parity) == 12  # two outputs, two kinds, three sizes
+
+    @pytest.mark.parametrize("part", ["input", "output"])
+    def test_graph_that_its_metadata_contradict_is_refused(self, part, exported, tmp_path):
+        folder, classifier, _ = exported
+
+        def rename(model):
+            old = getattr(model.graph, part)[0].name
+            for node in model.graph.node:
+                names = getattr(node, part)
+                for place, name in enumerate(names):
+                    if name == old:
+                        names[place] = "other"
+            getattr(model.graph, part)[0].name = "other"
+
+        (tmp_path / "other.onnx").write_bytes(altered(read_onnx(folder / "m.onnx"), rename))
+        with pytest.raises(KeyedXAIError, match="other|cannot load"):
+            check_onnx(tmp_path / "other.onnx", classifier)
+
     def test_one_changed_weight_is_found_on_the_command_line(self, exported, tmp_path):
         folder = exported[0]
 
@@ -190,6 +213,16 @@ class TestUntrusted:
         for cut in (1, 2, 10, 100, 1000):
             with pytest.raises(ArtifactError):
                 decode_onnx(data[:-cut], origin="it")
+
+    @pytest.mark.parametrize(
+        ("letters", "bad"),
+        [(b'"keyed-xai/onnx-metadata/v1"', b'"keyed-xai/onnx-metadata/\xff\xff"'), (b"Conv", b"C\xff\xfev")],
+    )
+    def test_letters_that_are_not_utf8_are_refused(self, letters, bad, exported):
+        data = read_onnx(exported[0] / "m.onnx").data
+        assert letters in data
+        with pytest.raises(ArtifactError):
+            decode_onnx(data.replace(letters, bad), origin="it")
 
     def test_folder_in_place_of_a_file_is_refused(self, tmp_path):
         with pytest.raises(ArtifactError):

@@ -230,7 +230,10 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("arguments", "complaint"),
-        [(["--tensorrt"], "--tensorrt is for --triton"), (["--check", "F", "--triton", "d"], "leave out --triton")],
+        [
+            (["--tensorrt"], "--tensorrt: only for --triton"),
+            (["--check", "F", "--triton", "d"], "writes nothing: leave out --triton"),
+        ],
     )
     def test_wrong_usage_is_2(self, arguments, complaint, tmp_path):
         (tmp_path / "m.pt").touch()

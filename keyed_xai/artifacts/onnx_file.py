@@ -107,6 +107,8 @@ def _refuse_foreign(model: onnx.ModelProto, origin: str) -> None:
             if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
                 raise ArtifactError(f"{printable(origin)} keeps weights in another file, which is refused.")
         for node in graph.node:
+            if not isinstance(node.domain, str) or not isinstance(node.op_type, str):  # bytes: not UTF-8
+                raise ArtifactError(f"{printable(origin)} names an operator in letters that are not UTF-8.")
             if node.domain not in _DOMAINS:
                 raise ArtifactError(
                     f"{printable(origin)} uses {printable(node.op_type)} of the domain {printable(node.domain)!r}; "
@@ -145,7 +147,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _read_metadata(model: onnx.ModelProto, origin: str) -> Document:
     texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
-    if len(texts) != 1:
+    if len(texts) != 1 or not isinstance(texts[0], str):  # bytes: not UTF-8
         raise ArtifactError(f"{printable(origin)} has no metadata of keyed-xai: make it with `keyed-xai export`.")
     if len(texts[0]) > _LARGEST_METADATA:
         raise ArtifactError(f"{printable(origin)} has more than {_LARGEST_METADATA} letters of metadata.")

@@ -23,6 +23,7 @@ from keyed_xai.export.building import ExportSettings, build_model, build_plain
 from keyed_xai.export.parity import Figures, measure_agreement
 from keyed_xai.models import Classifier
 from keyed_xai.saliency import Sites, explain
+from keyed_xai.sessions import load_session
 from keyed_xai.tensors import Images, Labels
 
 INTERPRETERS = ("gradcam", "vbp", "simplegrad")
@@ -252,14 +253,12 @@ def _chunks(images: Images) -> Sequence[Tensor]:
 
 
 def _open(graph: bytes, settings: ServingSettings) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads
-    options.log_severity_level = 3
     if settings.device == "cpu":
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return load_session(graph, ["CPUExecutionProvider"], threads=settings.threads)
     onnxruntime.preload_dlls()
-    session = onnxruntime.InferenceSession(graph, options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
-    if "CUDAExecutionProvider" not in session.get_providers():
+    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    session = load_session(graph, wanted, threads=settings.threads)
+    if session.get_providers() != wanted:
         raise KeyedXAIError(
             "onnxruntime's CUDA provider does not load here: pip install 'onnxruntime-gpu[cuda,cudnn]'."
         )

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from keyed_xai.artifacts.documents import read_json, write_json
+from keyed_xai.artifacts.folder import LICENSE_FILE
+from keyed_xai.artifacts.license import digest
 from keyed_xai.benchmarks.kept import keep_reference
 from keyed_xai.benchmarks.serving import ServingSettings, measure_network, render_networks
 from keyed_xai.benchmarks.serving_load import (
@@ -119,14 +121,14 @@ def _start(run: ServingRun) -> dict[str, Any]:
         "graphs": run.graphs.to_json(),
         "load": asdict(run.load),
         "data": run.data,
-        "models": sorted(run.models),
-        "served": "given" if run.served else "demo",
+        "models": {arch: digest(path) for arch, path in sorted(run.models.items())},
+        "served": digest(run.served.folder / LICENSE_FILE) if run.served else "demo",
         "served_data": run.served_data,
     }
     path = run.folder / "serving.json"
     if path.exists():
         kept = read_json(path, "serving-figures")
-        if kept["settings"] == settings:
+        if kept["settings"] == settings and kept["versions"] == package_versions():
             return kept
     return {
         "schema": SCHEMA,

@@ -4,11 +4,12 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -57,21 +58,19 @@ def running_server(model: Path, *, threads: int = 1, device: str = "cpu") -> Ite
     Raises:
         KeyedXAIError: It does not come up, or does not stop cleanly.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "keyed_xai_cli.main", "serve", str(model)]
-    options = ["--port", str(port), "--threads", str(threads), "--device", device]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, env=os.environ.copy()) as process:
-        address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "keyed_xai_cli.main", "serve", str(model), "--port", "0"]
+    command += ["--threads", str(threads), "--device", device]
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stderr=said, env=os.environ.copy()) as process:
         try:
-            _wait_for(address, process)
-            yield address
+            yield _wait_for_address(process, said)
         finally:
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=_STARTING)
-    if process.returncode != 0:
-        raise KeyedXAIError(f"The server ended with code {process.returncode}: {said.decode()[-500:]}")
+            try:
+                process.wait(_STARTING)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if process.wait() != 0:
+            raise KeyedXAIError(f"The server ended with code {process.returncode}: {_read(said)[-500:]}")
 
 
 def measure_load(
@@ -134,15 +133,19 @@ def render_files(files: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return "\n".join(["| file sent | map | correlation with the reference | open |", "|---|---|---|---|", *rows, ""])
 
 
-def _wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
+def _wait_for_address(process: "subprocess.Popen[bytes]", said: IO[bytes]) -> str:
     end = time.monotonic() + _STARTING
     while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/v2/health/ready", timeout=5):
-                return
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    raise KeyedXAIError("The server did not come up.")
+        address = re.search(r"http://[0-9.]+:[0-9]+", _read(said))
+        if address is not None:
+            return address[0]
+        time.sleep(0.05)
+    raise KeyedXAIError(f"The server did not come up: {_read(said)[-500:]}")
+
+
+def _read(file: IO[bytes]) -> str:
+    """Return what a process has written; its own place in the file stays."""
+    return os.pread(file.fileno(), 2**20, 0).decode(errors="replace")
 
 
 async def _load(

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,11 +20,13 @@ from keyed_xai.errors import ModelError
 from keyed_xai.metrics import correlation, normalise_maps
 from keyed_xai.models import Classifier
 from keyed_xai.saliency import Sites, explain
+from keyed_xai.sessions import load_session, run_session
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 
 BATCHES = (1, 3, 8)
 """Images at once; so many of each kind are compared."""
 IMAGES = sum(BATCHES)
+_FAINT = 0.01  # of the usual: smaller truths are compared at this size
 Runner = Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
 """Inputs by name to logits and maps, as an ONNX graph with them runs."""
 
@@ -39,6 +40,7 @@ class Figures:
         images: "random" or "real".
         batch: Images at once.
         largest: Largest difference of any image, relative to the largest value of the truth of that image.
+            Faint truths count as a hundredth of the usual, see `measure_agreement`.
         l2: Median of the images' L2 distances, relative to the length of the truth.
         eager_l2: The same of PyTorch in float32.
         correlation: Smallest Pearson correlation with the truth of any image.
@@ -104,15 +106,18 @@ def open_session(model: bytes) -> Runner:
     """Return a function that runs an ONNX model on the CPU.
 
     Raises:
-        ModelError: onnxruntime refuses the model.
+        ModelError: onnxruntime refuses the model, then or when it is run.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except RuntimeError as error:  # the parent of all that onnxruntime raises
-        raise ModelError(f"onnxruntime cannot load the graph: {str(error).partition(chr(10))[0]}") from error
-    return lambda inputs: session.run(None, dict(inputs))
+    session = load_session(model, ["CPUExecutionProvider"])
+    required = {each.name for each in session.get_inputs()}
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        inputs = dict(inputs)
+        if "target" in required and "target" not in inputs:  # a copy in a model repository has no default
+            inputs["target"] = np.full(len(inputs["image"]), -1)
+        return run_session(session, inputs)
+
+    return run
 
 
 def random_images(classifier: Classifier, generator: torch.Generator) -> Images:
@@ -154,7 +159,7 @@ def compare(
     exact = copy.deepcopy(classifier).double()
     sites = Sites(classifier.target_layer, classifier.taps)
     batches = [(kind, batch) for kind, each in images.items() for batch in torch.split(each, list(BATCHES))]
-    results = []
+    outputs: list[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]] = []
     for number, (kind, batch) in enumerate(batches):
         targets = _draw_targets(classifier, len(batch), generator) if number % len(BATCHES) else None
         found = _run(run, batch, targets if tuple(interpreters) != ("vbp",) else None, eight_bits=eight_bits)
@@ -163,12 +168,16 @@ def compare(
             _outputs(model, pixels, labels, interpreters, sites, normalised=normalised)
             for model, pixels in ((exact, batch.double()), (classifier, batch))
         )
-        for name, *tensors in zip(("logits", *interpreters), found, truth, eager, strict=True):
-            output = name if name == "logits" else f"saliency_{name}"
-            results.append(measure_agreement(output, kind, *tensors))
+        outputs.append((kind, list(zip(found, truth, eager, strict=True))))
         if on_batch is not None:
             on_batch(number + 1, len(batches))
-    return results
+    names = ["logits", *(f"saliency_{name}" for name in interpreters)]
+    usual = [torch.cat([each[place][1] for _, each in outputs]) for place in range(len(names))]
+    return [
+        measure_agreement(name, kind, *tensors, usual=truths)
+        for kind, several in outputs
+        for name, tensors, truths in zip(names, several, usual, strict=True)
+    ]
 
 
 def refuse_disagreement(figures: Sequence[Figures], precision: str) -> None:
@@ -188,7 +197,9 @@ def refuse_disagreement(figures: Sequence[Figures], precision: str) -> None:
             raise ModelError(f"onnxruntime and PyTorch disagree in {output}: {complaint}. {_advise(output, precision)}")
 
 
-def measure_agreement(output: str, kind: str, found: Tensor, truth: Tensor, eager: Tensor) -> Figures:
+def measure_agreement(
+    output: str, kind: str, found: Tensor, truth: Tensor, eager: Tensor, *, usual: Tensor | None = None
+) -> Figures:
     """Return how well one output agrees with its truth.
 
     Args:
@@ -197,16 +208,20 @@ def measure_agreement(output: str, kind: str, found: Tensor, truth: Tensor, eage
         found: Of the graph, [n, ...].
         truth: Of the classifier in float64.
         eager: Of the classifier in float32.
+        usual: Truths of more images, which say how large they usually are. A truth below a hundredth of that, such as
+            a Grad-CAM map that ReLU has all but emptied, is what rounding left of larger numbers: its differences are
+            then relative to that hundredth. None takes each truth as it is.
     """
     found, truth, eager = (each.double().flatten(1) for each in (found, truth, eager))
     full = truth.abs().amax(1) > 0
+    lengths = {order: _length(truth, order, usual) for order in (torch.inf, 2.0)}
     return Figures(
         output=output,
         images=kind,
         batch=len(found),
-        largest=float(_relative(found, truth, torch.inf).max()),
-        l2=float(_relative(found, truth, 2.0).median()),
-        eager_l2=float(_relative(eager, truth, 2.0).median()),
+        largest=float(_relative(found - truth, torch.inf, lengths).max()),
+        l2=float(_relative(found - truth, 2.0, lengths).median()),
+        eager_l2=float(_relative(eager - truth, 2.0, lengths).median()),
         correlation=_smallest_correlation(found[full, None], truth[full, None]),
         same_top=float((found.argmax(1) == truth.argmax(1)).double().mean()),
         empty=1 - float(full.double().mean()),
@@ -269,11 +284,19 @@ def _outputs(
     return [logits, *(normalise_maps(each) if normalised else each for each in maps.values())]
 
 
-def _relative(found: Tensor, truth: Tensor, order: float) -> Tensor:
-    """Return each image's distance over the length of its truth; infinite where only the truth is zero or NaN came."""
-    distance = torch.linalg.vector_norm(found - truth, order, dim=1)
-    length = torch.linalg.vector_norm(truth, order, dim=1)
-    relative = torch.where(distance == 0, 0.0, distance / length)
+def _length(truth: Tensor, order: float, usual: Tensor | None) -> Tensor:
+    """Return the norm of each truth [n, d], or a hundredth of the median of the usual ones that are not zero."""
+    length: Tensor = torch.linalg.vector_norm(truth, order, dim=1)
+    if usual is None:
+        return length
+    norms = torch.linalg.vector_norm(usual.double().flatten(1), order, dim=1)
+    return length.clamp_min(_FAINT * float(norms[norms > 0].median()) if (norms > 0).any() else 0.0)
+
+
+def _relative(difference: Tensor, order: float, lengths: Mapping[float, Tensor]) -> Tensor:
+    """Return each image's distance over its length; infinite where only the truth is zero or NaN came."""
+    distance = torch.linalg.vector_norm(difference, order, dim=1)
+    relative = torch.where(distance == 0, 0.0, distance / lengths[order])
     return relative.nan_to_num(torch.inf, torch.inf)
 
 
