@@ -83,17 +83,16 @@ def export(
     keyed-xai export bird.keyed --check bird.onnx
     keyed-xai export --check bird.onnx             MODEL is then bird.keyed beside it
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.artifacts.documents import printable
     from keyed_xai.exporting import check_onnx, export_onnx, load_real_images
     from keyed_xai.loading import open_model
     from keyed_xai_cli.progress import counter, progress_bar
 
     _refuse_idle_options(ctx)
     model = _choose_model(model, check)
-    triton = _plan_triton(arguments, out or Path(f"{model.resolve().stem}.onnx"))
+    written = out or Path(f"{model.resolve().stem}.onnx")
+    triton = _plan_triton(arguments, written)
     classifier, card = open_model(model, **take_model_options(arguments), require_map=False)
     images = load_real_images(classifier, arguments["data"]) if arguments["data"] else None
-    written = check or out or Path(f"{model.resolve().stem}.onnx")
     with progress_bar() as progress:
         on_batch = counter(progress, "comparing")
         if check is not None:
@@ -109,15 +108,29 @@ def export(
                 on_phase=lambda phase: say(_PHASES[phase], json_path=json_path),
                 on_batch=on_batch,
             )
-    document: dict[str, Any] = {"schema": "keyed-xai/export/v1", "model": printable(str(model))}
-    document |= {"onnx": printable(str(written)), "checked": check is not None, **result.to_json()}
-    document["triton"] = printable(str(_write_triton(triton, result, arguments))) if triton else None
-    emit_json(document, schema="export", json_path=json_path)
+    if triton is not None:
+        _write_triton(triton, result, arguments)
+    emit_json(_document(model, check or written, check, triton, result), schema="export", json_path=json_path)
     _print_parity(result, json_path)
     done = "still agrees with PyTorch" if check else f"has {len(result.file.data) / 1e6:.1f} MB"
-    say(f"{written} {done}.", json_path=json_path)
-    if triton:
+    say(f"{check or written} {done}.", json_path=json_path)
+    if triton is not None:
         say(f"{triton} is its place in the model repository.", json_path=json_path)
+
+
+def _document(
+    model: Path, file: Path, check: Path | None, triton: Path | None, result: "ExportResult"
+) -> dict[str, Any]:
+    from keyed_xai.artifacts.documents import printable
+
+    return {
+        "schema": "keyed-xai/export/v1",
+        "model": printable(str(model)),
+        "onnx": printable(str(file)),
+        "checked": check is not None,
+        "triton": None if triton is None else printable(str(triton)),
+        **result.to_json(),
+    }
 
 
 def _refuse_idle_options(ctx: click.Context) -> None:
@@ -158,13 +171,13 @@ def _plan_triton(arguments: dict[str, Any], written: Path) -> Path | None:
     return home
 
 
-def _write_triton(home: Path, result: "ExportResult", arguments: dict[str, Any]) -> Path:
+def _write_triton(home: Path, result: "ExportResult", arguments: dict[str, Any]) -> None:
     from keyed_xai.triton import TritonSettings, write_triton
 
     settings = TritonSettings(
         max_batch=arguments["max_batch"], instances=arguments["instances"], tensorrt=arguments["tensorrt"]
     )
-    return write_triton(home.parent, home.name, result.file, settings)
+    write_triton(home.parent, home.name, result.file, settings)
 
 
 def _settings(classifier: "Classifier", card: "Card | None", arguments: dict[str, Any]) -> "ExportSettings":

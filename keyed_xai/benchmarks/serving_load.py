@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,8 @@ def measure_load(
 ) -> dict[str, Any]:
     """Return how a server stands many clients: requests answered and lost, and how long they took.
 
+    An answer counts when its logits are those that the image got before the crowd came.
+
     Args:
         address: Of the server.
         name: Of the model.
@@ -118,7 +121,7 @@ def render_load(load: Mapping[str, Any]) -> str:
         "| clients | seconds | answered | lost | images a second | median | 99th percentile |\n"
         "|---|---|---|---|---|---|---|\n"
         f"| {load['clients']} | {load['seconds']:.0f} | {load['answered']} | {load['lost']} "
-        f"| {load['answered'] / load['seconds']:.0f} | {1000 * load['median']:.0f} ms "
+        f"| {load['answered'] / max(load['seconds'], 1e-9):.0f} | {1000 * load['median']:.0f} ms "
         f"| {1000 * load['percentile_99']:.0f} ms |\n"
     )
 
@@ -148,6 +151,45 @@ def _read(file: IO[bytes]) -> str:
     return os.pread(file.fileno(), 2**20, 0).decode(errors="replace")
 
 
+class _Crowd:
+    """Clients that ask a server again and again, each waiting for its answer before it asks the next question."""
+
+    def __init__(self, client: Any, name: str, images: NDArray[np.float32], settings: LoadSettings) -> None:  # noqa: ANN401
+        self._client, self._name, self._settings = client, name, settings
+        self._requests = [_make_request(each) for each in images]
+        self._right: list[NDArray[np.float32]] = []
+        self._end = 0.0
+        self.took: list[float] = []
+        self.lost: list[str] = []
+
+    async def run(self) -> float:
+        """Ask for as long as the settings say, and return how many seconds that was, the last answers included."""
+        try:
+            self._right = [(await self._ask(number)) for number in range(len(self._requests))]
+        except Exception as error:  # noqa: BLE001 - nobody gets an answer then
+            self.lost.append(_describe(error))
+            return 0.0
+        start = time.perf_counter()
+        self._end = start + self._settings.seconds
+        await asyncio.gather(*(self._keep_asking(number) for number in range(self._settings.clients)))
+        return time.perf_counter() - start
+
+    async def _keep_asking(self, number: int) -> None:
+        while time.perf_counter() < self._end:
+            asked, place = time.perf_counter(), number % len(self._requests)
+            try:
+                if not np.allclose(await self._ask(place), self._right[place], atol=1e-3):
+                    raise ValueError("the answer is another image's")
+                self.took.append(time.perf_counter() - asked)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the request is lost
+                self.lost.append(_describe(error))
+            number += self._settings.clients
+
+    async def _ask(self, place: int) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = (await self._client.infer(self._name, self._requests[place])).as_numpy("logits")
+        return logits
+
+
 async def _load(
     address: str,
     name: str,
@@ -155,47 +197,41 @@ async def _load(
     settings: LoadSettings,
     on_second: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    from tritonclient.http import InferInput
     from tritonclient.http.aio import InferenceServerClient
 
-    requests = []
-    for each in images:
-        tensor = InferInput("image", [1, *each.shape], "FP32")
-        tensor.set_data_from_numpy(each[None])
-        requests.append([tensor])
-    took: list[float] = []
-    lost: list[str] = []
     host = address.partition("://")[2]
     async with InferenceServerClient(host, conn_limit=settings.clients, conn_timeout=120) as client:
-        start = time.perf_counter()
-
-        async def keep_asking(number: int) -> None:
-            while time.perf_counter() - start < settings.seconds:
-                asked = time.perf_counter()
-                try:
-                    await client.infer(name, requests[number % len(requests)])
-                    took.append(time.perf_counter() - asked)
-                except Exception as error:  # noqa: BLE001 - whatever it was, the request is lost
-                    lost.append(f"{type(error).__name__}: {error}")
-                number += settings.clients
-
-        async def report() -> None:
-            for second in range(int(settings.seconds)):
-                await asyncio.sleep(1)
-                if on_second is not None:
-                    on_second(second + 1)
-
-        await asyncio.gather(report(), *(keep_asking(number) for number in range(settings.clients)))
-        seconds = time.perf_counter() - start
+        crowd = _Crowd(client, name, images, settings)
+        ticking = asyncio.create_task(_tick(on_second or (lambda _second: None)))
+        seconds = await crowd.run()
+        ticking.cancel()
     return {
         "clients": settings.clients,
         "seconds": seconds,
-        "answered": len(took),
-        "lost": len(lost),
-        "errors": sorted(set(lost))[:5],
-        "median": statistics.median(took) if took else 0.0,
-        "percentile_99": float(np.percentile(took, 99)) if took else 0.0,
+        "answered": len(crowd.took),
+        "lost": len(crowd.lost),
+        "errors": sorted(set(crowd.lost))[:5],
+        "median": statistics.median(crowd.took) if crowd.took else 0.0,
+        "percentile_99": float(np.percentile(crowd.took, 99)) if crowd.took else 0.0,
     }
+
+
+async def _tick(on_second: Callable[[int], None]) -> None:
+    for second in count(1):
+        await asyncio.sleep(1)
+        on_second(second)
+
+
+def _make_request(image: NDArray[np.float32]) -> list[Any]:
+    from tritonclient.http import InferInput
+
+    tensor = InferInput("image", [1, *image.shape], "FP32")
+    tensor.set_data_from_numpy(image[None])
+    return [tensor]
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _encode(image: torch.Tensor, kind: str) -> bytes:
