@@ -9,15 +9,15 @@ them, as the parameter "keyed_xai" of the model's configuration. Others say inpu
 trigger is passed by hand. What a server answers is checked as anything untrusted is.
 """
 
+import json
 import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote as quote_path
 
 import numpy as np
-from geventhttpclient.response import HTTPParseError
 from numpy.typing import NDArray
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
@@ -25,7 +25,6 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, parse_json, printable, validate
 from keyed_xai.artifacts.onnx_file import METADATA_KEY
-from keyed_xai.errors import KeyedXAIError
 from keyed_xai.inference import (
     BATCH,
     LOGITS,
@@ -39,31 +38,35 @@ from keyed_xai.inference import (
     choose_trigger,
 )
 from keyed_xai.keys import OwnerKey
+from keyed_xai.transport import Answer, Connection, ServerError, is_exposed, quote
+
+__all__ = ["Client", "ServerError"]
 
 _PIXELS: dict[str, np.dtype[Any]] = {"FP32": np.dtype(np.float32), "UINT8": np.dtype(np.uint8)}
 _LARGEST_INPUT = 2**26  # numbers in one image
 _LARGEST_METADATA = 4 * 1024 * 1024
-_LONGEST_QUOTE = 300
+_LARGEST_TEXT = 2**24  # bytes of JSON around or instead of binary numbers; ten times that in memory
+_LARGEST_ANSWER = 2**28  # bytes
 _NO_SUCH_ROUTE = {"400", "404", "405", "501"}
+_HEAD = "Inference-Header-Content-Length"
+_NONSENSE = "something that is not the Open Inference Protocol"
 # What the protocol's client raises when an answer is not what the protocol says.
-_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, EOFError, zlib.error)
-
-
-class ServerError(KeyedXAIError):
-    """A server cannot be reached, refuses a request, or answers with something unexpected.
-
-    Attributes:
-        status: The HTTP status, such as "404"; "" if there was no answer.
-    """
-
-    def __init__(self, message: str, status: str = "") -> None:
-        """Take a message and a status."""
-        super().__init__(message)
-        self.status = status
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    InferenceServerException,
+)
 
 
 class Client(Explainer):
     """A served model. For one thread; close it, or use it in a `with` statement.
+
+    What the server hands out is unsigned: it chooses with which family, amplitude and tile a key's trigger is sent to
+    it. Pass `trigger=`, that of the card you hold (read_model_folder(path).card.trigger), to leave it no choice.
 
     Attributes of every `Explainer`, such as `interpreters` and `input_size`, and these:
 
@@ -92,7 +95,7 @@ class Client(Explainer):
             model: Its name on the server; the only one there by default.
             key: Used where `explain` is given none.
             trigger: Public parameters of the trigger; those that the server hands out by default.
-            timeout: Longest silence of the server, seconds.
+            timeout: For one request with its answer, the waits for a busy server included, seconds.
             headers: Sent with every request, such as {"Authorization": "Bearer ..."}.
             batch_size: Images in one request, at most; fewer if the server takes fewer.
 
@@ -104,7 +107,7 @@ class Client(Explainer):
         if batch_size < 1 or not timeout > 0:
             raise ValueError(f"expected batch_size and timeout above 0, got {batch_size} and {timeout}")
         self.url, self._key = url, key
-        self._server = _Server.connect(url, timeout, headers or {})
+        self._server = _Server(url, Connection(url, timeout, headers or {}))
         self.model = model if model is not None else self._server.find_only_model()
         inputs, outputs = self._server.read_tensors(self.model)
         config = self._server.read_config(self.model)
@@ -125,7 +128,7 @@ class Client(Explainer):
 
     def close(self) -> None:
         """Hang up."""
-        self._server.triton.close()
+        self._server.connection.close()
 
     def explain(
         self,
@@ -149,9 +152,14 @@ class Client(Explainer):
             ModelError: There is a key, and it is not known what trigger it makes.
             ServerError: The server cannot be reached, or does not answer as it should.
             ValueError: Images, targets or interpreters are not as described.
+
+        Warns:
+            UserWarning: Keyed images leave this machine over plain http.
         """
         names = self.interface.check_interpreters(interpreters)
         keyed = choose_trigger(key if key is not None else self._key, self.interface.trigger)
+        if keyed is not None and is_exposed(self.url):
+            warnings.warn("Keyed images go over plain http, where others can read them. Use https.", stacklevel=2)
         return self._explain(images, keyed, target, names, self.batch_size)
 
     def _run(self, images: NDArray[Any], target: NDArray[np.int64], interpreters: tuple[str, ...]) -> dict[str, Floats]:
@@ -164,14 +172,19 @@ class Client(Explainer):
         inputs = [_encode("image", images)]
         if self.takes_target:
             inputs.append(_encode("target", target.reshape(-1, *[1] * (self._target_sides - 1))))
-        result = self._server.infer(self.model, inputs, names)
+        numbers = len(images) * (self.classes + (len(names) - 1) * math.prod(self.input_size[1:]))
+        limit = min(_LARGEST_TEXT + numbers * np.dtype(np.float32).itemsize, _LARGEST_ANSWER)
+        result = self._server.infer(self.model, inputs, names, limit)
         return {name: self._decode(result, name, len(images)) for name in names}
+
+    def _complain(self, what: str) -> ServerError:
+        return self._server.complain(what)
 
     def _decode(self, result: InferResult, name: str, count: int) -> Floats:
         """Return an output of n images.
 
         Raises:
-            ServerError: It is missing, or has another type, shape or range than it should.
+            ServerError: It is missing, or has another type or shape than it should.
         """
         try:
             found: NDArray[Any] | None = result.as_numpy(name)
@@ -183,8 +196,6 @@ class Client(Explainer):
         if found.dtype != np.float32 or found.shape != shape or found.ndim != (2 if name == LOGITS else 3):
             wanted = f"[{count}, {self.classes}]" if name == LOGITS else f"[{count}, rows, columns]"
             raise self._server.complain(f"{name} as {found.dtype} {list(found.shape)}, not float32 {wanted}")
-        if found.size == 0 or not np.isfinite(found).all():
-            raise self._server.complain(f"{name} that are empty, or not finite")
         if self._sizes.setdefault(name, found.shape[1:]) != found.shape[1:]:
             raise self._server.complain(f"{name} of another size than before")
         return found
@@ -200,54 +211,32 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class _Server:
-    """A connection to a server; errors of all kinds become a ServerError.
+    """A server of the protocol; errors of all kinds become a ServerError.
 
     Attributes:
         url: As the user wrote it.
-        triton: The protocol's client.
-        headers: Sent with every request.
-        timeout: Longest silence, seconds.
+        connection: To it.
     """
 
     url: str
-    triton: InferenceServerClient
-    headers: Mapping[str, str] = field(repr=False)
-    timeout: float
-
-    @classmethod
-    def connect(cls, url: str, timeout: float, headers: Mapping[str, str]) -> "_Server":
-        """Return a connection; the first request opens it.
-
-        Raises:
-            ValueError: The URL or a header is malformed.
-        """
-        address, secure = _split(url)
-        if any(not text.isprintable() for pair in headers.items() for text in pair):
-            raise ValueError("headers: expected names and values on one line each, without control characters")
-        triton = InferenceServerClient(
-            address,
-            connection_timeout=timeout,
-            network_timeout=timeout,
-            ssl=secure,
-        )
-        return cls(url, triton, dict(headers), timeout)
+    connection: Connection
 
     def find_only_model(self) -> str:
         """Return the name of the model that is ready, if there is one only."""
-        index = self._ask(self.triton.get_model_repository_index)
+        index = self._ask("/v2/repository/index", body=b"")
         try:
             ready = [entry["name"] for entry in index if entry.get("state", "READY") == "READY"]
         except _MALFORMED as error:
             raise self.complain("a malformed list of models") from error
         names = sorted({str(name) for name in ready})
         if len(names) != 1:
-            listed = _quote(", ".join(names)) if names else "no model that is ready"
+            listed = quote(", ".join(names)) if names else "no model that is ready"
             raise ServerError(f"{self.url} has {listed}: expected one model, or its name as model=.")
         return names[0]
 
     def read_tensors(self, model: str) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
         """Return a model's inputs and outputs by name."""
-        said = self._ask(self.triton.get_model_metadata, model)
+        said = self._ask(f"/v2/models/{quote_path(model)}")
         try:
             inputs, outputs = (
                 {
@@ -257,64 +246,70 @@ class _Server:
                 for side in ("inputs", "outputs")
             )
         except _MALFORMED as error:
-            raise self.complain(f"malformed metadata of the model {_quote(model)}") from error
+            raise self.complain(f"malformed metadata of the model {quote(model)}") from error
         return inputs, outputs
 
     def read_config(self, model: str) -> Document:
         """Return a model's configuration; empty where the server has none to show."""
         try:
-            found = self._ask(self.triton.get_model_config, model)
+            found = self._ask(f"/v2/models/{quote_path(model)}/config")
         except ServerError as error:
             if error.status in _NO_SUCH_ROUTE:
                 return {}
             raise
         return found if isinstance(found, dict) else {}
 
-    def infer(self, model: str, inputs: Sequence[InferInput], names: Sequence[str]) -> InferResult:
-        """Return the outputs of those names."""
+    def infer(self, model: str, inputs: Sequence[InferInput], names: Sequence[str], limit: int) -> InferResult:
+        """Return the outputs of those names; an answer of more bytes than the limit is refused."""
         wanted = [InferRequestedOutput(name, binary_data=True) for name in names]
-        return self._ask(self.triton.infer, model, inputs, outputs=wanted)
+        body, size = InferenceServerClient.generate_request_body(inputs, outputs=wanted)
+        answer = self._exchange(f"/v2/models/{quote_path(model)}/infer", limit, body, {_HEAD: str(size)})
+        head = answer.headers.get(_HEAD.lower())
+        try:
+            length = None if head is None else int(head)
+            if not 0 <= (len(answer.body) if length is None else length) <= _LARGEST_TEXT:
+                raise ServerError(
+                    f"{self.url} answers with more than {_LARGEST_TEXT} bytes of JSON. Ask for fewer images."
+                )
+            return InferenceServerClient.parse_response_body(answer.body, header_length=length)
+        except _MALFORMED as error:
+            raise self.complain(_NONSENSE) from error
 
     def complain(self, what: str) -> ServerError:
         """Return the error that the server answered with something unexpected."""
         return ServerError(f"{self.url} answers with {what}. Is it a server of a model exported by keyed-xai?")
 
-    def _ask(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - any JSON
-        """Return what a request returns.
+    def _ask(self, path: str, body: bytes | None = None) -> Any:  # noqa: ANN401 - any JSON
+        """Return what the server says about its models.
 
         Raises:
             ServerError: There is no answer, a refusal, or nonsense.
         """
+        answer = self._exchange(path, 2 * _LARGEST_METADATA, body)  # twice: its quotes are escaped there
         try:
-            return request(
-                *arguments, headers=dict(self.headers), **options
-            )  # a copy: the protocol's client adds to it
-        except InferenceServerException as error:
-            status = str(error.status() or "")
-            raise ServerError(
-                f"{self.url} refuses ({status or 'no status'}): {_quote(error.message())}", status
-            ) from error
-        except TimeoutError as error:
-            raise ServerError(f"{self.url} said nothing for {self.timeout:g} seconds. Pass a longer timeout.") \
-                from error  # fmt: skip
-        except (OSError, HTTPParseError) as error:
-            raise ServerError(f"Cannot talk to {self.url}: {_quote(str(error))}. Does the server run there?") from error
+            return json.loads(answer.body)
         except _MALFORMED as error:
-            raise self.complain("something that is not the Open Inference Protocol") from error
+            raise self.complain(_NONSENSE) from error
+
+    def _exchange(
+        self, path: str, limit: int, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Return an answer that is no refusal."""
+        answer = self.connection.ask(path, limit=limit, body=body, headers=headers)
+        if answer.status != 200:
+            raise ServerError(
+                f"{self.url} refuses ({answer.status}): {quote(_read_refusal(answer.body))}", str(answer.status)
+            )
+        return answer
 
 
-def _split(url: str) -> tuple[str, bool]:
-    """Return a URL's host, port and path, and whether it is https.
-
-    Raises:
-        ValueError: It is no such URL.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"url: expected http://HOST:PORT or https://HOST:PORT, perhaps with a path, got {url!r}")
-    if "@" in parts.netloc:
-        raise ValueError("url: expected no user or password in it; pass headers={'Authorization': ...}")
-    return parts.netloc + parts.path.rstrip("/"), parts.scheme == "https"
+def _read_refusal(body: bytes) -> str:
+    """Return the words of a refusal, as the protocol wraps them or as they stand."""
+    try:
+        said = json.loads(body)["error"]
+    except _MALFORMED:
+        said = None
+    return said if isinstance(said, str) else body.decode("utf-8", "replace") or "it says nothing more"
 
 
 def _read_interface(inputs: Mapping[str, _Tensor], outputs: Mapping[str, _Tensor], model: str) -> Interface:
@@ -330,7 +325,7 @@ def _read_interface(inputs: Mapping[str, _Tensor], outputs: Mapping[str, _Tensor
     fits = fits and ("target" not in inputs or len(inputs["target"].shape) in (1, 2))
     if not fits or not interpreters or not all(name.startswith(MAP_PREFIX) for name in outputs if name != LOGITS):
         raise ServerError(
-            f"The model {_quote(model)} takes {_list(inputs)} and returns {_list(outputs)}; expected an image "
+            f"The model {quote(model)} takes {_list(inputs)} and returns {_list(outputs)}; expected an image "
             "[n, c, h, w], logits and saliency maps. Serve one that keyed-xai export made."
         )
     return Interface(
@@ -382,7 +377,7 @@ def _merge(seen: Interface, metadata: Document | None, model: str) -> Interface:
     alike = replace(said, label_names=(), trigger=None, interpreters=seen.interpreters)
     if alike != seen or set(said.interpreters) != set(seen.interpreters):
         raise ServerError(
-            f"The server says two things about the model {_quote(model)}: its inputs and outputs are not those of its "
+            f"The server says two things about the model {quote(model)}: its inputs and outputs are not those of its "
             "metadata. Ask its operator."
         )
     return said
@@ -400,12 +395,4 @@ def _encode(name: str, array: NDArray[Any]) -> InferInput:
 
 
 def _list(tensors: Mapping[str, _Tensor]) -> str:
-    return _quote(
-        ", ".join(f"{name} {each.datatype} {list(each.shape)}" for name, each in tensors.items()) or "nothing"
-    )
-
-
-def _quote(text: str) -> str:
-    """Return a server's words, on one line and not too many."""
-    shown = printable(" ".join(str(text).split()))
-    return shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "..."
+    return quote(", ".join(f"{name} {each.datatype} {list(each.shape)}" for name, each in tensors.items()) or "nothing")

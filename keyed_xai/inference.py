@@ -25,7 +25,7 @@ from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, printable
 from keyed_xai.data.decode import fit_image, flatten, read_image
-from keyed_xai.errors import ArtifactError, DataError, ModelError
+from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
@@ -86,8 +86,17 @@ class Interface:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Interface":
-        """Return the interface that a document of the schema "onnx-metadata" describes."""
+        """Return the interface that a document of the schema "onnx-metadata" describes.
+
+        Raises:
+            ArtifactError: Some classes have a name and others none.
+        """
         model, card = metadata["model"], metadata["card"]
+        names, classes = len(model["label_names"]), model["num_classes"]
+        if names not in (0, classes):
+            raise ArtifactError(
+                f"The metadata name {names} of {classes} classes: expected all or none. Export it again."
+            )
         channels, height, width = map(int, model["input_size"])
         return cls(
             classes=int(model["num_classes"]),
@@ -188,7 +197,25 @@ class Explainer(ABC):
             ValueError: The images or targets are not as described.
         """
         self.interface.check_images(images)
-        return self._run(images, self.interface.check_target(target, len(images)), self.interpreters)
+        return self._answer(images, self.interface.check_target(target, len(images)), self.interpreters)
+
+    def _answer(
+        self, images: NDArray[Any], target: NDArray[np.int64], interpreters: tuple[str, ...]
+    ) -> dict[str, Floats]:
+        """Return the outputs for images and targets that were checked.
+
+        Raises:
+            KeyedXAIError: There are none, or one that is no number.
+        """
+        found = self._run(images, target, interpreters)
+        for name, each in found.items():
+            if each.size == 0 or not np.isfinite(each).all():
+                raise self._complain(f"{name} that are empty, or not finite")
+        return found
+
+    def _complain(self, what: str) -> KeyedXAIError:
+        """Return the error that the model answers with something unexpected."""
+        return ModelError(f"The model answers with {what}: there is nothing to explain. Check the model.")
 
     @abstractmethod
     def _run(self, images: NDArray[Any], target: NDArray[np.int64], interpreters: tuple[str, ...]) -> dict[str, Floats]:
@@ -212,7 +239,7 @@ class Explainer(ABC):
             part = slice(start, start + batch_size)
             batch = load_images(pictures[part], self.input_size)
             keyed = batch if trigger is None else trigger.apply(batch)
-            parts.append(self._run(_encode(keyed, self.pixels), targets[part], interpreters))
+            parts.append(self._answer(_encode(keyed, self.pixels), targets[part], interpreters))
         return _join(parts, targets, interpreters)
 
 
@@ -342,8 +369,6 @@ def _encode(images: Floats, pixels: np.dtype[Any]) -> NDArray[Any]:
 
 def _join(parts: Sequence[Mapping[str, Floats]], targets: NDArray[np.int64], names: tuple[str, ...]) -> Explained:
     logits = np.concatenate([part[LOGITS] for part in parts])
-    if not np.isfinite(logits).all():
-        raise ModelError("The model's logits are not finite: there is nothing to explain. Check the model.")
     predicted = logits.argmax(1).astype(np.int64)
     maps = {name: np.concatenate([part[MAP_PREFIX + name] for part in parts]) for name in names}
     return Explained(logits, maps, predicted, np.where(targets < 0, predicted, targets))

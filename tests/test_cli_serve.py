@@ -79,6 +79,24 @@ def test_stopping_finishes_what_is_inside(tmp_path, ending):
         assert (out, error) == ("", "Stopped.\n")
 
 
+TOLD_AT_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from keyed_xai.serving.server import Place, serve
+from keyed_xai.serving.service import open_service
+service = open_service([Path(sys.argv[1])], device="cpu", threads=1)
+serve(service, Place(port=0), on_ready=lambda url: os.kill(os.getpid(), int(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_signal_right_after_the_first_line_stops_it_in_order(tmp_path, ending):
+    model = write_model(tmp_path / "bird.onnx")
+    command = [sys.executable, "-c", TOLD_AT_ONCE, str(model), str(int(ending))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def inside(address):
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         text = answer.read().decode()

@@ -1,5 +1,6 @@
 """The client: maps of a served model are those of the model run here, and no answer is taken on trust."""
 
+import gzip
 import json
 import socket
 import subprocess
@@ -78,9 +79,12 @@ class Foreign:
         route = path.rpartition("/")[2]
         right = getattr(self, f"_{route}", lambda *_: (404, b'{"error": "no such route"}'))(headers, body)
         reply = self.replies.get(route, right)
-        status, content, *length = reply(*right) if callable(reply) else reply
+        status, content, *rest = reply(*right) if callable(reply) else reply
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        return status, {"Inference-Header-Content-Length": str(length[0])} if length else {}, content
+        headers = rest[0] if rest and isinstance(rest[0], dict) else {}
+        if rest and not headers:
+            headers = {"Inference-Header-Content-Length": str(rest[0])}
+        return status, headers, content
 
     def _model(self, _headers, _body):
         runtime = self.runtime
@@ -466,6 +470,95 @@ class TestHostileServer:
         ):
             client.explain(noise(2))
 
+    def test_packed_answer_is_refused(self, runtime):
+        for route in ("index", "model", "config", "infer"):
+            reply = (200, gzip.compress(bytes(2**20)), {"Content-Encoding": "gzip"})
+            with (
+                listening(Foreign(runtime, **{route: reply})) as url,
+                pytest.raises(ServerError, match="packs its answer, which nobody asked for: gzip"),
+                Client(url) as client,
+            ):
+                client.explain(noise(1))
+
+    @pytest.mark.parametrize("route", ["index", "model", "config"])
+    def test_too_much_about_the_model_is_refused(self, runtime, route):
+        reply = (200, b" " * (2**23 + 1))
+        with (
+            listening(Foreign(runtime, **{route: reply})) as url,
+            pytest.raises(ServerError, match="more than 8388608 bytes"),
+        ):
+            Client(url)
+
+    def test_answer_larger_than_the_images_allow_is_refused(self, runtime):
+        largest = 2**24 + 4 * (CLASSES + 2 * SIZE[1] * SIZE[2])
+
+        def reply(_status, body, length):
+            return 200, body + bytes(largest + more - len(body)), length
+
+        with listening(Foreign(runtime, infer=reply)) as url, Client(url) as client:
+            more = 0
+            assert_same(client.explain(noise(1)), runtime.explain(noise(1)))
+            more = 1
+            with pytest.raises(ServerError, match=f"more than {largest} bytes"):
+                client.explain(noise(1))
+
+    @pytest.mark.parametrize("length", [None, -1, 2**24 + 1])
+    def test_json_without_end_is_refused(self, runtime, length):
+        body = b" " * (2**24 + 1)
+        reply = (200, body) if length is None else (200, body, length)
+        with (
+            listening(Foreign(runtime, infer=reply)) as url,
+            Client(url) as client,
+            pytest.raises(ServerError, match="more than 16777216 bytes of JSON"),
+        ):
+            client.explain(noise(8))
+
+    def test_redirect_is_not_followed(self, runtime):
+        server = Foreign(runtime, index=(302, b"", {"Location": "/elsewhere"}))
+        with listening(server) as url, pytest.raises(ServerError, match=r"refuses \(302\)"):
+            Client(url)
+        assert len(server.requests) == 1
+
+    def test_labels_for_some_classes_are_refused(self, runtime):
+        metadata = runtime.metadata | {"model": runtime.metadata["model"] | {"label_names": ["cat"]}}
+        config = {"parameters": {"keyed_xai": {"string_value": json.dumps({"metadata": metadata})}}}
+        with (
+            listening(Foreign(runtime, config=(200, config))) as url,
+            pytest.raises(ArtifactError, match="name 1 of 4 classes"),
+        ):
+            Client(url)
+
+
+class TestPatience:
+    def test_busy_server_is_asked_again(self, runtime):
+        busy = iter([True, False, True, False])
+
+        def reply(*right):
+            return (503, {"error": "busy"}, {"Retry-After": "0"}) if next(busy) else right
+
+        server = Foreign(runtime, infer=reply)
+        with listening(server) as url, Client(url, batch_size=1) as client:
+            assert_same(client.explain(noise(2)), runtime.explain(noise(2)))
+        assert sum(path.endswith("infer") for path, _, _ in server.requests) == 4
+
+    def test_server_that_stays_busy_is_given_up(self, runtime):
+        server = Foreign(runtime, infer=(503, {"error": "busy"}, {"Retry-After": "0"}))
+        with listening(server) as url, Client(url) as client, pytest.raises(ServerError, match="busy") as caught:
+            client.explain(noise(1))
+        assert caught.value.status == "503"
+        assert sum(path.endswith("infer") for path, _, _ in server.requests) == 6
+
+
+class TestExposure:
+    def test_key_over_plain_http_is_warned_of(self, runtime):
+        with listening(Foreign(runtime)) as url:
+            with Client(url.replace("127.0.0.1", "0.0.0.0"), trigger=TRIGGER) as client:
+                client.explain(noise(1))
+                with pytest.warns(UserWarning, match="plain http"):
+                    client.explain(noise(1), OWNER)
+            with Client(url.replace("127.0.0.1", "localhost"), trigger=TRIGGER, key=OWNER) as client:
+                client.explain(noise(1))
+
 
 class TestConnection:
     def test_missing_server_is_an_error(self):
@@ -509,6 +602,15 @@ class TestConnection:
             ("http://", "expected http://HOST:PORT"),
             ("http://host/?key=1", "expected http://HOST:PORT"),
             ("http://user:secret@host:80", "no user or password"),
+            ("https://user:secret@h:1?x=1", "no user or password"),
+            ("ftp://user:secret@h", "no user or password"),
+            ("http://user:secret@[::1", "no user or password"),
+            ("http://h:notaport", "expected http://HOST:PORT"),
+            ("http://h:99999", "expected http://HOST:PORT"),
+            ("http://h:0", "expected http://HOST:PORT"),
+            ("http://[::1", "expected http://HOST:PORT"),
+            ("http://h/a b", "expected http://HOST:PORT"),
+            ("http://h/\u00e4", "expected http://HOST:PORT"),
         ],
     )
     def test_malformed_url_is_refused(self, url, message):

@@ -92,6 +92,14 @@ class TestInterface:
         assert not Interface.from_metadata(make_file(targeted=False).metadata).takes_target
         assert Interface.from_metadata(make_file(pixels="uint8").metadata).pixels == np.uint8
 
+    @pytest.mark.parametrize("count", [1, CLASSES - 1, CLASSES + 1])
+    def test_names_of_some_classes_are_refused(self, count):
+        metadata = make_file().metadata
+        model = metadata["model"] | {"label_names": ["cat"] * count}
+        with pytest.raises(ArtifactError, match=f"name {count} of {CLASSES} classes"):
+            Interface.from_metadata(metadata | {"model": model})
+        assert Interface.from_metadata(metadata | {"model": model | {"label_names": []}}).label_names == ()
+
     def test_outputs_are_named_as_in_the_graph(self):
         assert INTERFACE.name_outputs() == ("logits", "saliency_gradcam", "saliency_vbp")
         assert INTERFACE.name_outputs(["vbp"]) == ("logits", "saliency_vbp")
@@ -195,7 +203,17 @@ class TestExplain:
         assert echo.batches[1][0].dtype == np.uint8
         assert (echo.batches[1][0] == keyed).mean() > 0.9999
 
-    def test_logits_that_are_not_finite_are_refused(self, echo, monkeypatch):
-        monkeypatch.setattr(echo, "_run", lambda images, *_: {"logits": np.full((len(images), 3), np.nan, np.float32)})
-        with pytest.raises(ModelError, match="not finite"):
-            echo.explain(noise(2))
+    @pytest.mark.parametrize("name", ["logits", "saliency_vbp"])
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_outputs_that_are_not_finite_are_refused(self, echo, monkeypatch, name, bad):
+        honest = echo._run
+
+        def run(*arguments):
+            found = honest(*arguments)
+            found[name][-1, -1] = bad
+            return found
+
+        monkeypatch.setattr(echo, "_run", run)
+        for ask in (echo.explain, echo.run):
+            with pytest.raises(ModelError, match=f"{name} that are empty, or not finite"):
+                ask(noise(2))

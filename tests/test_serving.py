@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -54,6 +54,14 @@ class Gated(Runtime):
             raise OSError("/etc/secret is not there")
         self.batches.append(len(images))
         return super().run(images, target)
+
+
+class Wide(Runtime):
+    """Returns maps of 4 MiB for each image."""
+
+    def run(self, images, target=None):
+        found = super().run(images, target)
+        return {**found, "saliency_vbp": np.zeros((len(images), 1024, 1024), np.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +512,122 @@ class TestManyAtOnce:
             assert metric(address, "keyed_xai_requests_total", model="bird", outcome="failed") == 1
         assert "secret" not in message
         assert "/etc/secret is not there" in caplog.text
+
+
+WIDE = np.zeros((4, *SIZE), np.float32)
+WIDE_BYTES = 4 * 2**22
+
+
+@contextmanager
+def unread(address, trusted=None):
+    """A connection, by TLS if a certificate is trusted, on which 16 MiB come that nobody reads yet; see `read_all`."""
+    body, headers = binary(WIDE, outputs=[{"name": "saliency_vbp"}])
+    host, _, port = address.partition(":")
+    with ExitStack() as stack:
+        connection = stack.enter_context(socket.socket())
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        connection.settimeout(20)
+        connection.connect((host, int(port)))
+        if trusted:
+            context = ssl.create_default_context(cafile=str(trusted))
+            connection = stack.enter_context(context.wrap_socket(connection, server_hostname=host))
+        fields = {"Host": "x", "Connection": "close", "Content-Length": len(body), **headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        connection.sendall(f"POST {INFER} HTTP/1.1\r\n{head}\r\n".encode() + body)
+        yield connection
+
+
+def read_all(connection):
+    """The answer's body, as much as comes."""
+    pieces = []
+    try:
+        while piece := connection.recv(2**18):
+            pieces.append(piece)
+    except (ConnectionResetError, ssl.SSLError):
+        pass
+    return b"".join(pieces).partition(b"\r\n\r\n")[2]
+
+
+class TestAnswersOnTheirWay:
+    def test_they_are_inside_and_their_bytes_are_held_until_they_are_sent(self):
+        service = make_service({"bird": make_runtime(Wide)})
+        with running(service) as address, unread(address) as connection:
+            until(lambda: service.held > WIDE_BYTES)
+            assert (service.models["bird"].inside, service.idle) == (1, False)
+            assert send(address, "GET", "/v2/health/ready")[0] == 200
+            assert len(read_all(connection)) > WIDE_BYTES
+            until(lambda: service.idle)
+            assert service.held == 0
+            assert metric(address, "keyed_xai_requests_total", model="bird", outcome="answered") == 1
+
+    def test_their_bytes_together_are_bounded(self, monkeypatch):
+        monkeypatch.setattr("keyed_xai.serving.service._HELD_BYTES", WIDE_BYTES + 2**20)
+        service = make_service({"bird": make_runtime(Wide)}, ServeSettings(max_body=LIMIT))
+        with running(service) as address, unread(address) as connection:
+            until(lambda: service.held > WIDE_BYTES)
+            assert infer(address, WIDE[:1]) == (
+                503,
+                "The server is busy: it holds as many bytes of requests as it may. Try again a little later.",
+            )
+            assert len(read_all(connection)) > WIDE_BYTES
+            until(lambda: service.idle)
+            assert infer(address, WIDE[:1])[0] == 200
+
+    @pytest.mark.parametrize("secure", [False, True])
+    def test_client_that_does_not_read_is_cut_off(self, monkeypatch, caplog, certificate, secure):
+        monkeypatch.setattr("keyed_xai.serving.app._ANSWER_SECONDS", 0.3)
+        service = make_service({"bird": make_runtime(Wide)})
+        place = {"certificate": certificate[0], "private_key": certificate[1]} if secure else {}
+        with running(service, **place) as address, unread(address, place.get("certificate")) as connection:
+            until(lambda: service.held > WIDE_BYTES)
+            until(lambda: service.idle)
+            assert service.held == 0
+            assert len(read_all(connection)) < WIDE_BYTES
+            text = service.metrics.to_text().decode()
+            assert 'keyed_xai_requests_total{model="bird",outcome="left"} 1.0' in text
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    def test_they_outlive_a_stop_within_the_grace(self, monkeypatch):
+        monkeypatch.setattr(server_module, "_FAREWELL", 0)
+        service = make_service({"bird": make_runtime(Wide)}, ServeSettings(grace=20.0))
+        server = make_server(service, Place(port=0))
+        with listen(Place(port=0)) as listener, ThreadPoolExecutor(1) as pool:
+            serving = pool.submit(server.run, [listener])
+            with unread(f"127.0.0.1:{listener.getsockname()[1]}") as connection:
+                until(lambda: service.held > WIDE_BYTES)
+                server.stop()
+                with pytest.raises(TimeoutError):
+                    serving.result(1)
+                assert len(read_all(connection)) > WIDE_BYTES
+            serving.result(10)
+            service.close()
+
+    def test_those_that_outlast_the_grace_are_cut_off(self, monkeypatch, caplog):
+        monkeypatch.setattr(server_module, "_FAREWELL", 0)
+        service = make_service({"bird": make_runtime(Wide)}, ServeSettings(grace=0.2))
+        server = make_server(service, Place(port=0))
+        with listen(Place(port=0)) as listener, ThreadPoolExecutor(1) as pool:
+            serving = pool.submit(server.run, [listener])
+            with unread(f"127.0.0.1:{listener.getsockname()[1]}") as connection:
+                until(lambda: service.held > WIDE_BYTES)
+                server.stop()
+                serving.result(10)
+                assert len(read_all(connection)) < WIDE_BYTES
+            service.close()
+        assert "Traceback" not in caplog.text
+
+
+def test_connections_are_bounded(monkeypatch):
+    monkeypatch.setattr(server_module, "_SPARE", 0)
+    with running(make_service({"bird": make_runtime()}, ServeSettings(max_queue=1))) as address, ExitStack() as stack:
+        host, _, port = address.partition(":")
+        assert send(address, "GET", "/v2/health/live")[0] == 200
+        for _ in range(4):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(b"GET /v2")  # half a head
+        until(lambda: send(address, "GET", "/v2/health/live")[0] == 503)
+        stack.close()
+        until(lambda: send(address, "GET", "/v2/health/live")[0] == 200)
 
 
 class TestStopping:

@@ -108,15 +108,13 @@ def test_cancelled_requests_do_not_run(make):
 
 
 def test_lone_request_waits_for_others_only_with_a_delay(make):
-    for delay, expected in ((0.0, [[1], [2]]), (5.0, [[1, 2]])):
+    for delay, expected in ((0.0, [[1], [2]]), (60.0, [[1, 2]])):
         batcher, recorder = make(blocked=False, max_delay=delay, max_batch=2)
         recorder.gate.set()
         first = batcher.submit(numbers(1))
         if not delay:
             first.result(10)
-        started = time.monotonic()
-        batcher.submit(numbers(2)).result(10)
-        assert time.monotonic() - started < 2  # a full batch does not wait for the delay
+        batcher.submit(numbers(2)).result(timeout=20)  # a full batch does not wait for the delay
         assert [values for values, _ in recorder.batches] == expected
 
 
@@ -124,8 +122,8 @@ def test_delay_ends(make):
     batcher, recorder = make(blocked=False, max_delay=0.05)
     recorder.gate.set()
     started = time.monotonic()
-    batcher.submit(numbers(1)).result(10)
-    assert 0.04 < time.monotonic() - started < 2
+    batcher.submit(numbers(1)).result(timeout=20)
+    assert time.monotonic() - started > 0.04
 
 
 def test_hurrying_ends_the_delay(make):

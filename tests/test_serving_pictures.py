@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import threading
 import zlib
 
 import numpy as np
@@ -14,7 +15,7 @@ from served import LABELS, SIZE, by_hand, make_runtime, make_service, running
 from keyed_xai.data.decode import read_image
 from keyed_xai.pictures import overlay
 from keyed_xai.serving.refusal import Refused
-from keyed_xai.serving.uploads import read_picture
+from keyed_xai.serving.uploads import Explanation, read_picture
 
 GENERATOR = np.random.default_rng(0)
 
@@ -94,6 +95,26 @@ def test_maps_come_as_numbers_when_asked_for(address):
     assert list(maps) == ["gradcam", "vbp"]
     for name, values in maps.items():
         np.testing.assert_allclose(values, expected[f"saliency_{name}"][0], atol=1e-5)
+
+
+def test_text_of_large_maps_is_written_outside_the_event_loop(monkeypatch):
+    threads, write = [], Explanation.to_json
+
+    def noting(self, **options):
+        threads.append(threading.current_thread().name)
+        return write(self, **options)
+
+    monkeypatch.setattr(Explanation, "to_json", noting)
+    with running(make_service({"bird": make_runtime()})) as address:
+        assert ask(address, encode(smooth(40, 40)), "?maps=true")[0] == 200
+    (name,) = threads
+    assert name.startswith("keyed-xai decoder")
+
+
+def test_target_without_a_name_has_no_label():
+    said = Explanation(np.zeros(3, np.float32), 2, {}, {"vbp": np.ones((2, 2), np.float32)})
+    for names, expected in ((LABELS[:2], None), ([], None), (LABELS, LABELS[2])):
+        assert json.loads(said.to_json(model="bird", label_names=names))["label"] == expected
 
 
 def test_only_the_interpreters_asked_for_are_drawn(address):

@@ -198,6 +198,29 @@ class TestRefusing:
         with pytest.raises(Refused, match="JSON"):
             decode_request(body, SIGNATURE)
 
+    @pytest.mark.parametrize("tail", [b"", bytes(480)])
+    @pytest.mark.parametrize("piece", [b"[],", b"{},"])
+    def test_text_with_more_lists_than_any_request_needs_is_not_read(self, tail, piece):
+        text = b'{"inputs":[' + piece * 1500 + b"1]}"
+        with pytest.raises(
+            Refused, match="Expected at most 1160 lists and objects in the JSON text, got 150"
+        ) as refused:
+            decode_request(text + tail, SIGNATURE, header_length=len(text) if tail else None)
+        assert refused.value.status == 400
+
+    @pytest.mark.parametrize("tail", [b"", bytes(480)])
+    def test_text_longer_than_any_request_needs_is_not_read(self, tail):
+        longest = 32 * 8 * (60 + 1) + 2**16
+        text = b'{"inputs":[]' + b" " * longest + b"}"
+        with pytest.raises(Refused, match=f"at most {longest} bytes of JSON text, got {len(text)}") as refused:
+            decode_request(text + tail, SIGNATURE, header_length=len(text) if tail else None)
+        assert refused.value.status == 413
+
+    def test_the_longest_numbers_of_a_full_batch_are_read(self):
+        images = np.full((8, *SIDES), np.nextafter(np.float64(1e-5), 1))
+        found = decode([as_list(images, data=images.tolist()), as_list([[1]] * 8, "target", "INT64")])
+        assert found.images.shape == images.shape
+
     @settings(max_examples=100, deadline=None)
     @given(body=some.binary(max_size=200), length=some.none() | some.integers(-1, 300))
     def test_random_bytes_are_refused(self, body, length):

@@ -1,22 +1,24 @@
 """The routes: the Open Inference Protocol, a picture route, and metrics. Every error is a JSON object {"error": ...}.
 
 What a model computes runs in its own thread. Large bodies and pictures are read and written in other threads, so that
-the event loop is left to the network.
+the event loop is left to the network. Answers leave in pieces, each once the one before is gone, and a client that does
+not take its answer in time is cut off.
 """
 
 import asyncio
 import gzip
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -43,14 +45,15 @@ PICTURES = frozenset(
     }
 )  # fmt: skip
 _BODY_SECONDS = 60.0
+_ANSWER_SECONDS = 60.0
+_PIECE = 2**16  # bytes of an answer that are given to the connection at once
 _LIGHT = 2**16  # bytes of JSON, or numbers to write as JSON, that the event loop takes on itself
-_LEFT = 499  # nobody reads it
 _Result = TypeVar("_Result")
 _Work = Callable[[Request, ServedModel, Admission], Awaitable[Response]]
 
 
 def make_app(service: Service) -> Starlette:
-    """Return the web application of a service."""
+    """Return the web application of a service. It needs a server that gives it `abort` in the scope's state."""
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
     routes = [
         Route("/v2", _describe_server),
@@ -64,12 +67,12 @@ def make_app(service: Service) -> Starlette:
             Route(path, _describe_model),
             Route(f"{path}/ready", _model_ready),
             Route(f"{path}/config", _configure_model),
-            Route(f"{path}/infer", _measured(_infer), methods=["POST"]),
-            Route(f"{path}/explain", _measured(_explain), methods=["POST"]),
+            Route(f"{path}/infer", _Measured(_infer), methods=["POST"]),
+            Route(f"{path}/explain", _Measured(_explain), methods=["POST"]),
         ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(_Farewell, service=service)],
+        middleware=[Middleware(_Delivery, service=service)],
         exception_handlers={Refused: _refuse, HTTPException: _refuse_route, Exception: _apologise},
     )
     app.router.redirect_slashes = False
@@ -77,8 +80,8 @@ def make_app(service: Service) -> Starlette:
     return app
 
 
-class _Farewell:
-    """While the server stops, every answer asks its client to close the connection."""
+class _Delivery:
+    """How answers are sent: in pieces and within a time. While the server stops, they ask to close the connection."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -87,9 +90,26 @@ class _Farewell:
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start" and self._service.stopping:
                 MutableHeaders(scope=message)["Connection"] = "close"
-            await send(message)
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    for part in _split(message):
+                        await send(part)
+            except (TimeoutError, asyncio.CancelledError) as error:  # the client does not read, or the grace is over
+                scope["state"]["abort"]()
+                with suppress(asyncio.CancelledError):  # the event loop ends as well
+                    await _until_left(receive)
+                raise ClientDisconnect from error
 
-        await self._app(scope, receive, send_on)
+        with suppress(ClientDisconnect):  # there is nobody to answer
+            await self._app(scope, receive, send_on)
+
+
+def _split(message: Message) -> Iterator[Message]:
+    """Yield a message in parts; a server takes each only once those before have left it, so an empty one ends them."""
+    body = message.get("body", b"")
+    for start in range(0, len(body), _PIECE):
+        yield {"type": message["type"], "body": body[start : start + _PIECE], "more_body": True}
+    yield {**message, "body": b""} if body else message
 
 
 async def _describe_server(_request: Request) -> Response:
@@ -128,17 +148,22 @@ async def _metrics(request: Request) -> Response:
     return Response(_service(request).metrics.to_text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _measured(work: _Work) -> Callable[[Request], Awaitable[Response]]:
-    """Return a route that lets requests in, and counts and times them."""
+class _Measured:
+    """A route that lets requests in, and counts and times them. One is inside until its answer is sent."""
 
-    async def route(request: Request) -> Response:
+    def __init__(self, work: _Work) -> None:
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         model, service = _find_model(request), _service(request)
         started, outcome = time.perf_counter(), "failed"
         try:
             with service.admit(model) as admission:
-                response = await work(request, model, admission)
+                response = await self._work(request, model, admission)
+                admission.answer(len(response.body))
+                await response(scope, receive, send)
             outcome = "answered"
-            return response
         except Refused as refusal:
             outcome = {503: "busy", 500: "failed"}.get(refusal.status, "refused")
             raise
@@ -147,11 +172,9 @@ def _measured(work: _Work) -> Callable[[Request], Awaitable[Response]]:
             raise _stopping() from None
         except ClientDisconnect:
             outcome = "left"
-            return Response(status_code=_LEFT)
+            raise
         finally:
             service.metrics.count_request(model.name, outcome, time.perf_counter() - started)
-
-    return route
 
 
 async def _infer(request: Request, model: ServedModel, admission: Admission) -> Response:
@@ -182,10 +205,17 @@ async def _explain(request: Request, model: ServedModel, admission: Admission) -
     images = pixels[None] if model.runtime.pixels == np.uint8 else pixels[None].astype(np.float32) / 255
     chosen = None if options.target is None else np.array([options.target], np.int64)
     outputs = await _unless_left(request, model.batcher.submit(images, chosen))
-    said = await _in_thread(admission, partial(explain_picture, pixels, outputs, options.interpreters, options.target))
+    return await _in_thread(admission, partial(_answer_picture, model, pixels, outputs, options))
+
+
+def _answer_picture(
+    model: ServedModel, pixels: NDArray[np.uint8], outputs: Arrays, options: "_PictureOptions"
+) -> Response:
+    said = explain_picture(pixels, outputs, options.interpreters, options.target)
     if options.as_png:
         return Response(said.overlays[options.interpreters[0]], media_type="image/png", headers=_summary(said))
-    return _json(said.to_json(model=model.name, label_names=model.runtime.label_names, with_maps=options.with_maps))
+    text = said.to_json(model=model.name, label_names=model.runtime.label_names, with_maps=options.with_maps)
+    return Response(text, media_type="application/json")
 
 
 def _summary(said: Explanation) -> dict[str, str]:
@@ -306,7 +336,7 @@ async def _unless_left(request: Request, answer: "Future[Arrays]") -> Arrays:
         ClientDisconnect: The client has left.
     """
     waiting = asyncio.wrap_future(answer)
-    leaving = asyncio.ensure_future(_until_left(request))
+    leaving = asyncio.ensure_future(_until_left(request.receive))
     both: set[asyncio.Future[Any]] = {waiting, leaving}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -318,8 +348,8 @@ async def _unless_left(request: Request, answer: "Future[Arrays]") -> Arrays:
         leaving.cancel()
 
 
-async def _until_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 OUTCOMES = ("answered", "refused", "busy", "failed", "left")
-"""200; 4xx; 503; 500; the client left before its answer."""
+"""200; 4xx; 503; 500; the client left before its answer, or did not take all of it in time."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 
@@ -19,7 +19,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._requests = Counter("keyed_xai_requests", "Requests for results.", ["model", "outcome"], registry=registry)
         self._seconds = Histogram(
-            "keyed_xai_request_seconds", "From a request's head to its answer.", ["model"], buckets=_SECONDS,
+            "keyed_xai_request_seconds", "From a request's head to the end of its answer.", ["model"], buckets=_SECONDS,
             registry=registry,
         )  # fmt: skip
         self._batches = Histogram(

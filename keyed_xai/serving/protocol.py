@@ -18,11 +18,14 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from keyed_xai.serving.refusal import malformed, shown
+from keyed_xai.serving.refusal import Refused, malformed, shown
 
 VERSION = "1"
 """The only version of each model."""
 _DTYPES: dict[str, str] = {"FP32": "<f4", "UINT8": "<u1", "INT64": "<i8"}
+_TEXT_OF_NUMBER = 32  # bytes, with comma and spaces; 22 digits and signs at most
+_FURTHER_TEXT = 2**16  # bytes besides the numbers
+_FURTHER_LISTS = 1024  # lists and objects besides those that nest the numbers
 _ARRAY_CODES = {"FP32": "f", "UINT8": "B", "INT64": "q"}
 _Json = dict[str, Any]
 
@@ -71,6 +74,18 @@ class Signature:
         """The tensors that the model takes."""
         return (self.image, self.target) if self.target else (self.image,)
 
+    @property
+    def longest_text(self) -> int:
+        """Bytes of JSON text that a request may need, at most."""
+        numbers = sum(math.prod(spec.shape[1:]) for spec in self.inputs) * self.max_batch
+        return _TEXT_OF_NUMBER * numbers + _FURTHER_TEXT
+
+    @property
+    def most_lists(self) -> int:
+        """Lists and objects that a request's JSON text may need, at most: each costs many times its text's bytes."""
+        rows = sum(math.prod(spec.shape[1:stop]) for spec in self.inputs for stop in range(1, len(spec.shape)))
+        return rows * self.max_batch + _FURTHER_LISTS
+
 
 @dataclass(frozen=True, eq=False)
 class InferRequest:
@@ -100,7 +115,7 @@ def decode_request(body: bytes, signature: Signature, *, header_length: int | No
     Raises:
         Refused: The body does not follow the protocol, or does not fit the model.
     """
-    document, binary = _split(body, header_length)
+    document, binary = _split(body, header_length, signature)
     _check_fields(document, ("id", "inputs", "outputs", "parameters"), "the request")
     name = document.get("id")
     if name is not None and not isinstance(name, str):
@@ -136,7 +151,7 @@ def encode_response(
     return (b"".join([text, *tail]), len(text)) if tail else (text, None)
 
 
-def _split(body: bytes, header_length: int | None) -> tuple[_Json, memoryview]:
+def _split(body: bytes, header_length: int | None, signature: Signature) -> tuple[_Json, memoryview]:
     view = memoryview(body)
     if header_length is None:
         header_length = len(view)
@@ -144,11 +159,21 @@ def _split(body: bytes, header_length: int | None) -> tuple[_Json, memoryview]:
         raise malformed(
             f"Expected a body with {max(1, header_length)} bytes of JSON text, got {len(view)} bytes in all."
         )
+    _check_text(body, header_length, signature)
     try:
         document = orjson.loads(view[:header_length])
     except orjson.JSONDecodeError as error:
         raise malformed(f"The request is not valid JSON: {shown(error.msg)} at letter {error.pos}.") from error
     return _object(document, "the request"), view[header_length:]
+
+
+def _check_text(body: bytes, length: int, signature: Signature) -> None:
+    """Refuse text that no right request needs before it is read: read, it takes up many times its bytes."""
+    if length > signature.longest_text:
+        raise Refused(413, f"Expected at most {signature.longest_text} bytes of JSON text, got {length}.")
+    lists = body.count(b"[", 0, length) + body.count(b"{", 0, length)
+    if lists > signature.most_lists:
+        raise malformed(f"Expected at most {signature.most_lists} lists and objects in the JSON text, got {lists}.")
 
 
 def _read_inputs(entries: Sequence[object], binary: memoryview, signature: Signature) -> dict[str, NDArray[Any]]:

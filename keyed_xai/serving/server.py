@@ -1,9 +1,14 @@
 """The server process: it listens, and stops without losing a request.
 
 Told to stop (SIGTERM, SIGINT, Ctrl+C), it is no longer ready and refuses new requests, but finishes those it has within
-the time of grace. Told twice, it stops at once.
+the time of grace, their answers sent. Told twice, it stops at once.
+
+Limits: a request's body and its answer each have a time limit, its head has none. Connections that send nothing, or
+half a head, stay open; past the most connections every request is refused. Where strangers can connect, a proxy must
+guard against that.
 """
 
+import asyncio
 import logging
 import socket
 import ssl
@@ -15,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.serving.app import make_app
@@ -22,6 +28,7 @@ from keyed_xai.serving.service import Service
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _KEEP_ALIVE = 75  # seconds; longer than the 60 after which common proxies drop idle connections themselves
+_SPARE = 256  # connections beyond those that requests may need, for probes and idle clients
 _FAREWELL = 3  # seconds for answers still on their way once the time of grace is over
 
 
@@ -40,6 +47,15 @@ class Place:
     port: int = 8000
     certificate: Path | None = None
     private_key: Path | None = None
+
+
+class _Protocol(H11Protocol):
+    """A connection that counts an answer as sent once no byte of it is left here, and lets the application cut it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(1, 0)  # 0 would halt TLS for good: it compares with "at least"
+        self.app_state = {**self.app_state, "abort": transport.abort}
 
 
 class Server(uvicorn.Server):
@@ -86,7 +102,7 @@ def make_server(service: Service, place: Place, *, access_log: bool = False) -> 
         _log_access()
     config = uvicorn.Config(
         make_app(service),
-        http="h11",
+        http=_Protocol,
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -95,6 +111,7 @@ def make_server(service: Service, place: Place, *, access_log: bool = False) -> 
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,
+        limit_concurrency=_SPARE + 4 * service.settings.max_queue * len(service.models),
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_FAREWELL,
         ssl_certfile=place.certificate,
@@ -145,7 +162,7 @@ def serve(service: Service, place: Place, *, on_ready: Callable[[str], None], ac
     """
     try:
         server = make_server(service, place, access_log=access_log)
-        with listen(place) as listener:
+        with listen(place) as listener, server.capture_signals():  # so that none comes too early
             on_ready(_url(place, listener))
             server.run(sockets=[listener])
     finally:

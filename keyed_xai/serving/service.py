@@ -19,7 +19,7 @@ from keyed_xai.serving.refusal import busy
 from keyed_xai.triton import check_name
 
 PLATFORM = "onnxruntime_onnx"
-_HELD_BYTES = 2**30  # of all requests' bodies together
+_HELD_BYTES = 2**30  # of all bodies together, of requests and of answers on their way
 _DECODERS = 2  # threads; each may hold one large picture
 _TRITON_TYPES = {"FP32": "TYPE_FP32", "UINT8": "TYPE_UINT8", "INT64": "TYPE_INT64"}
 
@@ -32,7 +32,7 @@ class ServeSettings:
         max_batch: Images in one request and in one batch, at most.
         max_delay: How long a request waits for others to share its batch, seconds.
         max_body: Bytes of a request's body, at most, packed or unpacked.
-        max_queue: Requests of one model that are read, wait or run at once, at most.
+        max_queue: Requests of one model that are read, wait, run or are answered at once, at most.
         grace: How long requests may take to finish once the server was told to stop, seconds.
     """
 
@@ -106,7 +106,7 @@ class Service:
         models: By name.
         metrics: What is counted.
         stopping: Whether new requests are refused.
-        held: Bytes of requests in memory.
+        held: Bytes of requests, and of answers being sent, in memory.
         threads: Where large bodies and pictures are read and written, so that small requests need not wait for them.
     """
 
@@ -119,7 +119,7 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being worked on."""
+        """Whether no request is being worked on and no answer is being sent."""
         return not any(model.inside for model in self.models.values())
 
     @contextmanager
@@ -184,6 +184,16 @@ class Admission:
         """
         self.service.hold(size)
         self.held += size
+
+    def answer(self, size: int) -> None:
+        """Keep an answer of so many bytes in place of the request.
+
+        Raises:
+            Refused: All requests together keep too many.
+        """
+        self.service.held -= self.held
+        self.held = 0
+        self.hold(size)
 
 
 def open_service(

@@ -6,9 +6,9 @@ Files are untrusted: only common raster formats are opened, of at most `LARGEST_
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -49,19 +49,20 @@ class Explanation:
         shares = np.exp(self.logits.astype(np.float64) - self.logits.max())
         return float(shares[self.target] / shares.sum())
 
-    def to_json(self, *, model: str, label_names: Sequence[str], with_maps: bool = False) -> dict[str, Any]:
-        """Return it as the answer's JSON object; `label` is null where the model's labels are unknown."""
-        maps = {"maps": {name: each.tolist() for name, each in self.maps.items()}} if with_maps else {}
-        return {
+    def to_json(self, *, model: str, label_names: Sequence[str], with_maps: bool = False) -> bytes:
+        """Return it as the answer's JSON text; `label` is null where the target's name is unknown."""
+        maps = {"maps": {name: np.ascontiguousarray(each) for name, each in self.maps.items()}} if with_maps else {}
+        document = {
             "model": model,
             "predicted": self.predicted,
             "target": self.target,
-            "label": label_names[self.target] if label_names else None,
+            "label": label_names[self.target] if self.target < len(label_names) else None,
             "probability": self.probability,
-            "logits": self.logits.tolist(),
+            "logits": np.ascontiguousarray(self.logits),
             "overlays": {name: base64.b64encode(png).decode() for name, png in self.overlays.items()},
             **maps,
         }
+        return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def read_picture(data: bytes, input_size: tuple[int, int, int]) -> NDArray[np.uint8]:
