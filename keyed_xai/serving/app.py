@@ -1,4 +1,7 @@
-"""The routes: the Open Inference Protocol, a picture route, and metrics. Every error is a JSON object {"error": ...}.
+"""The routes: the Open Inference Protocol, a picture route, and metrics.
+
+Every error is a JSON object {"error": ...}, but for those that uvicorn answers before a route is reached: broken HTTP,
+and more connections than it takes.
 
 What a model computes runs in its own thread. Large bodies and pictures are read and written in other threads, so that
 the event loop is left to the network. Answers leave in pieces, each once the one before is gone, and a client that does
