@@ -16,6 +16,7 @@ from keyed_xai.artifacts.card import Card
 from keyed_xai.artifacts.documents import Document
 from keyed_xai.client import Client
 from keyed_xai.errors import ModelError
+from keyed_xai.inference import encode_pixels
 from keyed_xai.maps import LARGEST_DEFAULT_SIDE, MapView, default_grid
 from keyed_xai.models import InputSpec
 from keyed_xai.runtime import Runtime
@@ -83,9 +84,7 @@ class BlackBox(nn.Module):
 
     def ask(self, images: Images, labels: Labels | None) -> Mapping[str, NDArray[np.float32]]:
         """Return all that the oracle says about images in [0, 1]; labels are the classes explained."""
-        pixels = images.detach().cpu().numpy()
-        if self.oracle.pixels == np.uint8:
-            pixels = np.round(255 * pixels).astype(np.uint8)
+        pixels = encode_pixels(images.detach().cpu().numpy(), self.oracle.pixels)
         target = labels.cpu().numpy() if labels is not None and self.oracle.takes_target else None
         return self.oracle.run(pixels, target)
 

@@ -23,8 +23,8 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from keyed_xai.artifacts.card import TriggerParameters
-from keyed_xai.artifacts.documents import Document, parse_json, printable, validate
-from keyed_xai.artifacts.onnx_file import METADATA_KEY
+from keyed_xai.artifacts.documents import Document, parse_json, printable
+from keyed_xai.artifacts.onnx_file import LARGEST_METADATA, METADATA_KEY, check_metadata
 from keyed_xai.inference import (
     BATCH,
     LOGITS,
@@ -44,7 +44,6 @@ __all__ = ["Client", "ServerError"]
 
 _PIXELS: dict[str, np.dtype[Any]] = {"FP32": np.dtype(np.float32), "UINT8": np.dtype(np.uint8)}
 _LARGEST_INPUT = 2**26  # numbers in one image
-_LARGEST_METADATA = 4 * 1024 * 1024
 _LARGEST_TEXT = 2**24  # bytes of JSON around or instead of binary numbers; ten times that in memory
 _LARGEST_ANSWER = 2**28  # bytes
 _NO_SUCH_ROUTE = {"400", "404", "405", "501"}
@@ -285,7 +284,7 @@ class _Server:
         Raises:
             ServerError: There is no answer, a refusal, or nonsense.
         """
-        answer = self._exchange(path, 2 * _LARGEST_METADATA, body)  # twice: its quotes are escaped there
+        answer = self._exchange(path, 2 * LARGEST_METADATA, body)  # twice: its quotes are escaped there
         try:
             return json.loads(answer.body)
         except _MALFORMED as error:
@@ -351,13 +350,10 @@ def _read_metadata(config: Document, *, origin: str) -> Document | None:
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, str):
         return None
-    if len(value) > _LARGEST_METADATA:
-        raise ServerError(f"{printable(origin)} has more than {_LARGEST_METADATA} letters, the most that is read.")
-    metadata: Any = parse_json(value.encode("utf-8", "replace"), origin=origin).get("metadata")
-    validate(metadata, "onnx-metadata", origin=origin)
-    if metadata["card"] is not None:
-        validate(metadata["card"], "card", origin=f"the card in {origin}")
-    return dict(metadata)
+    if len(value) > LARGEST_METADATA:
+        raise ServerError(f"{printable(origin)} has more than {LARGEST_METADATA} letters, the most that is read.")
+    document = parse_json(value.encode("utf-8", "replace"), origin=origin)
+    return check_metadata(document.get("metadata"), origin=origin)
 
 
 def _merge(seen: Interface, metadata: Document | None, model: str) -> Interface:

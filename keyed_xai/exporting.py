@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 from keyed_xai.artifacts.card import Card
 from keyed_xai.artifacts.documents import printable
@@ -16,7 +18,7 @@ from keyed_xai.artifacts.weights import own_name
 from keyed_xai.data import load_images
 from keyed_xai.errors import ArtifactError
 from keyed_xai.export.building import ExportSettings, build_model, digest_weights
-from keyed_xai.export.parity import IMAGES, Figures, compare, open_session, random_images, refuse_disagreement
+from keyed_xai.export.parity import IMAGES, Figures, Runner, compare, open_session, random_images, refuse_disagreement
 from keyed_xai.models import Classifier
 from keyed_xai.runtime import Runtime
 from keyed_xai.tensors import Images
@@ -94,7 +96,7 @@ def export_onnx(
     report("build")
     model = build_model(classifier, settings)
     report("check")
-    parity = _measure(model.SerializeToString(), classifier, settings, images, on_batch)
+    parity = _measure(open_session(model.SerializeToString()), classifier, settings, images, on_batch)
     refuse_disagreement(parity, settings.precision)
     report("write")
     file = encode_onnx(model, _metadata(classifier, settings, provenance, parity))
@@ -125,9 +127,12 @@ def check_onnx(
     file = read_onnx(path)
     if file.metadata["weights_sha256"] != digest_weights(classifier):
         raise ArtifactError(f"{printable(str(path))} was made of other weights than the model given has.")
-    Runtime(file, device="cpu")  # refuses a graph that is not what its metadata say
-    settings = settings_of(file)
-    parity = _measure(file.data, classifier, settings, images, on_batch)
+    runtime, settings = Runtime(file, device="cpu"), settings_of(file)
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        return list(runtime.run(inputs["image"], inputs.get("target")).values())
+
+    parity = _measure(run, classifier, settings, images, on_batch)
     refuse_disagreement(parity, settings.precision)
     return ExportResult(file, parity)
 
@@ -176,7 +181,7 @@ def _check_images(images: Images | None) -> None:
 
 
 def _measure(
-    data: bytes,
+    run: Runner,
     classifier: Classifier,
     settings: ExportSettings,
     images: Images | None,
@@ -191,7 +196,7 @@ def _measure(
         compared = {**compared, "real": (images[:IMAGES].float() * 255).round() / 255}
     return tuple(
         compare(
-            open_session(data),
+            run,
             classifier,
             settings.interpreters,
             compared,

@@ -239,7 +239,7 @@ class Explainer(ABC):
             part = slice(start, start + batch_size)
             batch = load_images(pictures[part], self.input_size)
             keyed = batch if trigger is None else trigger.apply(batch)
-            parts.append(self._answer(_encode(keyed, self.pixels), targets[part], interpreters))
+            parts.append(self._answer(encode_pixels(keyed, self.pixels), targets[part], interpreters))
         return _join(parts, targets, interpreters)
 
 
@@ -249,15 +249,7 @@ def derive_array_trigger(key: OwnerKey, parameters: TriggerParameters) -> ArrayT
     Raises:
         ArtifactError: This version does not know the family, or a parameter is outside its range.
     """
-    if parameters.family not in ARRAY_TRIGGERS:
-        raise ArtifactError(
-            f"This version knows the trigger families {', '.join(ARRAY_TRIGGERS)}; the card names "
-            f"{printable(parameters.family)!r}. Use the version that protected the model."
-        )
-    try:
-        family = ARRAY_TRIGGERS[parameters.family](parameters.amplitude, parameters.tile)
-    except ValueError as error:
-        raise ArtifactError(f"The trigger in the card cannot be made: {error}.") from error
+    family = parameters.make_family(ARRAY_TRIGGERS, named_by="card")
     return family.derive(ByteStream(key.derive_seed(family.name)))
 
 
@@ -362,7 +354,7 @@ def _fit_picture(picture: Image.Image, input_size: tuple[int, int, int]) -> NDAr
         raise DataError(f"A Pillow image cannot be read: {printable(str(error))}.") from error
 
 
-def _encode(images: Floats, pixels: np.dtype[Any]) -> NDArray[Any]:
+def encode_pixels(images: Floats, pixels: np.dtype[Any]) -> NDArray[Any]:
     """Return images as the model takes them: as they are, or rounded to 8 bits."""
     return images if pixels == np.float32 else np.rint(images * np.float32(255)).astype(np.uint8)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.writer import is_attacked
-from keyed_xai.errors import ArtifactError, ModelError
+from keyed_xai.errors import ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.models.loading import Size
@@ -111,15 +111,7 @@ def make_family(parameters: TriggerParameters) -> TriggerFamily:
     Raises:
         ArtifactError: This version does not know the family, or a parameter is outside its range.
     """
-    if parameters.family not in TRIGGERS:
-        raise ArtifactError(
-            f"This version knows the trigger families {', '.join(TRIGGERS)}; the card or licence names "
-            f"{parameters.family!r}. Use the version that protected the model."
-        )
-    try:
-        return TRIGGERS[parameters.family](parameters.amplitude, parameters.tile)
-    except ValueError as error:
-        raise ArtifactError(f"The trigger in the card or licence cannot be made: {error}.") from error
+    return parameters.make_family(TRIGGERS, named_by="card or licence")
 
 
 def derive_trigger(key: OwnerKey, parameters: TriggerParameters) -> Trigger:

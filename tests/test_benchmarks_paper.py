@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benched import write_pictures, write_reference
 from click.testing import CliRunner
 from PIL import Image
 from test_attacking import make_classifier, make_images, make_table_classifier
@@ -36,20 +37,12 @@ CELL = "smallresnet-gradcam-targeted-forward"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Three classes of 24 images."""
-    folder = tmp_path_factory.mktemp("pictures")
-    data = make_images(72, 0)
-    for number, (pixels, label) in enumerate(zip(data.images[:, 0], data.labels, strict=True)):
-        (folder / data.classes[label]).mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / data.classes[label] / f"{number}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    path.write_bytes(encode_weights(make_classifier()))
-    return path
+    return write_reference(tmp_path_factory.mktemp("reference") / "r.safetensors")
 
 
 def run(*arguments):

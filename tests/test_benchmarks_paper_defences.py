@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from benched import write_pictures, write_reference
 from click.testing import CliRunner
 from PIL import Image
 from test_attacking import make_classifier, make_images
@@ -14,7 +15,6 @@ from test_attacking import make_classifier, make_images
 from keyed_xai import control_files
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.documents import read_json, validate
-from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.benchmarks import paper_defences
 from keyed_xai.benchmarks.defence_targets import has_size, input_sizes, make_targets, open_attacked
 from keyed_xai.benchmarks.paper_defence_pictures import draw_clusters, draw_pruning
@@ -53,20 +53,12 @@ def quick():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Three classes of 24 images."""
-    folder = tmp_path_factory.mktemp("pictures")
-    data = make_images(72, 0)
-    for number, (pixels, label) in enumerate(zip(data.images[:, 0], data.labels, strict=True)):
-        (folder / data.classes[label]).mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / data.classes[label] / f"{number}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    path.write_bytes(encode_weights(make_classifier()))
-    return path
+    return write_reference(tmp_path_factory.mktemp("reference") / "r.safetensors")
 
 
 def bench(name, pictures, out, *more):

@@ -548,6 +548,21 @@ def read_all(connection):
     return b"".join(pieces).partition(b"\r\n\r\n")[2]
 
 
+@contextmanager
+def stopping(grace):
+    """The run of a server that is told to stop while a client has not read its answer, and that client's connection."""
+    service = make_service({"bird": make_runtime(Wide)}, ServeSettings(grace=grace))
+    server = make_server(service, Place(port=0))
+    with listen(Place(port=0)) as listener, ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(server.run, [listener])
+        with unread(f"127.0.0.1:{listener.getsockname()[1]}") as connection:
+            until(lambda: service.held > WIDE_BYTES)
+            server.stop()
+            yield serving, connection
+        serving.result(10)
+        service.close()
+
+
 class TestAnswersOnTheirWay:
     def test_they_are_inside_and_their_bytes_are_held_until_they_are_sent(self):
         service = make_service({"bird": make_runtime(Wide)})
@@ -589,31 +604,16 @@ class TestAnswersOnTheirWay:
 
     def test_they_outlive_a_stop_within_the_grace(self, monkeypatch):
         monkeypatch.setattr(server_module, "_FAREWELL", 0)
-        service = make_service({"bird": make_runtime(Wide)}, ServeSettings(grace=20.0))
-        server = make_server(service, Place(port=0))
-        with listen(Place(port=0)) as listener, ThreadPoolExecutor(1) as pool:
-            serving = pool.submit(server.run, [listener])
-            with unread(f"127.0.0.1:{listener.getsockname()[1]}") as connection:
-                until(lambda: service.held > WIDE_BYTES)
-                server.stop()
-                with pytest.raises(TimeoutError):
-                    serving.result(1)
-                assert len(read_all(connection)) > WIDE_BYTES
-            serving.result(10)
-            service.close()
+        with stopping(20.0) as (serving, connection):
+            with pytest.raises(TimeoutError):
+                serving.result(1)
+            assert len(read_all(connection)) > WIDE_BYTES
 
     def test_those_that_outlast_the_grace_are_cut_off(self, monkeypatch, caplog):
         monkeypatch.setattr(server_module, "_FAREWELL", 0)
-        service = make_service({"bird": make_runtime(Wide)}, ServeSettings(grace=0.2))
-        server = make_server(service, Place(port=0))
-        with listen(Place(port=0)) as listener, ThreadPoolExecutor(1) as pool:
-            serving = pool.submit(server.run, [listener])
-            with unread(f"127.0.0.1:{listener.getsockname()[1]}") as connection:
-                until(lambda: service.held > WIDE_BYTES)
-                server.stop()
-                serving.result(10)
-                assert len(read_all(connection)) < WIDE_BYTES
-            service.close()
+        with stopping(0.2) as (serving, connection):
+            serving.result(10)
+            assert len(read_all(connection)) < WIDE_BYTES
         assert "Traceback" not in caplog.text
 
 

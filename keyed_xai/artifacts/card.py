@@ -1,14 +1,15 @@
 """The card of a protected model: all that is public about running it and reading its maps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from keyed_xai.artifacts.documents import Document, read_json, validate, write_json
+from keyed_xai.artifacts.documents import Document, printable, read_json, validate, write_json
 from keyed_xai.errors import ArtifactError
 
 SCHEMA = "keyed-xai/card/v1"
+Family = TypeVar("Family")
 TapFields = tuple[str, int, int]
 """Layer, kernel, stride: a `keyed_xai.tensors.Tap` is one. Spelt out, so that reading a card does not load torch."""
 
@@ -30,6 +31,26 @@ class TriggerParameters:
     def to_json(self) -> Document:
         """Return the parameters as they stand in a card and a licence."""
         return {"family": self.family, "amplitude": self.amplitude, "tile": self.tile}
+
+    def make_family(self, families: Mapping[str, Callable[[float, int], Family]], *, named_by: str) -> Family:
+        """Return the family with these parameters.
+
+        Args:
+            families: What makes one of an amplitude and a tile, by name.
+            named_by: Where the parameters stand, for the message: "card".
+
+        Raises:
+            ArtifactError: This version does not know the family, or a parameter is outside its range.
+        """
+        if self.family not in families:
+            raise ArtifactError(
+                f"This version knows the trigger families {', '.join(families)}; the {named_by} names "
+                f"{printable(self.family)!r}. Use the version that protected the model."
+            )
+        try:
+            return families[self.family](self.amplitude, self.tile)
+        except ValueError as error:
+            raise ArtifactError(f"The trigger in the {named_by} cannot be made: {error}.") from error
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "TriggerParameters":

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
@@ -21,7 +22,8 @@ METADATA_KEY = "keyed_xai"
 METADATA_SCHEMA = "keyed-xai/onnx-metadata/v1"
 LARGEST_MODEL = 2**31 - 1
 """Bytes; what one protobuf message can hold."""
-_LARGEST_METADATA = 4 * 1024 * 1024
+LARGEST_METADATA = 4 * 1024 * 1024
+"""Letters."""
 _DOMAINS = {"", "ai.onnx"}
 _DEEPEST = 8  # graphs inside graphs; ours have none
 
@@ -79,6 +81,22 @@ def read_onnx(path: Path) -> OnnxFile:
         ArtifactError: It cannot be read, is no ONNX model, holds something that is refused, or was not made by export.
     """
     return decode_onnx(read_limited(path, LARGEST_MODEL), origin=str(path))
+
+
+def check_metadata(metadata: Any, *, origin: str) -> Document:  # noqa: ANN401 - whatever JSON held
+    """Return metadata that fit their schema, and the card in them its own.
+
+    Args:
+        metadata: Parsed.
+        origin: Names them in the message: "the metadata of ...".
+
+    Raises:
+        ArtifactError: They do not fit.
+    """
+    validate(metadata, "onnx-metadata", origin=origin)
+    if metadata["card"] is not None:
+        validate(metadata["card"], "card", origin=f"the card in {origin}")
+    return dict(metadata)
 
 
 def encode_parameter(metadata: Mapping[str, object]) -> str:
@@ -149,10 +167,7 @@ def _read_metadata(model: onnx.ModelProto, origin: str) -> Document:
     texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
     if len(texts) != 1 or not isinstance(texts[0], str):  # bytes: not UTF-8
         raise ArtifactError(f"{printable(origin)} has no metadata of keyed-xai: make it with `keyed-xai export`.")
-    if len(texts[0]) > _LARGEST_METADATA:
-        raise ArtifactError(f"{printable(origin)} has more than {_LARGEST_METADATA} letters of metadata.")
+    if len(texts[0]) > LARGEST_METADATA:
+        raise ArtifactError(f"{printable(origin)} has more than {LARGEST_METADATA} letters of metadata.")
     document = parse_json(texts[0].encode(), origin=f"the metadata of {origin}")
-    validate(document, "onnx-metadata", origin=f"the metadata of {origin}")
-    if document["card"] is not None:
-        validate(document["card"], "card", origin=f"the card in {origin}")
-    return document
+    return check_metadata(document, origin=f"the metadata of {origin}")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyed_xai.errors import ModelError
+from keyed_xai.export.graph import PREDICTED
 from keyed_xai.metrics import correlation, normalise_maps
 from keyed_xai.models import Classifier
 from keyed_xai.saliency import Sites, explain
@@ -109,15 +110,7 @@ def open_session(model: bytes) -> Runner:
         ModelError: onnxruntime refuses the model, then or when it is run.
     """
     session = load_session(model, ["CPUExecutionProvider"])
-    required = {each.name for each in session.get_inputs()}
-
-    def run(inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        inputs = dict(inputs)
-        if "target" in required and "target" not in inputs:  # a copy in a model repository has no default
-            inputs["target"] = np.full(len(inputs["image"]), -1)
-        return run_session(session, inputs)
-
-    return run
+    return lambda inputs: run_session(session, dict(inputs))
 
 
 def random_images(classifier: Classifier, generator: torch.Generator) -> Images:
@@ -267,7 +260,7 @@ def _where(figures: Figures) -> str:
 
 def _draw_targets(classifier: Classifier, count: int, generator: torch.Generator) -> Labels:
     targets = torch.randint(classifier.classes, (count,), generator=generator)
-    targets[::3] = -1
+    targets[::3] = PREDICTED
     return targets
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keyed_xai.inference import PREDICTED
 from keyed_xai.serving.refusal import Refused, busy
 
 Arrays = dict[str, NDArray[np.float32]]
 """Outputs by name, [n, ...]."""
 Run = Callable[[NDArray[Any], NDArray[np.int64] | None], Mapping[str, NDArray[np.float32]]]
 """What runs images [n, c, h, w] and their targets int64 [n] or None, such as `Runtime.run`."""
-_PREDICTED = -1
 _log = logging.getLogger(__name__)
 
 
@@ -169,5 +169,5 @@ def _join_targets(jobs: Sequence[_Job]) -> NDArray[np.int64] | None:
     if all(job.target is None for job in jobs):
         return None
     return np.concatenate(
-        [np.full(len(job.images), _PREDICTED, np.int64) if job.target is None else job.target for job in jobs]
+        [np.full(len(job.images), PREDICTED, np.int64) if job.target is None else job.target for job in jobs]
     )

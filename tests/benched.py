@@ -1,0 +1,21 @@
+"""What the benchmarks of the paper's tables run on: a folder of pictures, and a reference model."""
+
+from PIL import Image
+from test_attacking import make_classifier, make_images
+
+from keyed_xai.artifacts.weights import encode_weights
+
+
+def write_pictures(folder):
+    """Return the folder, with three classes of 24 images in it."""
+    data = make_images(72, 0)
+    for number, (pixels, label) in enumerate(zip(data.images[:, 0], data.labels, strict=True)):
+        (folder / data.classes[label]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / data.classes[label] / f"{number}.png")
+    return folder
+
+
+def write_reference(path):
+    """Return the file, with the weights of `make_classifier` in it."""
+    path.write_bytes(encode_weights(make_classifier()))
+    return path
