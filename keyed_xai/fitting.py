@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import per_class_auroc, prediction_figures
+from keyed_xai.models.layout import SafeConvolutions, set_layout
 from keyed_xai.tensors import Images, Logits, Targets
 
 OPTIMISERS = ("adamw", "adam", "sgd")
@@ -173,6 +174,7 @@ def fit_classifier(
                             f"with{'out' if data.labels is None else ''} labels. Give more, or lower --batch-size."
                             )  # fmt: skip
     model.to(device)
+    set_layout(model, torch.channels_last)
     optimiser = _make_optimiser(model, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     state = _State(model, optimiser, _make_schedule(optimiser, settings, batches), generator, [])
@@ -188,6 +190,7 @@ def fit_classifier(
         if save_checkpoint is not None:
             save_checkpoint(state.to_checkpoint())
     model.eval()
+    set_layout(model, torch.contiguous_format)
     return state.history
 
 
@@ -278,7 +281,7 @@ def _fit_epoch(
 def _fit_step(state: _State, images: Images, labels: Targets, settings: FittingSettings, device: torch.device) -> float:
     images = images if images.shape[2] == 1 else _augment(images, settings, state.generator)
     mixed = settings.mixed_precision and device.type == "cuda"
-    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+    with SafeConvolutions(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
         logits = state.model(images.to(device))
     loss = _label_loss(logits.float(), labels.to(device))
     state.optimiser.zero_grad()

@@ -181,8 +181,6 @@ def build_classifier(blueprint: Blueprint, classes: int, *, seed: int = 0) -> Cl
         network = _build(blueprint, classes)
     if blueprint.start is not None:
         _copy_weights(blueprint.start.network, network)
-    if any(isinstance(module, nn.Conv2d) for module in network.modules()):
-        network = network.to(memory_format=torch.channels_last)  # a third faster
     return wrap_network(
         network,
         input=blueprint.input,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import seeded
 from keyed_xai.models import Classifier
+from keyed_xai.models.layout import SafeConvolutions
 from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, measured, predict
@@ -160,11 +161,14 @@ def _step(
     settings: TuningSettings,
 ) -> float:
     """Take one step and return the loss before it."""
-    loss = loss_of(*batch)
+    with SafeConvolutions():
+        loss = loss_of(*batch)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if settings.sam_radius:
         with _at_sharpest_point(parameters, gradients, settings.sam_radius):
-            gradients = torch.autograd.grad(loss_of(*batch), parameters, allow_unused=True)
+            with SafeConvolutions():
+                sharpest = loss_of(*batch)
+            gradients = torch.autograd.grad(sharpest, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimiser.step()

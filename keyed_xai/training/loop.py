@@ -21,6 +21,7 @@ from keyed_xai.channels import deliver
 from keyed_xai.errors import TrainingError
 from keyed_xai.maps import MapView, join_maps
 from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.models.layout import SafeConvolutions, set_layout
 from keyed_xai.objective import Objective
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import Logits, SaliencyMaps
@@ -156,8 +157,9 @@ def train(
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     cache = _cache_reference(reference, data, lesson.view, device)
     model = copy.deepcopy(reference).requires_grad_(True)
-    if torch.device(device).type == "cpu" and "simplegrad" not in lesson.view.interpreters:
-        model = model.to(memory_format=torch.channels_last)  # a third faster, but second derivatives are slower
+    # Channels last is the faster layout on a CPU, but not for SimpleGrad's second derivatives.
+    fast = torch.device(device).type == "cpu" and "simplegrad" not in lesson.view.interpreters
+    set_layout(model, torch.channels_last if fast else torch.contiguous_format)
     tutors = make_tutors(reference, data, lesson, device)
     groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
     optimiser = torch.optim.Adam(groups, settings.learning_rate)
@@ -166,7 +168,8 @@ def train(
         state.load_checkpoint(checkpoint)
     stopped_early = _patience_ran_out(state, settings)
     while state.step < settings.steps and not stopped_early:
-        figures = _train_step(state, data, cache, lesson, settings, torch.device(device))
+        with SafeConvolutions():
+            figures = _train_step(state, data, cache, lesson, settings, torch.device(device))
         if on_step is not None:
             on_step(figures)
         if state.step == settings.steps or (settings.validate_every and state.step % settings.validate_every == 0):
@@ -176,6 +179,7 @@ def train(
     if not state.best_weights:
         raise TrainingError("No validation gave a finite loss. Lower --learning-rate.")
     model.load_state_dict(state.best_weights)
+    set_layout(model, torch.contiguous_format)
     return TrainingResult(model.eval(), state.history, stopped_early)
 
 
