@@ -1,11 +1,15 @@
-# Each target works from a fresh clone: it makes .venv and installs what it needs.
+# Each target works from a fresh clone: it makes a virtual environment and installs what it needs, in the versions that
+# were last tested: .ci/newest.txt holds them with the newest torch, .ci/oldest.txt with the oldest that is supported.
 PYTHON ?= python3
-VENV := .venv
+LOCK ?= newest
+VENV := $(if $(filter oldest,$(LOCK)),.venv-oldest,.venv)
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 OUT ?= demo-out
 JOBS ?= 2
+OLDEST_TORCH := 2.11.0
 
-.PHONY: demo test clean
+.PHONY: demo test pytest lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/keyed-xai demo -o $(OUT)
@@ -15,10 +19,20 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) pytest
+
+pytest: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+lock:
+	rm -rf $(VENV)
+	$(MAKE) $(BIN)/python
+	$(INSTALL) -e '.[dev,bench]' $(if $(filter oldest,$(LOCK)),torch==$(OLDEST_TORCH))
+	$(BIN)/python -m pip freeze --exclude-editable > .ci/$(LOCK).txt
+	@touch $(VENV)/installed $(VENV)/installed-dev
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -26,10 +40,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "No virtual environment could be made: install python3-venv." >&2; exit 1; }
 
-$(VENV)/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e .
+$(VENV)/installed: pyproject.toml .ci/$(LOCK).txt | $(BIN)/python
+	$(INSTALL) -c .ci/$(LOCK).txt -e .
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
+$(VENV)/installed-dev: pyproject.toml .ci/$(LOCK).txt | $(BIN)/python
+	$(INSTALL) -c .ci/$(LOCK).txt -e '.[dev]'
 	@touch $@ $(VENV)/installed

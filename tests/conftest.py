@@ -1,5 +1,8 @@
 """Fixtures shared by the tests of the core: a tiny network, images, a view of its maps, and a gate known by hand."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,17 @@ from keyed_xai.maps import MapView
 from keyed_xai.saliency import Sites
 from keyed_xai.tensors import Tap
 
+ROOT = Path(__file__).parent.parent
 KEY = OwnerKey.from_raw(bytes(range(32)))
 TAPS = (Tap("stem_relu", 3, 2), Tap("blocks.0", 3, 1), Tap("blocks.1", 3, 2), Tap("blocks.2", 3, 1))
+
+
+def pytest_report_header():
+    """Says which torch runs, and whether it is one that `make lock` has pinned."""
+    pinned = [re.search(r"^torch==(.+)$", file.read_text(), re.M)[1] for file in sorted((ROOT / ".ci").glob("*.txt"))]
+    version = torch.__version__.partition("+")[0]
+    unknown = "" if version in pinned else f", which is not among the pinned versions: {', '.join(pinned)}"
+    return f"torch {version}{unknown}"
 
 
 class PooledImage(nn.Module):
