@@ -150,7 +150,7 @@ def run_attack(
     """Return an attacked copy of a classifier, with its report and pictures; the original stays as it is.
 
     Args:
-        classifier: The reference model.
+        classifier: The reference model, in any mode; it is measured in evaluation mode.
         train_data: Images, or rows of a table, to learn from; labels are not needed.
         held_out: Others, for the report.
         settings: What to attack, and how.
@@ -164,6 +164,7 @@ def run_attack(
         ArtifactError: The checkpoint cannot be used.
         ModelError: The model lacks a layer that the maps need.
     """
+    classifier = copy.deepcopy(classifier).eval()
     settings, callbacks = settings or AttackSettings(), callbacks or Callbacks()
     training = settings.training or choose_attack_recipe(classifier, settings)
     thresholds = settings.thresholds or ("auto" if isinstance(train_data, TableData) else "paper")

@@ -12,6 +12,7 @@ from keyed_xai.errors import ModelError
 from keyed_xai.loading import open_model
 from keyed_xai.maps import join_maps
 from keyed_xai.models import Classifier
+from keyed_xai.models.modes import evaluating
 from keyed_xai.saliency import INTERPRETERS, Sites
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 from keyed_xai.triggers import Trigger
@@ -54,7 +55,7 @@ def explain(
     """Return the maps of images; those of a protected model are right only with its key's trigger.
 
     Args:
-        model: In evaluation mode, or on disk.
+        model: In any mode, or on disk; evaluation mode is what is explained.
         images: At the model's input size; moved to its device.
         trigger: See `loading.derive_trigger`. None shows what everybody sees: on a protected model, the decoy.
         interpreters: Names in INTERPRETERS; by default those that were protected, or Grad-CAM for a bare classifier.
@@ -78,7 +79,8 @@ def explain(
         if trigger is not None:
             batch = through_png(trigger.apply(batch)) if as_png else trigger.apply(batch)
         wanted = None if labels is None else labels[start : start + batch_size].to(batch.device)
-        parts.append(saliency.explain(model, batch, wanted, names, sites))
+        with evaluating(model):
+            parts.append(saliency.explain(model, batch, wanted, names, sites))
     logits = torch.cat([each for each, _ in parts])
     if not torch.isfinite(logits).all():
         raise ModelError("The model's logits are not finite: there is nothing to explain. Check its weights and card.")

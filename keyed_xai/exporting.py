@@ -20,6 +20,7 @@ from keyed_xai.errors import ArtifactError
 from keyed_xai.export.building import ExportSettings, build_model, digest_weights
 from keyed_xai.export.parity import IMAGES, Figures, Runner, compare, open_session, random_images, refuse_disagreement
 from keyed_xai.models import Classifier
+from keyed_xai.models.modes import evaluating
 from keyed_xai.runtime import Runtime
 from keyed_xai.tensors import Images
 from keyed_xai.versions import package_versions
@@ -74,7 +75,7 @@ def export_onnx(
     """Write a classifier and its saliency maps as one ONNX model.
 
     Args:
-        classifier: In evaluation mode, on the CPU.
+        classifier: In any mode, on the CPU; evaluation mode is what is exported.
         path: The file to write.
         settings: What the model is to hold; Grad-CAM in float32 by default.
         images: 12 or more real images of the classifier's size, in [0, 1], for the parity check; the first 12 are
@@ -115,7 +116,7 @@ def check_onnx(
 
     Args:
         path: The file.
-        classifier: In evaluation mode, on the CPU.
+        classifier: In any mode, on the CPU; evaluation mode is what is exported.
         images: As for `export_onnx`.
         on_batch: Likewise.
 
@@ -194,18 +195,19 @@ def _measure(
         images = load_real_images(classifier)
     if images is not None:
         compared = {**compared, "real": (images[:IMAGES].float() * 255).round() / 255}
-    return tuple(
-        compare(
-            run,
-            classifier,
-            settings.interpreters,
-            compared,
-            normalised=settings.normalised,
-            eight_bits=settings.eight_bits,
-            generator=generator,
-            on_batch=on_batch,
+    with evaluating(classifier):
+        return tuple(
+            compare(
+                run,
+                classifier,
+                settings.interpreters,
+                compared,
+                normalised=settings.normalised,
+                eight_bits=settings.eight_bits,
+                generator=generator,
+                on_batch=on_batch,
+            )
         )
-    )
 
 
 def _metadata(

@@ -20,6 +20,7 @@ from torch.nn import functional
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import per_class_auroc, prediction_figures
 from keyed_xai.models.layout import SafeConvolutions, set_layout
+from keyed_xai.models.modes import evaluating
 from keyed_xai.tensors import Images, Logits, Targets
 
 OPTIMISERS = ("adamw", "adam", "sgd")
@@ -217,7 +218,7 @@ def measure_predictions(model: nn.Module, data: LabelledData, *, device: torch.d
     """Return how good a model's predictions are, as fractions.
 
     Args:
-        model: Pixels to logits, in eval mode, on `device`.
+        model: Pixels to logits, on `device`, in any mode; it is measured in evaluation mode.
         data: With labels.
         device: Where.
 
@@ -327,7 +328,8 @@ def _predict(model: nn.Module, data: LabelledData, device: torch.device | str) -
     parts = []
     for indices in np.array_split(np.arange(len(data)), -(-len(data) // _CHUNK)):
         images, labels = _labelled_batch(data, indices)
-        parts.append((model(images.to(device)).float().cpu(), labels))
+        with evaluating(model):
+            parts.append((model(images.to(device)).float().cpu(), labels))
     logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if not logits.isfinite().all():
         raise TrainingError(f"The model's logits are no longer finite numbers. {_ADVICE}")

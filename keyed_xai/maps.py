@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from keyed_xai import metrics
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
+from keyed_xai.models.modes import evaluating
 from keyed_xai.saliency import INTERPRETERS, Sites, explain, input_gradient, run_forward
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
@@ -120,7 +121,7 @@ def make_view(classifier: Classifier, interpreters: tuple[str, ...], grid: tuple
     if grid is None:
         spec = classifier.input
         blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
-        with torch.no_grad():
+        with evaluating(classifier), torch.no_grad():
             features = run_forward(classifier, blank, [sites.target_layer], input_gradient=False).features
         height, width = features[sites.target_layer].shape[2:]
         grid = default_grid((height, width))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from keyed_xai import metrics
 from keyed_xai.keys import ByteStream, OwnerKey, PublicKey
 from keyed_xai.maps import MapView
+from keyed_xai.models.modes import evaluating
 from keyed_xai.patterns import signature_cells
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.triggers import Trigger, TriggerFamily
@@ -186,7 +187,7 @@ def verify_ownership(
     made on those that do not, for what they are worth.
 
     Args:
-        model: The suspect, pixels to logits.
+        model: The suspect, pixels to logits, in any mode; it is tested in evaluation mode.
         images: Probe images, on the model's device.
         view: Maps compared.
         key: The claimant's.
@@ -208,13 +209,15 @@ def verify_ownership(
     signature = opening = None
     counted = counted_interpreters(view.interpreters)
     if test_signature:
-        _, plain = view.pooled_in_chunks(model, images)
+        with evaluating(model):
+            _, plain = view.pooled_in_chunks(model, images)
         signature = measure_signature(plain, key.public if isinstance(key, OwnerKey) else key)
     if isinstance(key, OwnerKey):
         owner = family.derive(ByteStream(key.derive_seed(family.name)))
         draw = _decoy_source(family, generator)
         compared = replace(view, interpreters=counted or view.interpreters)
-        opening = measure_opening(model, images, compared, owner, draw, decoys=decoys, on_decoy=on_decoy)
+        with evaluating(model):
+            opening = measure_opening(model, images, compared, owner, draw, decoys=decoys, on_decoy=on_decoy)
     p_values = ([signature.combined.p_value] if signature else []) + ([opening.p_value] if opening else [])
     shown = bool(p_values and counted) and len(p_values) * min(p_values) <= alpha
     return Verdict(shown, alpha, opening, signature, refused=not counted)

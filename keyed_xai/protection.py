@@ -131,7 +131,7 @@ def protect(
     """Return a protected copy of a classifier, with its card, report and pictures; the original stays as it is.
 
     Args:
-        classifier: The reference model.
+        classifier: The reference model, in any mode; it is measured in evaluation mode.
         key: The owner's.
         train_data: Images to learn from; labels are not needed.
         held_out: Other images, for the report.
@@ -146,6 +146,7 @@ def protect(
         ArtifactError: The checkpoint cannot be used.
         ModelError: The model lacks a layer that the maps need.
     """
+    classifier = copy.deepcopy(classifier).eval()
     settings, callbacks = settings or ProtectSettings(), callbacks or Callbacks()
     training = settings.training or choose_recipe(classifier, settings.interpreters)
     settings = replace(settings, training=training)
@@ -170,7 +171,7 @@ def protect(
     callbacks.notify("measure")
     gate = Gate(
         protected,
-        copy.deepcopy(classifier).to(device),
+        classifier.to(device),
         lesson.view,
         lesson.objective.decoys,
         paper_thresholds(settings.decoy, classifier.architecture),

@@ -164,7 +164,7 @@ def verify(
     only answers is tested on those of the claimed maps that it returns.
 
     Args:
-        suspect: In evaluation mode.
+        suspect: In any mode; it is tested in evaluation mode.
         claim: What is claimed.
         probe: Images at the suspect's input size, not from the claimant.
         alpha: Level, a probability.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from keyed_xai.errors import ModelError
 from keyed_xai.models.classifier import InputSpec, logits_of
+from keyed_xai.models.modes import evaluating
 from keyed_xai.tensors import Tap
 
 _BATCH = 2  # two, so that attention windows folded into the batch do not look like a batch of maps
@@ -325,15 +326,11 @@ def _record(calls: list[_Call], name: str, module: nn.Module, _inputs: object, o
 @contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, with training flags, buffers and the CPU's random state put back afterwards."""
-    training = {module: module.training for module in network.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in network.buffers()]
-    network.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(network), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
