@@ -10,8 +10,8 @@ JOBS ?= 2
 TESTS ?=
 OLDEST_TORCH := 2.11.0
 # What depends on torch's numbers or on its exporter; CI runs it on the oldest torch.
-OLDEST_TESTS := $(wildcard tests/test_training*.py tests/test_fitting.py tests/test_models_l*.py tests/test_saliency.py \
-  tests/test_left_alone.py tests/test_protection.py tests/test_threats_tuning.py tests/test_export.py tests/test_exporting.py)
+OLDEST_TESTS := $(wildcard tests/test_training*.py tests/test_fitting.py tests/test_models_layout.py tests/test_saliency.py \
+  tests/test_exporting.py)
 
 .PHONY: demo test pytest test-oldest lock clean
 
