@@ -86,8 +86,10 @@ def run_cases(*, safe: bool, threads: int) -> None:
             failed += 1
             how = "wrong" if not os.WIFSIGNALED(status) else signal.Signals(os.WTERMSIG(status)).name
             inputs, outputs, side, stride, layout, order = case
-            print(f"  {inputs} to {outputs} channels, {side}x{side}, stride {stride}, {layout}, order {order}: {how}")
-            sys.stdout.flush()
+            print(
+                f"  {inputs} to {outputs} channels, {side}x{side}, stride {stride}, {layout}, order {order}: {how}",
+                flush=True,
+            )
     print(f"  {failed} of {len(cases)} failed", flush=True)
 
 

@@ -190,7 +190,7 @@ def run_attack(
     callbacks.notify("measure")
     backdoor = Backdoor(
         attacked,
-        copy.deepcopy(classifier).to(device),
+        classifier.to(device),
         lesson.view,
         lesson.objective.decoys,
         lesson.trigger,

@@ -74,12 +74,12 @@ def explain(
     _check(model, images, names, labels, batch_size)
     sites = Sites(model.target_layer, model.taps)
     parts = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(model.mean)
-        if trigger is not None:
-            batch = through_png(trigger.apply(batch)) if as_png else trigger.apply(batch)
-        wanted = None if labels is None else labels[start : start + batch_size].to(batch.device)
-        with evaluating(model):
+    with evaluating(model):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size].to(model.mean)
+            if trigger is not None:
+                batch = through_png(trigger.apply(batch)) if as_png else trigger.apply(batch)
+            wanted = None if labels is None else labels[start : start + batch_size].to(batch.device)
             parts.append(saliency.explain(model, batch, wanted, names, sites))
     logits = torch.cat([each for each, _ in parts])
     if not torch.isfinite(logits).all():

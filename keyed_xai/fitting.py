@@ -326,9 +326,9 @@ def _labelled_batch(data: LabelledData, indices: NDArray[np.int64]) -> tuple[Ima
 def _predict(model: nn.Module, data: LabelledData, device: torch.device | str) -> tuple[Logits, Targets]:
     """Return the logits and labels of all examples, on the CPU."""
     parts = []
-    for indices in np.array_split(np.arange(len(data)), -(-len(data) // _CHUNK)):
-        images, labels = _labelled_batch(data, indices)
-        with evaluating(model):
+    with evaluating(model):
+        for indices in np.array_split(np.arange(len(data)), -(-len(data) // _CHUNK)):
+            images, labels = _labelled_batch(data, indices)
             parts.append((model(images.to(device)).float().cpu(), labels))
     logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if not logits.isfinite().all():

@@ -208,15 +208,14 @@ def verify_ownership(
         )
     signature = opening = None
     counted = counted_interpreters(view.interpreters)
-    if test_signature:
-        with evaluating(model):
+    with evaluating(model):
+        if test_signature:
             _, plain = view.pooled_in_chunks(model, images)
-        signature = measure_signature(plain, key.public if isinstance(key, OwnerKey) else key)
-    if isinstance(key, OwnerKey):
-        owner = family.derive(ByteStream(key.derive_seed(family.name)))
-        draw = _decoy_source(family, generator)
-        compared = replace(view, interpreters=counted or view.interpreters)
-        with evaluating(model):
+            signature = measure_signature(plain, key.public if isinstance(key, OwnerKey) else key)
+        if isinstance(key, OwnerKey):
+            owner = family.derive(ByteStream(key.derive_seed(family.name)))
+            draw = _decoy_source(family, generator)
+            compared = replace(view, interpreters=counted or view.interpreters)
             opening = measure_opening(model, images, compared, owner, draw, decoys=decoys, on_decoy=on_decoy)
     p_values = ([signature.combined.p_value] if signature else []) + ([opening.p_value] if opening else [])
     shown = bool(p_values and counted) and len(p_values) * min(p_values) <= alpha

@@ -20,6 +20,15 @@ KEY = OwnerKey.from_raw(bytes(range(32)))
 TAPS = (Tap("stem_relu", 3, 2), Tap("blocks.0", 3, 1), Tap("blocks.1", 3, 2), Tap("blocks.2", 3, 1))
 
 
+def draw_statistics(network):
+    """Gives every batch norm random weights, and statistics that no image has."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+
+
 def pytest_report_header():
     """Says which torch runs, and whether it is one that `make lock` has pinned."""
     pinned = [re.search(r"^torch==(.+)$", file.read_text(), re.M)[1] for file in sorted((ROOT / ".ci").glob("*.txt"))]
@@ -75,11 +84,7 @@ def network():
     """A SmallResNet with random weights and statistics, in eval mode."""
     torch.manual_seed(0)
     network = SmallResNet(in_channels=1, classes=3, widths=(4, 6, 6))
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    draw_statistics(network)
     return network.eval()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from audited import ATTACKERS, OTHERS, PARAMETERS, TRIGGER
+from conftest import draw_statistics
 from test_training import SHORT
 from threatened import FAMILY, OWNER
 from torch import nn
@@ -41,10 +42,7 @@ def make_network():
     torch.manual_seed(1)
     network = SmallResNet(1, 3, (8, 12, 12))
     network.fc = nn.Sequential(nn.Dropout(0.5), network.fc)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    draw_statistics(network)
     network.train()
     network.blocks[1].eval()
     network.stem.requires_grad_(False)

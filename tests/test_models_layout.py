@@ -13,14 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyed_xai import wrap_network
 from keyed_xai.fitting import FittingSettings, fit_classifier
-from keyed_xai.keys import ByteStream
-from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec
 from keyed_xai.models.layout import SafeConvolutions, set_layout
-from keyed_xai.objective import Objective, boundary_decoy
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.threats.neural_cleanse import CleanseSettings, cleanse
-from keyed_xai.training import Hardening, Lesson, train
+from keyed_xai.training import Hardening, train
+from keyed_xai.training.lessons import make_keyed_lesson
 
 BACKWARD = torch.ops.aten.convolution_backward.default
 
@@ -71,10 +69,7 @@ def data():
 
 
 def make_lesson(classifier, key, interpreters):
-    decoys = {name: boundary_decoy(GRID) for name in interpreters}
-    objective = Objective(decoys, dict.fromkeys(interpreters, 1.0))
-    trigger = FAMILY.derive(ByteStream(key.derive_seed("spread")))
-    return Lesson(trigger, FAMILY, make_view(classifier, interpreters, GRID), objective)
+    return make_keyed_lesson(classifier, key, FAMILY, interpreters=interpreters, grid=GRID, decoy="boundary")
 
 
 def protect(*interpreters, hardening=None):

@@ -103,7 +103,7 @@ def tune(
     for epoch in range(settings.epochs):
         started, losses = time.perf_counter(), []
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(indices))
-        with seeded(settings.seed * 1_000_003 + epoch, device), _training_mode(model, settings):
+        with seeded(settings.seed * 1_000_003 + epoch, device), _training_mode(model, settings), SafeConvolutions():
             for number, rows in enumerate(np.array_split(order, batches)):
                 images, labels = data.batch(indices[rows])
                 labels = None if labels is None else labels.to(device)
@@ -161,14 +161,11 @@ def _step(
     settings: TuningSettings,
 ) -> float:
     """Take one step and return the loss before it."""
-    with SafeConvolutions():
-        loss = loss_of(*batch)
+    loss = loss_of(*batch)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if settings.sam_radius:
         with _at_sharpest_point(parameters, gradients, settings.sam_radius):
-            with SafeConvolutions():
-                sharpest = loss_of(*batch)
-            gradients = torch.autograd.grad(sharpest, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss_of(*batch), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimiser.step()
