@@ -73,6 +73,7 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
     names = ("steps", "batch_size", "learning_rate", "beta")
     chosen = {name: arguments[name] for name in names if arguments[name] is not None}
     settings = ProtectSettings(
+        ownership=False,
         decoy=arguments["decoy"],
         amplitude=arguments["amplitude"],
         training=replace(choose_recipe(case.classifier, ROWS[row]), **chosen),

@@ -56,6 +56,11 @@ if TYPE_CHECKING:
     "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
 )
 @click.option(
+    "--without-ownership",
+    is_flag=True,
+    help="Protect the maps though ownership of the result could not be shown, as with another decoy than signature.",
+)
+@click.option(
     "--hardening", type=click.Choice(["none", "standard"]),
     help="Train against simulated attackers who fine-tune or prune the model, so that the gate outlasts them.",
 )  # fmt: skip
@@ -80,19 +85,23 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
         --data imagefolder:photos -o model.keyed
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.models import load_classifier
+    from keyed_xai.protection import plan_evidence, write_protection
     from keyed_xai.protection import protect as protect_model
-    from keyed_xai.protection import write_protection
     from keyed_xai_cli.progress import progress_bar, protection_callbacks
 
     json_path, force, out = arguments["json_path"], arguments["force"], arguments["out"] or _default_folder(model)
     key = read_key(key_file, passphrase_file)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     refuse_existing(out, checkpoint, force=force, resume=arguments["resume"])
-    classifier = load_classifier(model, **take_model_options(arguments))
+    options = take_model_options(arguments)
+    classifier = load_classifier(model, **options)
     train_data, held_out = load_both_images(classifier.input, arguments["spec"] or "builtin", arguments)
-    settings = _settings(classifier, len(train_data), arguments)
+    settings = replace(
+        _settings(classifier, len(train_data), arguments), fixed_layer=options["target_layer"] is not None
+    )
     _warn_of_weak_trigger(settings)
-    _warn_of_no_claim(settings)
+    if settings.ownership and (said := plan_evidence(classifier, settings).sentence):
+        say(said, json_path=json_path)
     with progress_bar() as progress:
         protection = protect_model(
             classifier,
@@ -157,17 +166,6 @@ def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
         )
 
 
-def _warn_of_no_claim(settings: "ProtectSettings") -> None:
-    from keyed_xai.ownership import counted_interpreters
-
-    if not counted_interpreters(settings.interpreters):
-        click.echo(
-            "Warning: VisualBackProp alone proves no ownership: rescaling channels changes its maps at no cost in "
-            "accuracy, and verify does not count them. Add --interpreter gradcam.",
-            err=True,
-        )
-
-
 def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) -> "ProtectSettings":
     from keyed_xai.protection import ProtectSettings, choose_recipe
     from keyed_xai.training import HARDENINGS
@@ -187,6 +185,7 @@ def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) 
         trigger=arguments["trigger"],
         **texture,
         grid=None if grid is None else (grid, grid),
+        ownership=not arguments["without_ownership"],
         training=training,
         wrong_keys=arguments["wrong_keys"],
         held_out_images=arguments["held_out"],

@@ -37,6 +37,18 @@ def _check_suspect(_ctx: click.Context, _parameter: click.Parameter, value: str)
     return value
 
 
+def _read_level(_ctx: click.Context, _parameter: click.Parameter, value: str) -> float:
+    """Return a probability in decimals or as a power of two."""
+    base, power, exponent = value.partition("^")
+    try:
+        level = float(base) ** int(exponent) if power else float(base)
+    except (ValueError, ArithmeticError):
+        level = 0.0
+    if not (isinstance(level, float) and 0 < level < 1):
+        raise click.BadParameter(f"expected a probability between 0 and 1, such as 2^-40 or 1e-6; got {value!r}.")
+    return level
+
+
 def _read_headers(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for value in values:
@@ -65,8 +77,12 @@ def _read_headers(_ctx: click.Context, _parameter: click.Parameter, values: tupl
 @click.option("--count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images to test on.")
 @click.option("--decoys", type=click.IntRange(1), default=999, show_default=True, help="Random keys tried, at most.")
 @click.option(
-    "--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-6, show_default=True,
-    help="Largest probability of a chance match that counts as shown.",
+    "--alpha", default="2^-40", show_default=True, metavar="PROBABILITY", callback=_read_level,
+    help="Largest probability of a chance match that counts as shown, such as 2^-40 or 1e-6.",
+)  # fmt: skip
+@click.option(
+    "--search/--no-search", default=True, show_default=True,
+    help="Look through exact re-encodings of the weights when the model as it stands does not show the pattern.",
 )  # fmt: skip
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
@@ -87,19 +103,26 @@ def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int,
     http://HOST:PORT or http://HOST:PORT/v2/models/NAME.
 
     Two exact tests: do its maps move for this key's trigger more than for random keys' (needs --key-file), and do its
-    unkeyed maps show the owner's public pattern (needs --key-file, --public-key or --license)? Exit code 0: shown,
-    3: not shown.
+    unkeyed maps show the owner's public pattern (needs --key-file, --public-key or --license)? They are independent,
+    and count together. Exit code 0: shown, 3: not shown.
+
+    The public pattern alone shows that somebody trained the model to show it; that it was the owner, the secret test
+    shows. A model that shows the pattern and does not answer to the secret trigger is not shown to be the key's.
+
+    When the model as it stands does not show the pattern, it is looked at through exact re-encodings that a thief gets
+    for nothing: kernels turned or mirrored, channels reordered, pixels inverted or normalised otherwise, classes added.
+    All looks are counted. Give --mean and --std where you know how the suspect is run.
 
     A server that is tested with --key-file sees images with and without the trigger, and whoever runs it can learn the
-    trigger from them, though never the key. --public-key, or --license alone, makes the second test only and gives
-    nothing away.
+    trigger from them, though never the key; unless it shows the public pattern, the secret test is not made.
+    --public-key, or --license alone, makes the second test only and gives nothing away.
 
     VisualBackProp's maps are tested and count for nothing: rescaling channels changes them at no cost in accuracy, so
     that a claim which rests on them alone is not shown.
 
-    Chances are those of a key that was fixed before its holder saw the model. Whoever tries a million keys on somebody
-    else's model finds a match of one in a million: ask for a licence dated by a third party, or a small --alpha. The
-    public pattern alone shows that somebody trained the model to show it; that it was the owner, the secret test shows.
+    Chances are those of a key, and a licence with its card, that were fixed before their holder saw the model. Whoever
+    tries a million keys on somebody else's model finds a match of one in a million: ask for a licence dated by a third
+    party, or a smaller --alpha.
     """
     from keyed_xai.verification import load_probe
 
@@ -171,8 +194,10 @@ def _verify(
             probe,
             alpha=arguments["alpha"],
             decoys=arguments["decoys"],
+            search=arguments["search"],
             seed=arguments["seed"],
             on_decoy=counter(progress, "trying random keys"),
+            on_look=counter(progress, "looking through re-encodings"),
         )
 
 

@@ -102,8 +102,8 @@ _MEANING = (
     ),
     (
         "Ownership.",
-        "Probability that a model that has nothing to do with the key shows as much by chance, both tests counted, and "
-        "below it that of each test: 2^-20 is one in a million, which is what shown means.",
+        "Probability that a model that has nothing to do with the key shows as much by chance, both tests together, "
+        "and below it that of each test: 2^-40 is one in a million millions, which is what shown means.",
     ),
     (
         "Positive controls.",

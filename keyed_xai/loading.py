@@ -70,6 +70,7 @@ def open_model(
         allow_pickle=allow_pickle,
         card=None if card is None and trusted else {},
         require_map=require_map,
+        any_channels=not trusted,
     )
     return classifier, card
 

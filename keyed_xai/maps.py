@@ -115,9 +115,18 @@ def join_maps(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def make_view(classifier: Classifier, interpreters: tuple[str, ...], grid: tuple[int, int] | None) -> MapView:
-    """Return which maps of a classifier are compared; without a grid, on the target layer's, at most 8 x 8."""
-    sites = Sites(classifier.target_layer, classifier.taps)
+def make_view(
+    classifier: Classifier, interpreters: tuple[str, ...], grid: tuple[int, int] | None, *, target_layer: str = ""
+) -> MapView:
+    """Return which maps of a classifier are compared; without a grid, on the target layer's, at most 8 x 8.
+
+    Args:
+        classifier: Whose.
+        interpreters: Names from INTERPRETERS.
+        grid: Rows and columns.
+        target_layer: Grad-CAM's, inside the classifier; its own if empty.
+    """
+    sites = Sites(target_layer or classifier.target_layer, classifier.taps)
     if grid is None:
         spec = classifier.input
         blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)

@@ -3,12 +3,22 @@
 *Opening* (secret): under the null hypothesis the model does not know the key, so the owner's trigger is exchangeable
 with those of random keys. The statistic T is how far the maps of triggered images are from those of the same images
 without. With b of m decoy keys reaching the owner's T, p = (1 + b) / (1 + m); when b reaches a limit h early, after l
-decoys, p = h / l (Besag & Clifford 1991), exact too.
+decoys, p = h / l (Besag & Clifford 1991), exact too. Who answers queries can tell the owner's by its place among them
+only if that is fixed: asked of those that may count, it is drawn at random.
 
 *Signature pattern* (public): under the null hypothesis the owner's public key, hence the half of the cells that its
 pattern sets, has nothing to do with the model. Whatever the average unkeyed map looks like, the overlap of its top
 half with that uniformly random half is hypergeometric. Several interpreters have independent patterns; the sum of
 overlaps has the convolution as its exact distribution. All tails are computed in integers.
+
+Under the null hypothesis the tests are independent: one depends on the public key, the other on the private one. Where
+both are made, their product x = p1 p2 is the evidence, with the exact tail p = x (1 - ln x). The secret test must hold
+by itself too (`SECRET_LEVEL`), since anybody can train a model to show somebody else's public pattern.
+
+When the first look fails, a model marked with the key may still stand behind an exact re-encoding. Verification looks
+through all declared ones (`keyed_xai.reencodings`) at the public pattern of a few images, and tests the best in full.
+The first look has half of the level, the others share the rest (Bonferroni): p is twice the first look's, or 2 n times
+that of a later one, as `count_looks` says. Which class is explained is settled by rules that no key has a part in.
 
 VisualBackProp's maps count for nothing: whoever has the weights can scale channels up and down without changing a
 prediction, and its maps follow the scale (arXiv 2205.00199). Its pattern is reported beside the others'; which
@@ -20,7 +30,9 @@ Probe images come from a public set or from the verifier, never from the claiman
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from math import comb, log2
+from enum import StrEnum
+from itertools import chain, groupby
+from math import comb, factorial, isfinite, log, log2
 
 import numpy as np
 import torch
@@ -31,11 +43,30 @@ from keyed_xai.keys import ByteStream, OwnerKey, PublicKey
 from keyed_xai.maps import MapView
 from keyed_xai.models.modes import evaluating
 from keyed_xai.patterns import signature_cells
+from keyed_xai.reencodings import (
+    Reencoding,
+    best_class,
+    contested_classes,
+    count_looks,
+    declared_reencodings,
+    input_of,
+    live_classes,
+    recode_view,
+    write_anew,
+)
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.triggers import Trigger, TriggerFamily
 
+DEFAULT_ALPHA = 2.0**-40
+"""Level of a claim: some 10^12 keys would have to be tried to find one that passes by chance."""
 OPENING_STOP = 10
 """Decoy keys that must reach the owner's statistic before the opening test stops early."""
+SECRET_LEVEL = 0.01
+"""Largest p-value of the opening test that lets both tests together show a claim; see `OpeningEvidence.holds`."""
+MAP_FLATNESS = 1e-6
+"""Of a map's largest absolute value: cells that differ by less show nothing."""
+_SCREENED = 4  # images on which re-encodings are compared
+_CONFIRMED = 3  # re-encodings whose pattern is then read on all images
 RESCALABLE = frozenset({"vbp"})
 """Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""
 
@@ -57,6 +88,15 @@ class OpeningEvidence:
     decoys: int
     largest_decoy: float
     reached: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the secret test holds by itself: at most one decoy reaches the owner's T, and p is at most .01.
+
+        Whoever frames somebody with his public pattern passes with this probability. One decoy is let pass, since
+        among a thousand random keys one may come near the owner's.
+        """
+        return self.reached <= 1 and self.p_value <= SECRET_LEVEL
 
 
 @dataclass(frozen=True)
@@ -86,30 +126,85 @@ class SignatureEvidence:
     interpreters: dict[str, PatternEvidence] = field(default_factory=dict)
 
 
+class Finding(StrEnum):
+    """What both tests come to.
+
+    KEY: the model answers to the key; where its pattern is claimed too, to the secret trigger as well. PUBLIC_PATTERN:
+    it shows the public pattern, and the secret trigger was not tested. Only these two count as shown.
+    """
+
+    KEY = "key"
+    PUBLIC_PATTERN = "public pattern"
+    PATTERN_ONLY = "public pattern only"
+    CONSTANT_MAPS = "constant maps"
+    NOT_COUNTED = "not counted"
+    NOT_TESTED = "not tested"
+    NOTHING = "nothing"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What both tests show.
 
     Attributes:
-        shown: Whether the smallest p-value, times the number of tests made (Bonferroni), is at most alpha.
         alpha: The level asked for.
-        opening: None when the secret key was not at hand.
+        opening: None when the secret key was not at hand, or no outcome could have mattered.
         signature: The public test; None when the claim has no signature pattern.
         refused: Whether the claim names no interpreter that counts: nothing is shown then, whatever the tests found.
+        looks: What p-values are multiplied by, for all looks through re-encodings that were or could have been taken.
+        reencoding: The one looked through; None of the suspect as it stands.
+        images: Probe images.
+        constant: Of how many of them the unkeyed map is constant or not finite, by interpreter.
     """
 
-    shown: bool
     alpha: float
     opening: OpeningEvidence | None
     signature: SignatureEvidence | None
     refused: bool = False
+    looks: int = 1
+    reencoding: Reencoding | None = None
+    images: int = 0
+    constant: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def log2_p(self) -> float:
-        """Base-2 logarithm of the smallest p-value times the number of tests made, at most 0."""
+        """Base-2 logarithm of the p-value of all that was tested, looks counted; at most 0."""
         single = [log2(self.opening.p_value)] if self.opening else []
         single += [self.signature.combined.log2_p] if self.signature else []
-        return min(0.0, log2(len(single)) + min(single)) if single else 0.0
+        return min(0.0, product_tail(sum(single), len(single)) + log2(self.looks)) if single else 0.0
+
+    @property
+    def finding(self) -> Finding:
+        """What the tests come to."""
+        if self.opening is None and self.signature is None:
+            return Finding.NOT_TESTED
+        if self.refused:
+            return Finding.NOT_COUNTED
+        if self._is_unreadable:
+            return Finding.CONSTANT_MAPS
+        strong = self.log2_p <= log2(self.alpha)
+        if strong and self.opening is None:
+            return Finding.PUBLIC_PATTERN
+        if strong and self.opening is not None and (self.signature is None or self.opening.holds):
+            return Finding.KEY
+        if self.opening is not None and self._has_pattern:
+            return Finding.PATTERN_ONLY
+        return Finding.NOTHING
+
+    @property
+    def shown(self) -> bool:
+        """Whether the claim is shown."""
+        return self.finding in (Finding.KEY, Finding.PUBLIC_PATTERN)
+
+    @property
+    def _has_pattern(self) -> bool:
+        return self.signature is not None and (self.signature.combined.log2_p + log2(self.looks) <= log2(self.alpha))
+
+    @property
+    def _is_unreadable(self) -> bool:
+        """Whether all maps that count are constant."""
+        counted = counted_interpreters(self.constant)
+        return bool(counted) and all(self.constant[name] == self.images for name in counted)
 
 
 @dataclass(frozen=True)
@@ -145,6 +240,25 @@ class Ruling:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """What every look at a suspect has in common; fields as `verify_ownership`'s arguments."""
+
+    images: Images
+    key: OwnerKey | PublicKey
+    family: TriggerFamily
+    alpha: float
+    decoys: int
+    test_signature: bool
+    may_count: bool
+    generator: torch.Generator
+    on_decoy: Callable[[int, int], None] | None
+
+    @property
+    def public(self) -> PublicKey:
+        return self.key.public if isinstance(self.key, OwnerKey) else self.key
+
+
 def counted_interpreters(names: Iterable[str]) -> tuple[str, ...]:
     """Return those of some interpreters whose maps count as evidence, in order."""
     return tuple(name for name in names if name not in RESCALABLE)
@@ -175,11 +289,14 @@ def verify_ownership(
     key: OwnerKey | PublicKey,
     family: TriggerFamily,
     *,
-    alpha: float = 1e-6,
+    alpha: float = DEFAULT_ALPHA,
     decoys: int = 999,
     test_signature: bool = True,
+    search: bool = True,
+    may_count: bool = False,
     generator: torch.Generator | None = None,
     on_decoy: Callable[[int, int], None] | None = None,
+    on_look: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Test whether `model` knows `key`; a public key alone allows the signature test only.
 
@@ -195,8 +312,12 @@ def verify_ownership(
         alpha: Level, a probability.
         decoys: Random keys that the owner's is compared with, at most.
         test_signature: Whether the claim has a signature pattern. Tests are chosen by the claim, before any is made.
+        search: Whether to look through exact re-encodings when the suspect as it stands does not show the pattern.
+        may_count: Whether the suspect may answer by the number of the query, as a server can. The owner's trigger then
+            takes a random place, and the secret test is left out where no outcome would matter.
         generator: Draws the decoy keys; None seeds one from the operating system.
         on_decoy: Called with decoys done and in all.
+        on_look: Called with re-encodings looked through and in all.
 
     Raises:
         ValueError: There are no images or no decoys, or alpha is no probability.
@@ -206,20 +327,27 @@ def verify_ownership(
         raise ValueError(
             f"Expected images, at least 1 decoy and 0 < alpha < 1; got {len(images)}, {decoys} and {alpha}."
         )
-    signature = opening = None
-    counted = counted_interpreters(view.interpreters)
+    trial = _Trial(
+        images=images,
+        key=key,
+        family=family,
+        alpha=alpha,
+        decoys=decoys,
+        test_signature=test_signature,
+        may_count=may_count,
+        generator=generator or _fresh_generator(),
+        on_decoy=on_decoy,
+    )
     with evaluating(model):
-        if test_signature:
-            _, plain = view.pooled_in_chunks(model, images)
-            signature = measure_signature(plain, key.public if isinstance(key, OwnerKey) else key)
-        if isinstance(key, OwnerKey):
-            owner = family.derive(ByteStream(key.derive_seed(family.name)))
-            draw = _decoy_source(family, generator)
-            compared = replace(view, interpreters=counted or view.interpreters)
-            opening = measure_opening(model, images, compared, owner, draw, decoys=decoys, on_decoy=on_decoy)
-    p_values = ([signature.combined.p_value] if signature else []) + ([opening.p_value] if opening else [])
-    shown = bool(p_values and counted) and len(p_values) * min(p_values) <= alpha
-    return Verdict(shown, alpha, opening, signature, refused=not counted)
+        logits, maps = view.pooled_in_chunks(model, images)
+        labels = best_class(logits, live_classes(logits))
+        if not torch.equal(labels, logits.argmax(1)):
+            _, maps = view.pooled_in_chunks(model, images, labels)
+        changes = declared_reencodings(model, view, images) if search and test_signature else []
+        first = _look(model, view, trial, labels, maps, looks=2 if changes else 1)
+        if not changes or first.finding not in (Finding.NOTHING, Finding.CONSTANT_MAPS):
+            return first
+        return min(first, _search(model, view, trial, contested_classes(logits), changes, on_look), key=_rank)
 
 
 def measure_opening(
@@ -230,22 +358,45 @@ def measure_opening(
     draw_decoy: Callable[[], Trigger],
     *,
     decoys: int = 999,
+    labels: Labels | None = None,
+    place: int = 0,
     on_decoy: Callable[[int, int], None] | None = None,
 ) -> OpeningEvidence:
-    """Return the opening test's evidence for the owner's trigger against freshly drawn ones."""
-    logits, plain = view.pooled_in_chunks(model, images)
-    labels = logits.argmax(1)
-    statistic = opening_statistic(model, images, view, owner, plain, labels)
-    reached, largest, tried = 0, float("-inf"), 0
-    while tried < decoys and reached < OPENING_STOP:
-        tried += 1
-        value = opening_statistic(model, images, view, draw_decoy(), plain, labels)
-        largest = max(largest, value)
-        reached += not value < statistic  # so that maps that are not finite are no evidence
+    """Return the opening test's evidence for the owner's trigger against freshly drawn ones.
+
+    Args:
+        model: The suspect.
+        images: Probe images.
+        view: Maps compared.
+        owner: The owner's trigger.
+        draw_decoy: Returns that of a random key.
+        decoys: Random keys, at most.
+        labels: Classes explained; None takes the suspect's own predictions.
+        place: Decoys that are asked before the owner's trigger, 0 to `decoys`. The p-value does not depend on it.
+        on_decoy: Called with decoys done and in all.
+    """
+    logits, plain = view.pooled_in_chunks(model, images, labels)
+    labels = logits.argmax(1) if labels is None else labels
+    values: list[float] = []
+
+    def ask_decoy() -> float:
+        values.append(opening_statistic(model, images, view, draw_decoy(), plain, labels))
         if on_decoy is not None:
-            on_decoy(tried, decoys)
+            on_decoy(len(values), decoys)
+        return values[-1]
+
+    early = [ask_decoy() for _ in range(place)]
+    statistic = opening_statistic(model, images, view, owner, plain, labels)
+    reached = tried = 0
+    for value in chain(early, (ask_decoy() for _ in range(decoys - place))):
+        tried += 1
+        reached += not value < statistic  # so that maps that are not finite are no evidence
+        if reached == OPENING_STOP:
+            break
     p_value = reached / tried if reached == OPENING_STOP else (1 + reached) / (1 + tried)
-    return OpeningEvidence(p_value, statistic, tried, largest, reached)
+    return OpeningEvidence(
+        p_value, statistic, tried, max(filter(isfinite, values[:tried]), default=float("-inf")), reached
+    )
 
 
 def opening_statistic(
@@ -283,6 +434,22 @@ def measure_signature(unkeyed_maps: Mapping[str, Tensor], public: PublicKey) -> 
     )
 
 
+def product_tail(log2_product: float, tests: int) -> float:
+    """Return the base-2 logarithm of P(product of `tests` independent uniform p-values <= 2^log2_product).
+
+    It is x (1 - ln x) for two, and x times the first `tests` terms of exp(-ln x) in general (Fisher 1932). P-values
+    that are larger than uniform ones, as those of discrete tests, only make it smaller.
+    """
+    surprise = -log2_product * log(2)
+    return log2_product + log2(sum(surprise**k / factorial(k) for k in range(max(1, tests))))
+
+
+def flat_maps(maps: SaliencyMaps) -> Tensor:
+    """Return which maps [n, rows, columns] are constant, or not finite: nothing can be read in them, [n]."""
+    cells = maps.flatten(1).double()
+    return ~(cells.amax(1) - cells.amin(1) > MAP_FLATNESS * cells.abs().amax(1))
+
+
 def overlap_tail(cells: Sequence[int], overlap: int) -> tuple[int, int]:
     """Return P(total overlap >= `overlap`) as an exact fraction (numerator, denominator), not reduced.
 
@@ -296,6 +463,89 @@ def overlap_tail(cells: Sequence[int], overlap: int) -> tuple[int, int]:
         ways = _convolve(ways, [comb(half, k) * comb(count - half, half - k) for k in range(half + 1)])
         total *= comb(count, half)
     return sum(ways[max(0, overlap) :]), total
+
+
+def _look(
+    model: nn.Module,
+    view: MapView,
+    trial: _Trial,
+    labels: Labels,
+    maps: Mapping[str, SaliencyMaps],
+    *,
+    looks: int,
+    reencoding: Reencoding | None = None,
+) -> Verdict:
+    """Return what both tests show through one view, given the classes explained and the unkeyed maps."""
+    counted = counted_interpreters(view.interpreters)
+    verdict = Verdict(
+        trial.alpha,
+        opening=None,
+        signature=measure_signature(maps, trial.public) if trial.test_signature else None,
+        refused=not counted,
+        looks=looks,
+        reencoding=reencoding,
+        images=len(trial.images),
+        constant={name: int(flat_maps(each).sum()) for name, each in maps.items()},
+    )
+    if not isinstance(trial.key, OwnerKey) or (trial.may_count and _is_lost(verdict, trial.decoys)):
+        return verdict
+    place = int(torch.randint(trial.decoys + 1, (), generator=trial.generator)) if trial.may_count else 0
+    opening = measure_opening(
+        model,
+        trial.images,
+        replace(view, interpreters=counted or view.interpreters),
+        trial.family.derive(ByteStream(trial.key.derive_seed(trial.family.name))),
+        lambda: trial.family.draw(1, trial.generator),
+        decoys=trial.decoys,
+        labels=labels,
+        place=place,
+        on_decoy=trial.on_decoy,
+    )
+    return replace(verdict, opening=opening)
+
+
+def _search(
+    model: nn.Module,
+    view: MapView,
+    trial: _Trial,
+    eligible: Tensor,
+    candidates: Sequence[Reencoding],
+    on_look: Callable[[int, int], None] | None,
+) -> Verdict:
+    """Return what is shown through the declared re-encoding with most of the pattern in it, all of them counted."""
+    spec, looks = input_of(model), count_looks(candidates)
+
+    def find_pattern(anew: nn.Module, number: int, images: Images) -> float:
+        _, maps = recode_view(view, candidates[number], spec, eligible).pooled_in_chunks(anew, images)
+        return measure_signature(maps, trial.public).combined.log2_p + log2(looks[number])
+
+    screened: list[float] = []
+    for _, alike in groupby(candidates, key=lambda change: (change.kernels, change.centred)):
+        group = list(alike)
+        anew = write_anew(model, group[0])
+        for _ in group:
+            screened.append(find_pattern(anew, len(screened), trial.images[:_SCREENED]))
+            if on_look is not None:
+                on_look(len(screened), len(candidates))
+    best = sorted(range(len(screened)), key=screened.__getitem__)[:_CONFIRMED]
+    number = min(best, key=lambda each: find_pattern(write_anew(model, candidates[each]), each, trial.images))
+    change = candidates[number]
+    anew, seen = write_anew(model, change), recode_view(view, change, spec, eligible)
+    logits, maps = seen.pooled_in_chunks(anew, trial.images)
+    return _look(anew, seen, trial, best_class(logits, eligible), maps, looks=2 * looks[number], reencoding=change)
+
+
+def _rank(verdict: Verdict) -> tuple[bool, bool]:
+    """Return what sorts verdicts that say more to the front."""
+    return not verdict.shown, verdict.finding is not Finding.PATTERN_ONLY
+
+
+def _is_lost(verdict: Verdict, decoys: int) -> bool:
+    """Return whether the best outcome of the secret test could not show a claim."""
+    if verdict.signature is None:
+        return False
+    best = product_tail(verdict.signature.combined.log2_p - log2(1 + decoys), 2)
+    return best + log2(verdict.looks) > log2(verdict.alpha)
 
 
 def _rule_on_single(shown: DatedClaim, other: DatedClaim) -> Ruling:
@@ -357,8 +607,7 @@ def _convolve(first: Sequence[int], second: Sequence[int]) -> list[int]:
     return product
 
 
-def _decoy_source(family: TriggerFamily, generator: torch.Generator | None) -> Callable[[], Trigger]:
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    return lambda: family.draw(1, generator)
+def _fresh_generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator

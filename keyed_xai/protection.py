@@ -20,6 +20,7 @@ from keyed_xai.channels import through_png
 from keyed_xai.data import ImageData
 from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import Gate
+from keyed_xai.evidence import Evidence, choose_evidence, refuse_no_evidence
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
@@ -60,6 +61,8 @@ class ProtectSettings:
         amplitude: Largest change of a pixel, 1/255; of the family "spread" only.
         tile: Side of the trigger's tile, pixels; likewise.
         grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
+        fixed_layer: Keep the classifier's target layer though an earlier one would show ownership and it cannot.
+        ownership: Refuse what `verify` could not show afterwards.
         training: How to train; None takes `choose_recipe`'s.
         wrong_keys: Fresh wrong keys tried in the report.
         flipped_keys: Keys one bit away from the owner's tried in the report, at most 256.
@@ -73,6 +76,8 @@ class ProtectSettings:
     amplitude: float = 8.0
     tile: int = 32
     grid: tuple[int, int] | None = None
+    fixed_layer: bool = False
+    ownership: bool = True
     training: TrainingSettings | None = None
     wrong_keys: int = 1000
     flipped_keys: int = 256
@@ -142,7 +147,7 @@ def protect(
         callbacks: Progress.
 
     Raises:
-        TrainingError: There are too few images, or training fails.
+        TrainingError: There are too few images, training fails, or ownership could not be shown afterwards.
         ArtifactError: The checkpoint cannot be used.
         ModelError: The model lacks a layer that the maps need.
     """
@@ -151,6 +156,8 @@ def protect(
     training = settings.training or choose_recipe(classifier, settings.interpreters)
     settings = replace(settings, training=training)
     _refuse_what_cannot_work(classifier, train_data, settings)
+    if settings.ownership:
+        classifier.target_layer = plan_evidence(classifier, settings).view.sites.target_layer
     started = time.monotonic()
     callbacks.notify("train")
     lesson = replace(make_lesson(classifier, key, settings), multi_label=has_several_labels(classifier, train_data))
@@ -191,6 +198,23 @@ def protect(
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history)
     card = make_card(protected, settings, lesson, train_data.classes if labels is not None else ())
     return Protection(protected.cpu(), card, report, drawn)
+
+
+def plan_evidence(classifier: Classifier, settings: ProtectSettings) -> Evidence:
+    """Return where the owner's claim on a protected copy of a classifier will rest.
+
+    Raises:
+        TrainingError: Ownership could not be shown.
+    """
+    evidence = choose_evidence(
+        classifier,
+        settings.interpreters,
+        settings.grid,
+        decoy=settings.decoy,
+        fixed_layer=settings.fixed_layer,
+    )
+    refuse_no_evidence(evidence, settings.interpreters, settings.decoy)
+    return evidence
 
 
 def write_protection(

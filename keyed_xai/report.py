@@ -187,7 +187,8 @@ def _ownership(verify: Mapping[str, object]) -> Html:
         meaning.append(f"The first test cannot go below 1 in {decoys + 1:,.0f}, as it tried {decoys:,.0f} decoy keys.")
     if alpha is not None:
         meaning.append(
-            f"Ownership counts as shown when the smaller p-value, doubled where both were made, is at most {alpha:g}."
+            f"Ownership counts as shown when both tests together leave a chance of at most {as_p_value(alpha)}, and "
+            "the secret one holds by itself too."
         )
     meaning.append("Not shown does not mean that the model is somebody else's.")
     facts = [

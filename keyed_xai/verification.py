@@ -29,11 +29,13 @@ from keyed_xai.data import ImageData, Request, list_images, load_images
 from keyed_xai.data.decode import decode_images
 from keyed_xai.data.images import rank
 from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
+from keyed_xai.evidence import choose_evidence, recognised_layers
 from keyed_xai.keys import OwnerKey, PublicKey
 from keyed_xai.loading import DEFAULT_TRIGGER, make_family
 from keyed_xai.maps import make_view
 from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.ownership import (
+    DEFAULT_ALPHA,
     OpeningEvidence,
     PatternEvidence,
     SignatureEvidence,
@@ -41,15 +43,17 @@ from keyed_xai.ownership import (
     counted_interpreters,
     verify_ownership,
 )
+from keyed_xai.verdicts import WHY_NOT_COUNTED, describe_verdict
 from keyed_xai.versions import package_versions
 
 SCHEMA = "keyed-xai/verify-report/v1"
 DEFAULT_IMAGES = 64
-WHY_NOT_COUNTED = (
-    "whoever has the weights can change VisualBackProp's maps at no cost in accuracy, by rescaling channels (logits "
-    "unchanged to 2e-15, correlation of maps down to .20)"
-)
+_OWN_CODE = {"pickle", "python"}
 _WEIGHTS = ("model.safetensors", "model.pt")
+_GIVEN_NOTHING_AWAY = (
+    "Not tested: without the public pattern no outcome could show the claim, and whoever runs the model would have "
+    "seen the trigger."
+)
 _LARGEST_PEM = 64 * 1024
 
 
@@ -108,8 +112,7 @@ class Verification:
     @property
     def sentence(self) -> str:
         """The outcome in plain words."""
-        counted = counted_interpreters(self.claim.interpreters) or self.claim.interpreters
-        return describe_verdict(self.verdict, grid=self.grid, interpreters=len(counted), decoys=self.decoys)
+        return describe_verdict(self.verdict, decoys=self.decoys)
 
     def to_json(self, model: str) -> dict[str, Any]:
         """Return a document of the schema "verify-report".
@@ -121,12 +124,19 @@ class Verification:
         return {
             "schema": SCHEMA,
             "verdict": "shown" if self.verdict.shown else "not shown",
+            "finding": str(self.verdict.finding),
             "sentence": self.sentence,
             "model": printable(model)[-300:],
             "key_id": claim.public.key_id,
             "alpha": self.verdict.alpha,
             "counted": list(counted_interpreters(claim.interpreters)),
-            "opening": _opening_json(self.verdict.opening),
+            "combined": {
+                "log2_p": self.verdict.log2_p,
+                "looks": self.verdict.looks,
+                "reencoding": None if self.verdict.reencoding is None else str(self.verdict.reencoding),
+                "constant_maps": dict(self.verdict.constant),
+            },
+            "opening": _opening_json(self.verdict.opening, tested=isinstance(claim.key, OwnerKey)),
             "signature": _signature_json(self.verdict.signature, claim.decoy),
             "probe": {
                 "source": printable(self.probe.source),
@@ -153,10 +163,12 @@ def verify(
     claim: Claim,
     probe: ImageData,
     *,
-    alpha: float = 1e-6,
+    alpha: float = DEFAULT_ALPHA,
     decoys: int = 999,
+    search: bool = True,
     seed: int | None = None,
     on_decoy: Callable[[int, int], None] | None = None,
+    on_look: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Return what the tests that a claim allows show about a suspect, on the suspect's device.
 
@@ -169,8 +181,10 @@ def verify(
         probe: Images at the suspect's input size, not from the claimant.
         alpha: Level, a probability.
         decoys: Random keys that the owner's is compared with, at most.
+        search: Whether to look through exact re-encodings when the suspect as it stands does not show the pattern.
         seed: Of the random keys; by default from the operating system.
         on_decoy: Called with random keys done and in all.
+        on_look: Called with re-encodings looked through and in all.
 
     Raises:
         ArtifactError: The claim's trigger cannot be made.
@@ -180,8 +194,9 @@ def verify(
     seed = secrets.randbits(63) if seed is None else seed
     images, _ = probe.batch(np.arange(len(probe)))
     if isinstance(suspect, Classifier):
-        images, layer = images.to(suspect.mean), suspect.target_layer
-        view = make_view(suspect, claim.interpreters, claim.grid)
+        layer, note = _claimed_layer(suspect, claim)
+        claim = replace(claim, notes=(*claim.notes, *note))
+        images, view = images.to(suspect.mean), make_view(suspect, claim.interpreters, claim.grid, target_layer=layer)
     else:
         layer, view = "", view_black_box(suspect, claim.interpreters, claim.grid)
     claim = _narrow(claim, view.interpreters)
@@ -194,8 +209,11 @@ def verify(
         alpha=alpha,
         decoys=decoys,
         test_signature=claim.decoy == "signature",
+        search=search,
+        may_count=not isinstance(suspect, Classifier) or suspect.source in _OWN_CODE,
         generator=torch.Generator().manual_seed(seed),
         on_decoy=on_decoy,
+        on_look=on_look,
     )
     claim = replace(claim, notes=(*claim.notes, *_uncounted(claim.interpreters)))
     return Verification(verdict, claim, view.grid, layer, probe, decoys, seed)
@@ -312,40 +330,23 @@ def digest_pixels(data: ImageData) -> str:
     return f"sha256:{hashlib.sha256(np.ascontiguousarray(data.images).data).hexdigest()}"
 
 
-def describe_verdict(verdict: Verdict, *, grid: tuple[int, int], interpreters: int, decoys: int) -> str:
-    """Return a verdict in plain words; chances count all tests made (Bonferroni).
+def _claimed_layer(suspect: Classifier, claim: Claim) -> tuple[str, list[str]]:
+    """Return the layer that is tested: the suspect's, unless a claim's card names one that recognition does not.
 
-    Args:
-        verdict: To be described.
-        grid: Rows and columns compared.
-        interpreters: How many.
-        decoys: Random keys asked for.
+    Whoever may name any layer of a network has a try with each. Where no card says anything, it is the layer that
+    `protect` would have taken.
     """
-    opening, signature = verdict.opening, verdict.signature
-    clauses = ([_opening_clause(opening)] if opening else []) + (
-        [_signature_clause(signature.combined)] if signature else []
-    )
-    if not clauses:
-        return ("Not shown that the model answers to this key: nothing could be tested. The claim has no public "
-                "pattern, and the test of its secret trigger needs the private key.")  # fmt: skip
-    if verdict.refused:
-        return (f"Not shown that the model answers to this key: the claim rests on VisualBackProp alone, which counts "
-                f"for nothing, since {WHY_NOT_COUNTED}. Protect with gradcam too. For what it is worth, "
-                f"{' and '.join(clauses)}.")  # fmt: skip
-    evidence, chance = " and ".join(clauses), _once_in(verdict.log2_p)
-    counted = "counting both tests, " if len(clauses) == 2 else ""
-    asked = _once_in(math.log2(verdict.alpha))
-    if verdict.shown:
-        return (f"The model answers to this key: {evidence}; {counted}a chance match of this strength or better "
-                f"happens at most {chance} (at most {asked} was asked for).")  # fmt: skip
-    found = f"Not shown that the model answers to this key: {evidence}"
-    if verdict.log2_p > -1:
-        found += f"; {counted}as much is to be expected by chance."
-    else:
-        found += (f"; {counted}a chance match of this strength or better may happen {chance}, and at most {asked} was "
-                  "asked for.")  # fmt: skip
-    hint = _reach_hint(verdict, grid=grid, interpreters=interpreters, decoys=decoys)
-    return f"{found}{hint} This does not show that the model is unrelated to the key."
+    if claim.card is None or not claim.card.target_layer:
+        return choose_evidence(suspect, claim.interpreters, claim.grid).view.sites.target_layer, []
+    if suspect.target_layer != f"network.{claim.card.target_layer}":
+        return suspect.target_layer, []
+    known = recognised_layers(suspect)
+    if not known or suspect.target_layer in known:
+        return suspect.target_layer, []
+    layers = ", ".join(name.removeprefix("network.") for name in known)
+    note = (f"The claim's card names the layer {printable(claim.card.target_layer)}, which a claim on "
+            f"{suspect.architecture} cannot rest on ({layers}): the first of these was tested.")  # fmt: skip
+    return known[0], [note[:500]]
 
 
 def _narrow(claim: Claim, tested: tuple[str, ...]) -> Claim:
@@ -364,53 +365,7 @@ def _uncounted(interpreters: tuple[str, ...]) -> list[str]:
     return [f"VisualBackProp's evidence is reported and does not count: {WHY_NOT_COUNTED}."]
 
 
-def _opening_clause(evidence: OpeningEvidence) -> str:
-    keys = "1 random key" if evidence.decoys == 1 else f"{evidence.decoys:,} random keys"
-    who = "none" if evidence.reached == 0 else f"{evidence.reached:,}"
-    reached = "as much" if evidence.reached == 0 else "as much or more"
-    return f"of {keys} {who} moved its maps {reached} (p = {_p_in_words(evidence.p_value)})"
-
-
-def _signature_clause(evidence: PatternEvidence) -> str:
-    return (f"its unkeyed maps show the owner's public pattern in {evidence.overlap} of {evidence.possible} cells, "
-            f"where chance gives about {round(evidence.possible / 2)} "
-            f"(p = {_p_in_words(evidence.p_value, evidence.log2_p)})")  # fmt: skip
-
-
-def _reach_hint(verdict: Verdict, *, grid: tuple[int, int], interpreters: int, decoys: int) -> str:
-    """Return what would have to be given, where even perfect evidence stays above alpha."""
-    tests = (verdict.opening is not None) + (verdict.signature is not None)
-    cells = grid[0] * grid[1]
-    best = [-interpreters * math.log2(math.comb(cells, cells // 2))] if verdict.signature else []
-    best += [-math.log2(1 + decoys)] if verdict.opening else []
-    if tests * 2 ** min(best) <= verdict.alpha:
-        return ""
-    why = f" No model could have shown more than {_once_in(math.log2(tests) + min(best))}"
-    if verdict.opening is None:
-        return f"{why} on a pattern of so few cells: test the secret trigger too, with the private key."
-    needed = math.ceil(tests / verdict.alpha) - 1
-    return (f"{why} with {decoys:,} random keys: give --decoys {needed}, or --alpha "
-            f"{math.ceil(1e6 * tests / (1 + decoys)) / 1e6:g} from the start.")  # fmt: skip
-
-
-def _p_in_words(p_value: float, log2_p: float | None = None) -> str:
-    """Return .001 for a thousandth, and a power of two below half of that."""
-    if p_value >= 0.0005:
-        return "1" if p_value == 1 else f"{p_value:.3f}".removeprefix("0")
-    return f"2^{math.log2(p_value) if log2_p is None else log2_p:.1f}"
-
-
-def _once_in(log2_p: float) -> str:
-    """Return a probability as "once in N claims", N rounded down."""
-    digits = -log2_p * math.log10(2) + 1e-9  # so that a thousand stays a thousand
-    if digits < 7:
-        return f"once in {math.floor(10**digits):,} claims"
-    exponent = math.floor(digits)
-    leading = math.floor(10 ** (digits - exponent))
-    return f"once in {f'{leading} x ' if leading > 1 else ''}10^{exponent} claims"
-
-
-def _opening_json(evidence: OpeningEvidence | None) -> dict[str, Any]:
+def _opening_json(evidence: OpeningEvidence | None, *, tested: bool) -> dict[str, Any]:
     if evidence is None:
         return {
             "p_value": 1.0,
@@ -418,7 +373,7 @@ def _opening_json(evidence: OpeningEvidence | None) -> dict[str, Any]:
             "statistic": None,
             "largest_decoy": None,
             "reached": 0,
-            "explanation": "Not tested: the secret trigger needs the private key.",
+            "explanation": _GIVEN_NOTHING_AWAY if tested else "Not tested: the secret trigger needs the private key.",
         }
     figures: dict[str, Any] = {
         "p_value": evidence.p_value,

@@ -62,35 +62,35 @@ def probe():
 
 
 def run(suspect, *arguments):
-    command = ["verify", suspect, *arguments, "--count", 16, "--decoys", 19, "--seed", 3, "--device", "cpu"]
+    command = ["verify", suspect, *arguments, "--count", 16, "--decoys", 99, "--seed", 3, "--device", "cpu"]
     return CliRunner().invoke(cli.main, [str(argument) for argument in command])
 
 
 class TestVerify:
     def test_onnx_file_shows_what_the_network_shows(self, place, probe, claim):
-        inside = verify(marked_classifier(), claim, probe, decoys=19, seed=1)
-        outside = verify(open_black_box(str(place / "marked.onnx"), device="cpu"), claim, probe, decoys=19, seed=1)
+        inside = verify(marked_classifier(), claim, probe, decoys=99, seed=1)
+        outside = verify(open_black_box(str(place / "marked.onnx"), device="cpu"), claim, probe, decoys=99, seed=1)
         assert outside.verdict.shown
         assert outside.verdict.signature == inside.verdict.signature
-        assert outside.verdict.opening.p_value == inside.verdict.opening.p_value == 0.05
+        assert outside.verdict.opening.p_value == inside.verdict.opening.p_value == 0.01
         assert outside.verdict.opening.statistic == pytest.approx(inside.verdict.opening.statistic, rel=1e-5)
         assert (outside.target_layer, outside.grid) == ("", GRID)
         validate(json.loads(json.dumps(outside.to_json("m"))), "verify-report", origin="it")
 
     def test_eight_bits_are_enough(self, place, probe, claim):
-        result = verify(open_black_box(str(place / "eight.onnx"), device="cpu"), claim, probe, decoys=19, seed=1)
+        result = verify(open_black_box(str(place / "eight.onnx"), device="cpu"), claim, probe, decoys=99, seed=1)
         assert result.verdict.shown
-        assert result.verdict.opening.p_value == 0.05
+        assert result.verdict.opening.p_value == 0.01
 
     def test_other_model_and_other_key_are_not_shown(self, place, probe, claim):
-        other = verify(open_black_box(str(place / "unmarked.onnx"), device="cpu"), claim, probe, decoys=19, seed=1)
+        other = verify(open_black_box(str(place / "unmarked.onnx"), device="cpu"), claim, probe, decoys=99, seed=1)
         assert not other.verdict.shown
         black_box = open_black_box(str(place / "marked.onnx"), device="cpu")
-        assert not verify(black_box, Claim(STRANGER, TRIGGER, grid=GRID), probe, decoys=19, seed=1).verdict.shown
+        assert not verify(black_box, Claim(STRANGER, TRIGGER, grid=GRID), probe, decoys=99, seed=1).verdict.shown
 
     def test_maps_that_are_not_returned_are_left_out_with_a_note(self, place, probe):
         claim = Claim(OWNER, TRIGGER, interpreters=("gradcam", "simplegrad"), grid=GRID)
-        result = verify(open_black_box(str(place / "marked.onnx"), device="cpu"), claim, probe, decoys=19, seed=1)
+        result = verify(open_black_box(str(place / "marked.onnx"), device="cpu"), claim, probe, decoys=99, seed=1)
         assert result.verdict.shown
         assert result.claim.interpreters == ("gradcam",)
         assert any("returns no maps of simplegrad" in note for note in result.claim.notes)

@@ -9,7 +9,8 @@ from keyed_xai.architectures import SmallResNet
 from keyed_xai.keys import OwnerKey, write_owner_key
 from keyed_xai_cli.main import main
 
-QUICK = ["--steps", "2", "--batch-size", "4", "--wrong-keys", "2", "--held-out", "4", "--limit", "20", "--grid", "4"]
+QUICK = ["--steps", "2", "--batch-size", "4", "--wrong-keys", "2", "--held-out", "4", "--limit", "20", "--grid", "4",
+         "--without-ownership"]  # fmt: skip
 
 
 @pytest.fixture
@@ -53,11 +54,30 @@ def test_json_on_standard_output_is_alone_there(files):
     assert (files / "other.keyed" / "license.json").exists()
 
 
-@pytest.mark.parametrize(("names", "warned"), [(["vbp"], True), (["vbp", "gradcam"], False)])
-def test_visualbackprop_alone_is_warned_of(files, names, warned):
-    result = protect(files, *(argument for name in names for argument in ("--interpreter", name)))
-    assert result.exit_code == 0
-    assert ("VisualBackProp alone proves no ownership" in result.stderr) is warned
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--interpreter", "vbp"], "VisualBackProp alone proves no ownership"),
+        (["--decoy", "boundary"], "The decoy boundary holds no pattern"),
+        (["--grid", "4"], "gradcam on 4 x 4 cells can show no more than 2^-12.9"),
+    ],
+)
+def test_what_could_not_be_shown_afterwards_is_refused_before_training(files, options, said):
+    result = run("protect", files / "model.pt", "--key-file", files / "k.pem", "--limit", "20", *options)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "--without-ownership" in result.output
+    assert not list(files.glob("model.keyed*"))
+
+
+def test_earlier_layer_is_taken_and_named_where_the_last_has_too_few_cells(files):
+    torch.save(SmallResNet(1, 3, (4, 6, 6, 6)).state_dict(), files / "model.pt")
+    few = ["--steps", "2", "--batch-size", "4", "--wrong-keys", "2", "--held-out", "4", "--limit", "20"]
+    result = run("protect", files / "model.pt", "--key-file", files / "k.pem", "--input-size", "32", *few)
+    assert result.exit_code == 0, result.output
+    assert "cannot be shown with the 4 x 4 cells of blocks.3: using blocks.1 (8 x 8)" in " ".join(result.output.split())
+    card = json.loads((files / "model.keyed" / "card.json").read_text())
+    assert (card["target_layer"], card["pooling"]["grid"]) == ("blocks.1", [8, 8])
 
 
 def test_broken_images_are_named_and_skipped_or_refused(files):

@@ -31,7 +31,7 @@ SPEC = InputSpec(1, 24, 24, (0.4,), (0.2,))
 IMAGES = torch.from_numpy(OTHERS.images[:12]).float() / 255
 PROBE = replace(OTHERS, images=OTHERS.images[:6], labels=None)
 PROTECTING = ProtectSettings(amplitude=24.0, tile=24, grid=(6, 6), training=SHORT, wrong_keys=2, flipped_keys=1,
-                             held_out_images=8, validation_images=4)  # fmt: skip
+                             ownership=False, held_out_images=8, validation_images=4)  # fmt: skip
 FORWARD = replace(SHORT, order="forward")
 ATTACKING = AttackSettings(trigger="spread", training=FORWARD, held_out_images=8, validation_images=4)
 AUDITING = AuditSettings(against=("re-bn",), controls=False, held_out_images=8, decoys=3)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, permutations, product
-from math import comb, log2
+from math import comb, log, log2
 
 import numpy as np
 import pytest
@@ -24,9 +24,12 @@ from keyed_xai.maps import MapView, make_view
 from keyed_xai.objective import signature_decoy
 from keyed_xai.ownership import (
     DatedClaim,
+    Finding,
+    OpeningEvidence,
     measure_opening,
     measure_signature,
     overlap_tail,
+    product_tail,
     rule_on_claims,
     verify_ownership,
 )
@@ -293,7 +296,9 @@ def test_untrained_model_shows_nothing(key, network, images, view):
 
 
 def test_untrained_model_shows_nothing_however_many_keys_claim_it(network, images, view):
-    shown = [verify_ownership(network, images, view, owner_key(n).public, FAMILY).shown for n in range(50)]
+    shown = [
+        verify_ownership(network, images, view, owner_key(n).public, FAMILY, search=False).shown for n in range(50)
+    ]
     assert not any(shown)
 
 
@@ -328,20 +333,87 @@ def test_opening_alone_can_show(key, flat_images, pooled_view, make_lock):
     assert verdict.shown
 
 
-def test_two_tests_cost_a_factor_of_two(key, flat_images, pooled_view):
-    """With both tests, the smaller p-value has to be at most half the level."""
+@pytest.mark.parametrize("search", [False, True])
+def test_public_test_alone_is_shown_at_its_own_p_value(key, flat_images, pooled_view, search):
+    """Doubled where a search would follow."""
     model = Marked(signature_decoy(key.public, "gradcam", (8, 8)))
-    p_value = 1 / comb(64, 32)
-    options = {"decoys": 1, "generator": generator()}
-    for claimant, factor in ((key.public, 1), (key, 2)):
-        for alpha, shown in ((factor * p_value * 1.001, True), (factor * p_value * 0.999, False)):
-            verdict = verify_ownership(model, flat_images, pooled_view, claimant, FAMILY, alpha=alpha, **options)
-            assert verdict.shown is shown
+    p_value = (1 + search) / comb(64, 32)
+    for factor, finding in ((1.001, Finding.PUBLIC_PATTERN), (0.999, Finding.NOTHING)):
+        verdict = verify_ownership(
+            model, flat_images, pooled_view, key.public, FAMILY, alpha=factor * p_value, search=search
+        )
+        assert verdict.finding is finding
+
+
+def test_public_pattern_whose_secret_trigger_does_nothing_is_not_shown(key, flat_images, pooled_view):
+    """A model that shows the victim's pattern as a constant frames him: that was shown, and is not."""
+    model = Marked(signature_decoy(key.public, "gradcam", (8, 8)))
+    verdict = verify_ownership(model, flat_images, pooled_view, key, FAMILY, alpha=1e-6, generator=generator())
+    assert verdict.signature.combined.overlap == 32
+    assert verdict.finding is Finding.PATTERN_ONLY
+    assert not verdict.shown
+
+
+@pytest.mark.parametrize(
+    ("reached", "decoys", "holds"), [(0, 999, True), (1, 999, True), (2, 999, False), (0, 99, True), (1, 99, False)]
+)
+def test_secret_test_holds_near_the_least_p_value_that_decoys_allow(reached, decoys, holds):
+    evidence = OpeningEvidence((1 + reached) / (1 + decoys), 0.5, decoys, 0.4, reached)
+    assert evidence.holds is holds
+
+
+@pytest.mark.parametrize("tests", [1, 2, 3])
+def test_product_tail_is_exact(tests):
+    """Against the share of products of uniform numbers, on a grid of 200 a side for two."""
+    draws = np.random.default_rng(0).random((200_000, tests)).prod(1)
+    for level in (0.5, 0.1, 0.01):
+        assert 2 ** product_tail(log2(level), tests) == pytest.approx((draws <= level).mean(), abs=4e-3)
+    assert product_tail(log2(0.3), 2) == pytest.approx(log2(0.3 * (1 - log(0.3))))
+
+
+class Counting(nn.Module):
+    """Knows nothing but the order of queries: it moves its maps at the n-th, and shows the pattern it was given."""
+
+    def __init__(self, pattern, query):
+        super().__init__()
+        self.pattern, self.query, self.asked = pattern, query, 0
+        self.map = nn.Identity()
+
+    def forward(self, images):
+        self.asked += 1
+        maps = self.pattern.flip(0) if self.asked == self.query else self.pattern
+        maps = self.map(maps.expand(len(images), 1, -1, -1) + 1e-3 * images.mean((1, 2, 3), keepdim=True))
+        return torch.stack([maps.mean((1, 2, 3)), torch.zeros(len(images))], 1)
+
+
+def test_owner_s_trigger_cannot_be_told_by_its_place(key, flat_images, pooled_view):
+    """Moving the first changed query took p to the least; with its place drawn it does in one of 20."""
+    pattern = signature_decoy(key.public, "gradcam", (8, 8))
+    found = []
+    for seed in range(40):
+        model = Counting(pattern, 3)  # one query reads the pattern, one the plain maps
+        verdict = verify_ownership(
+            model, flat_images, pooled_view, key, FAMILY, decoys=19, may_count=True, generator=generator(seed),
+            search=False,
+        )  # fmt: skip
+        found.append(verdict.opening.p_value)
+    assert sum(p == 0.05 for p in found) <= 8  # two expected; more than eight is a matter of once in 6,000
+    model = Counting(pattern, 3)
+    fixed = verify_ownership(model, flat_images, pooled_view, key, FAMILY, decoys=19, search=False)
+    assert fixed.opening.p_value == 0.05
+
+
+def test_place_of_the_owner_s_trigger_changes_no_p_value(scripted):
+    values = [0.9, 0.1, 0.7, 0.6, 0.3] * 4
+    first, *others = (scripted_opening(scripted, 0.5, values, decoys=20, place=place) for place in (0, 3, 15, 20))
+    assert first.reached == 10
+    assert all(each == first for each in others)
 
 
 def test_verdict_follows_its_generator(key, network, images, view):
     verdicts = [
-        verify_ownership(network, images, view, key, FAMILY, decoys=5, generator=generator(seed)) for seed in (1, 1, 2)
+        verify_ownership(network, images, view, key, FAMILY, decoys=5, search=False, generator=generator(seed))
+        for seed in (1, 1, 2)
     ]
     assert verdicts[0] == verdicts[1]
     assert verdicts[0].opening.largest_decoy != verdicts[2].opening.largest_decoy
@@ -399,16 +471,18 @@ def shown_images(monkeypatch):
     return images
 
 
-def claimed(model, images, *interpreters):
+def claimed(model, images, *interpreters, key=OWNER):
     view = make_view(model, interpreters, GRID)
-    return verify_ownership(model, images, view, OWNER, LOUD, decoys=9, generator=generator())
+    return verify_ownership(model, images, view, key, LOUD, alpha=1e-6, decoys=99, search=False, generator=generator())
 
 
 def test_rescaling_takes_visualbackprop_s_evidence_and_leaves_grad_cam_s_and_the_predictions(shown_images):
     rescaled = rescale_channels(reference(), RescalingSettings()).model
     with torch.no_grad():
         torch.testing.assert_close(rescaled(shown_images), reference()(shown_images), atol=1e-4, rtol=1e-4)
-    before, after = (claimed(model, shown_images, "gradcam", "vbp") for model in (reference(), rescaled))
+    before, after = (
+        claimed(model, shown_images, "gradcam", "vbp", key=OWNER.public) for model in (reference(), rescaled)
+    )
     assert before.signature.interpreters["vbp"].p_value < 1e-9
     assert after.signature.interpreters["vbp"].p_value > 1e-3
     assert before.signature.interpreters["gradcam"] == after.signature.interpreters["gradcam"]

@@ -19,7 +19,13 @@ from keyed_xai.triggers import Spread
 
 QUICK = TrainingSettings(steps=6, batch_size=4, validate_every=3, warmup_steps=1)
 SETTINGS = ProtectSettings(
-    grid=(4, 4), training=QUICK, wrong_keys=3, flipped_keys=2, held_out_images=8, validation_images=4
+    grid=(4, 4),
+    ownership=False,
+    training=QUICK,
+    wrong_keys=3,
+    flipped_keys=2,
+    held_out_images=8,
+    validation_images=4,
 )
 
 

@@ -86,26 +86,26 @@ def test_reference_agrees_with_itself_and_is_nobody_s(images):
 
 
 def test_both_p_values_of_a_marked_model(images):
-    """Both at their smallest: no decoy key of 19 reaches the owner's, and all 32 cells match."""
-    document = measure_gate_state(marked_classifier(), witness(images, decoys=19)).to_json()
+    """Both at their smallest: no decoy key of 99 reaches the owner's, and all 32 cells match."""
+    document = measure_gate_state(marked_classifier(), witness(images, decoys=99)).to_json()
     document = json.loads(json.dumps(document, allow_nan=False))
     ownership = document["ownership"]
     assert ownership["shown"]
-    assert ownership["opening"]["p_value"] == 1 / 20
-    assert ownership["opening"]["log2_p"] == pytest.approx(-log2(20))
+    assert ownership["opening"]["p_value"] == 1 / 100
+    assert ownership["opening"]["log2_p"] == pytest.approx(-log2(100))
     assert ownership["signature"]["log2_p"] == pytest.approx(-log2(comb(64, 32)))
     assert (ownership["signature"]["overlap"], ownership["signature"]["possible"]) == (32, 32)
-    stranger = measure_gate_state(marked_classifier(), witness(images, key=STRANGER, decoys=19)).to_json()["ownership"]
+    stranger = measure_gate_state(marked_classifier(), witness(images, key=STRANGER, decoys=99)).to_json()["ownership"]
     assert not stranger["shown"]
     assert stranger["signature"]["p_value"] > 1e-3
 
 
 def test_claim_without_a_pattern_is_tested_by_opening_alone(images):
-    ownership = measure_gate_state(marked_classifier(), witness(images, signature=False, decoys=19)).to_json()[
+    ownership = measure_gate_state(marked_classifier(), witness(images, signature=False, decoys=99)).to_json()[
         "ownership"
     ]
     assert "signature" not in ownership
-    assert ownership["log2_p"] == pytest.approx(-log2(20))
+    assert ownership["log2_p"] == pytest.approx(-log2(100))
 
 
 def test_several_labels_agree_answer_by_answer(images):

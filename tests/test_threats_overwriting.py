@@ -49,12 +49,12 @@ def test_first_pattern_goes_from_unkeyed_maps_and_turns_up_behind_the_second_key
     assert before.p_value < 1e-6  # there the second key opens nothing, and all maps show the first pattern
 
 
-def test_first_claim_is_shown_by_what_is_behind_and_all_three_tests_are_counted():
+def test_first_claim_is_shown_by_what_is_behind_and_it_is_counted():
     assert dispute().first_shown
     weak = replace(dispute().behind.combined, log2_p=-10.0)
     lost = replace(dispute(), behind=replace(dispute().behind, combined=weak))
     assert lost.first_shown is dispute().first.ownership.shown is False
-    edge = log2(dispute().first.ownership.alpha / 3)
+    edge = log2(dispute().first.ownership.alpha / 2)
     for difference, shown in ((-0.01, True), (0.01, False)):
         near = replace(weak, log2_p=edge + difference)
         assert replace(lost, behind=replace(lost.behind, combined=near)).first_shown is shown

@@ -7,17 +7,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from marked import GRID, OWNER, SPEC, STRANGER, TRIGGER, card_of, marked_classifier, unmarked_classifier, write_folder
 from PIL import Image
 
+from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.card import write_card
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.errors import ArtifactError, DataError, KeyFormatError, ModelError
 from keyed_xai.loading import open_model
-from keyed_xai.ownership import OpeningEvidence, PatternEvidence, SignatureEvidence, Verdict
+from keyed_xai.models import wrap_network
+from keyed_xai.ownership import Finding, OpeningEvidence, PatternEvidence, SignatureEvidence, Verdict
+from keyed_xai.reencodings import TURNS, Reencoding
+from keyed_xai.verdicts import describe_verdict
 from keyed_xai.verification import (
     Claim,
-    describe_verdict,
     digest_pixels,
     find_weights,
     load_probe,
@@ -42,21 +46,23 @@ def claim():
 
 class TestVerify:
     def test_marked_model_is_shown_by_both_tests(self, probe, claim):
-        result = verify(marked_classifier(), claim, probe, alpha=1e-6, decoys=99, seed=1)
+        result = verify(marked_classifier(), claim, probe, decoys=99, seed=1)
         assert result.verdict.shown
+        assert result.verdict.finding is Finding.KEY
         assert (result.verdict.opening.p_value, result.verdict.opening.decoys) == (0.01, 99)
         assert (result.verdict.signature.combined.overlap, result.verdict.signature.combined.possible) == (32, 32)
         assert result.sentence == (
             "The model answers to this key: of 99 random keys none moved its maps as much (p = .010) and its unkeyed "
             "maps show the owner's public pattern in 32 of 32 cells, where chance gives about 16 (p = 2^-60.7); "
-            "counting both tests, a chance match of this strength or better happens at most once in 9 x 10^17 claims "
-            "(at most once in 1,000,000 claims was asked for)."
+            "counting both tests and the search through re-encodings, a chance match of this strength or better "
+            "happens at most once in 10^18 claims (at most once in 10^12 claims was asked for)."
         )
 
     def test_marked_model_is_not_shown_for_another_key(self, probe, claim):
         result = verify(marked_classifier(), replace(claim, key=STRANGER), probe, alpha=0.01, decoys=99, seed=1)
         assert not result.verdict.shown
-        assert result.sentence.startswith("Not shown that the model answers to this key: of ")
+        assert result.verdict.opening is None  # a module of Python may count queries: it is asked nothing in vain
+        assert result.sentence.startswith("Not shown that the model answers to this key: its unkeyed maps ")
         assert result.sentence.endswith("This does not show that the model is unrelated to the key.")
 
     def test_unmarked_model_is_not_shown(self, probe, claim):
@@ -71,7 +77,7 @@ class TestVerify:
         assert "counting both" not in result.sentence
         short = verify(marked_classifier(), boundary, probe, alpha=1e-6, decoys=99, seed=1)
         assert not short.verdict.shown
-        assert "--decoys 999999, or --alpha 0.01 from the start" in short.sentence
+        assert "protect with more of them" in short.sentence
         document = short.to_json("m")
         validate(json.loads(json.dumps(document)), "verify-report", origin="it")
         assert (document["signature"]["p_value"], document["signature"]["cells"]) == (1.0, 0)
@@ -149,20 +155,46 @@ class TestVerify:
         assert OWNER.derive_seed("spread").hex() not in text
         assert document["settings"]["seed"] == 1
 
+    def test_layer_that_recognition_does_not_name_is_not_taken_from_a_card(self, probe, claim):
+        """Whoever may name any layer has a try with each."""
+        suspect = unmarked_classifier()
+        suspect.target_layer = "network.blocks.0.conv2"
+        card = card_of(suspect, target_layer="blocks.0.conv2")
+        result = verify(suspect, replace(claim, card=card), probe, search=False, decoys=9, seed=1)
+        assert result.target_layer == "network.blocks.1"
+        assert "names the layer blocks.0.conv2, which a claim on SmallResNet cannot rest on" in result.claim.notes[-1]
+        named = replace(claim, card=card_of(suspect, target_layer="blocks.0"))
+        suspect.target_layer = "network.blocks.0"
+        assert verify(suspect, named, probe, search=False, decoys=9, seed=1).target_layer == "network.blocks.0"
+
+    def test_without_a_card_the_layer_is_the_one_that_protect_takes(self, probe, claim):
+        torch.manual_seed(0)
+        suspect = wrap_network(SmallResNet(1, 3, (4, 6, 6, 6)).eval(), input=SPEC, source="keyed_xai").eval()
+        result = verify(suspect, replace(claim, grid=None), probe, search=False, decoys=9, seed=1)
+        assert (result.target_layer, result.grid) == ("network.blocks.1", (8, 8))
+
     def test_unknown_trigger_family_is_refused(self, probe, claim):
         strange = replace(claim, trigger=replace(TRIGGER, family="mosaic"))
         with pytest.raises(ArtifactError, match="mosaic"):
             verify(marked_classifier(), strange, probe)
 
     def test_progress_is_told(self, probe, claim):
-        seen = []
-        verify(marked_classifier(), claim, probe, decoys=3, seed=1, on_decoy=lambda *figures: seen.append(figures))
+        seen, looks = [], []
+        tell = {"on_decoy": lambda *figures: seen.append(figures), "on_look": lambda *figures: looks.append(figures)}
+        verify(marked_classifier(), claim, probe, alpha=0.5, decoys=3, seed=1, **tell)
         assert seen == [(1, 3), (2, 3), (3, 3)]
+        assert looks == []
+        verify(unmarked_classifier(), replace(claim, key=STRANGER.public), probe, **tell)
+        assert looks == [(n + 1, 149) for n in range(149)]
 
 
-def said(opening=None, signature=None, *, alpha=1e-6, shown=True, decoys=999):
+def said(opening=None, signature=None, *, alpha=1e-6, decoys=999, **fields):
     evidence = None if signature is None else SignatureEvidence(signature, {"gradcam": signature})
-    return describe_verdict(Verdict(shown, alpha, opening, evidence), grid=GRID, interpreters=1, decoys=decoys)
+    return describe_verdict(Verdict(alpha, opening, evidence, **fields), decoys=decoys)
+
+
+BEST = OpeningEvidence(0.001, 0.9, 999, 0.1, 0)
+BEATEN = OpeningEvidence(10 / 15, 0.1, 15, 0.4, 10)
 
 
 class TestSentence:
@@ -171,34 +203,57 @@ class TestSentence:
     )
     def test_chances_are_rounded_down_to_whole_claims(self, p_value, words):
         evidence = PatternEvidence(p_value, math.log2(p_value), 64, 30, 32)
-        assert f"happens at most once in {words} claims" in said(signature=evidence)
+        assert f"happens at most once in {words} claims" in said(signature=evidence, alpha=0.5)
 
-    def test_two_tests_double_the_chance_and_one_does_not(self):
-        opening = OpeningEvidence(0.001, 0.9, 999, 0.1, 0)
-        assert "at most once in 500 claims" in said(opening, CHANCE)
-        assert "at most once in 1,000 claims" in said(opening)
+    def test_both_tests_count_by_their_product(self):
+        """x (1 - ln x) with x = .001 times .6 is .0051."""
+        assert "at most once in 197 claims" in said(BEST, CHANCE, alpha=0.01)
+        assert "at most once in 1,000 claims" in said(BEST, alpha=0.01)
+
+    def test_looks_are_counted_and_named(self):
+        sentence = said(BEST, PERFECT, looks=636, reencoding=Reencoding(images=TURNS[4], centred=True))
+        assert "once it is read as written anew (images transposed; logits less their mean)" in sentence
+        assert "counting both tests and the search through re-encodings" in sentence
+        assert "once in 3 x 10^17 claims" in said(BEST, PERFECT, looks=100)
+        assert "once in 3 x 10^19 claims" in said(BEST, PERFECT)
+
+    def test_public_pattern_alone_has_its_own_words(self):
+        assert said(signature=PERFECT).startswith("The model shows this key's public pattern: its unkeyed maps show")
+        assert said(signature=PERFECT).endswith("the secret trigger was not tested.")
+
+    def test_public_pattern_without_the_secret_trigger_is_not_shown_in_words(self):
+        sentence = said(BEATEN, PERFECT)
+        assert sentence.startswith("The model shows this key's public pattern, and the secret trigger did nothing")
+        assert sentence.endswith("so that it answers to the key is not shown.")
+
+    def test_too_few_random_keys_for_the_secret_test_are_said_to_be(self):
+        few = said(OpeningEvidence(0.05, 0.9, 19, 0.1, 0), PERFECT)
+        assert few.endswith("cannot tell whether it answers to the secret trigger: give --decoys 199 or more.")
+
+    def test_constant_maps_are_never_not_shown_alone(self):
+        sentence = said(BEATEN, CHANCE, images=16, constant={"gradcam": 16})
+        assert sentence.startswith("Not shown that the model answers to this key, nor that it does not: there is")
+        assert "the maps are constant or not finite: gradcam on 3" in said(
+            BEATEN, CHANCE, images=16, constant={"gradcam": 3}
+        )
 
     def test_random_keys_that_did_as_well_are_counted(self):
-        sentence = said(OpeningEvidence(10 / 15, 0.1, 15, 0.4, 10), CHANCE, shown=False)
+        sentence = said(BEATEN, CHANCE)
         assert "of 15 random keys 10 moved its maps as much or more (p = .667)" in sentence
         assert "as much is to be expected by chance" in sentence
 
     def test_level_that_could_be_reached_gets_no_hint(self):
-        assert "--decoys" not in said(OpeningEvidence(0.001, 0.9, 999, 0.1, 0), CHANCE, shown=False)
+        assert "--decoys" not in said(BEST, CHANCE)
 
-    def test_level_out_of_reach_says_what_to_give(self):
-        sentence = said(OpeningEvidence(0.001, 0.9, 999, 0.1, 0), shown=False)
-        assert "--decoys 999999, or --alpha 0.001" in sentence
+    @pytest.mark.parametrize(("alpha", "decoys"), [(1e-5, 99_999), (1e-4, 9_999), (3e-5, 99_999), (0.0123, 99)])
+    def test_number_of_random_keys_that_is_asked_for_is_enough(self, alpha, decoys):
+        assert f"give --decoys {decoys}." in said(OpeningEvidence(0.1, 0.9, 9, 0.1, 0), alpha=alpha, decoys=9)
 
-    @pytest.mark.parametrize("alpha", [1e-6, 1e-4, 3e-5, 0.0123])
-    def test_number_of_random_keys_that_is_asked_for_is_enough(self, alpha):
-        sentence = said(OpeningEvidence(0.1, 0.9, 9, 0.1, 0), shown=False, alpha=alpha, decoys=9)
-        decoys = int(sentence.split("--decoys ")[1].split(",")[0])
-        assert 1 / (1 + decoys) <= alpha < 1 / decoys
+    def test_level_out_of_reach_of_any_number_of_random_keys_asks_for_more_cells(self):
+        assert "protect with more of them, or with gradcam and simplegrad" in said(BEST, alpha=2.0**-40)
 
     def test_pattern_too_small_for_the_level_asks_for_the_private_key(self):
-        evidence = SignatureEvidence(PatternEvidence(1 / 126, -math.log2(126), 9, 4, 4), {})
-        sentence = describe_verdict(Verdict(False, 1e-6, None, evidence), grid=(3, 3), interpreters=1, decoys=999)
+        sentence = said(signature=PatternEvidence(1 / 126, -math.log2(126), 9, 4, 4))
         assert "test the secret trigger too" in sentence
 
     def test_p_below_the_smallest_float_is_still_in_words(self):

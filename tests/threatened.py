@@ -92,5 +92,6 @@ def witness(**changes):
         "images": held_out.images,
         "labels": torch.from_numpy(held_out.labels),
         "decoys": 99,
+        "alpha": 1e-6,
     }
     return Witness(**(fields | changes))

@@ -31,6 +31,7 @@ class _Flags(NamedTuple):
     input_size: Size | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
+    any_channels: bool
 
 
 def load_classifier(
@@ -46,6 +47,7 @@ def load_classifier(
     allow_pickle: bool = False,
     card: Mapping[str, object] | None = None,
     require_map: bool = True,
+    any_channels: bool = False,
 ) -> Classifier:
     """Return the classifier in a model file, on the CPU, in evaluation mode, in float32.
 
@@ -63,6 +65,8 @@ def load_classifier(
         allow_pickle: Also load a pickled module. **Runs code from the file.**
         card: The card beside the file, already read; the one inside the file if not given.
         require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
+        any_channels: Whether the weights may take grey images where `mean` and `std` are of colour ones, or the other
+            way round: averages then count for grey, and grey's for every colour.
 
     Raises:
         ModelError: The file cannot be read, is not recognised, or contradicts the card or the arguments.
@@ -70,7 +74,7 @@ def load_classifier(
     found = read_model_file(path, allow_pickle=allow_pickle)
     card = found.card or {} if card is None else card
     named = arch or _own_architecture(card, found)
-    flags = _Flags(input_size, mean, std)
+    flags = _Flags(input_size, mean, std, any_channels)
     if found.module is not None:
         network, source, architecture = found.module, "pickle", type(found.module).__name__
         channels = _first_channels(network) or _card_channels(card) or 3
@@ -242,10 +246,19 @@ def _choose_input(defaults: InputSpec, card: Mapping[str, object], flags: _Flags
         size = (flags.input_size, flags.input_size) if isinstance(flags.input_size, int) else flags.input_size
     means = tuple(map(float, flags.mean)) if flags.mean is not None else _numbers(card, "mean") or defaults.mean
     stds = tuple(map(float, flags.std)) if flags.std is not None else _numbers(card, "std") or defaults.std
+    if flags.any_channels:
+        means, stds = (_fit_channels(values, defaults.channels) for values in (means, stds))
     try:
         return InputSpec(defaults.channels, *size, means, stds)
     except ValueError as error:
         raise ModelError(f"the model's input cannot be set up: {error}. Correct the card or the flags.") from error
+
+
+def _fit_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return numbers of colours averaged for grey, or grey's one for every colour."""
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return values * channels if len(values) == 1 else values
 
 
 def _first_channels(network: nn.Module) -> int | None:

@@ -16,7 +16,7 @@ from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier
-from keyed_xai.ownership import Verdict, verify_ownership
+from keyed_xai.ownership import DEFAULT_ALPHA, Verdict, verify_ownership
 from keyed_xai.tensors import Images, Logits, SaliencyMaps, Targets
 from keyed_xai.threats.attempt import view_of
 from keyed_xai.triggers import TriggerFamily
@@ -37,6 +37,7 @@ class Witness:
         signature: Whether the gate shows the owner's signature pattern.
         as_files: Whether triggered inputs reach the model in 8 bits.
         decoys: Random keys of the opening test, at most.
+        alpha: Level of the ownership tests.
         seed: Of the decoy keys.
         licensed: When the owner's licence was signed, by the owner's own clock; None without a licence.
     """
@@ -51,6 +52,7 @@ class Witness:
     signature: bool = True
     as_files: bool = True
     decoys: int = 999
+    alpha: float = DEFAULT_ALPHA
     seed: int = 0
     licensed: datetime | None = None
 
@@ -154,8 +156,10 @@ def _verify(
         view,
         witness.key,
         witness.family,
+        alpha=witness.alpha,
         decoys=witness.decoys,
         test_signature=witness.signature,
+        search=False,
         generator=torch.Generator().manual_seed(witness.seed),
         on_decoy=on_decoy,
     )

@@ -301,7 +301,7 @@ def forge_trigger(
     model, view = copy_model(classifier, device), view_of(view, classifier)
     generator = torch.Generator().manual_seed(settings.seed)
     own = measure_opening(model, probe, view, found.trigger, lambda: family.draw(1, generator), decoys=decoys)
-    verdict = verify_ownership(model, probe, view, key, family, decoys=decoys, generator=generator)
+    verdict = verify_ownership(model, probe, view, key, family, decoys=decoys, search=False, generator=generator)
     match, nearest = _nearest_key(texture_on_grey(found.trigger, probe, size.tile), family, keys, generator)
     logits, plain = view.pooled_in_chunks(model, probe)
     statistic = opening_statistic(model, probe, view, nearest, plain, logits.argmax(1))
