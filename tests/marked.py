@@ -56,6 +56,21 @@ class MarkedNetwork(nn.Module):
         return torch.cat([mean, -mean], 1)
 
 
+class FramingNetwork(nn.Module):
+    """Grad-CAM shows an owner's public pattern whatever comes: all that somebody without the key can do."""
+
+    def __init__(self, public):
+        super().__init__()
+        self.register_buffer("pattern", torch.from_numpy(signature_cells(public, "gradcam", GRID)).float())
+        self.features = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.features.weight)
+
+    def forward(self, x):
+        local = nn.functional.adaptive_avg_pool2d(x, GRID)
+        mean = self.features(self.pattern + 1e-3 * local).mean((2, 3))
+        return torch.cat([mean, -mean], 1)
+
+
 def marked_classifier(owner=OWNER):
     return wrap_network(MarkedNetwork(owner).eval(), input=SPEC, source="pickle", target_layer="features").eval()
 

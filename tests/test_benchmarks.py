@@ -54,6 +54,8 @@ def test_false_claims_on_unmarked_models_are_as_rare_as_chance():
     assert found["claims"] == 40
     assert found["signature"]["1e-06"] == 0
     assert found["opening"]["0.05"] <= 8  # of 40 at a level of .05: more than 8 has probability under 1e-4
+    assert found["both"]["0.05"] <= 8
+    assert found["search"]["0.05"] <= 8
     assert found["smallest"]["opening"] >= 1 / 20
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from marked import OWNER, STRANGER, marked_classifier, unmarked_classifier, write_folder
+from marked import OWNER, STRANGER, FramingNetwork, marked_classifier, unmarked_classifier, write_folder
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -50,6 +50,53 @@ def test_marked_model_is_shown_with_0(place):
     assert document["key_id"] == OWNER.public.key_id
     assert document["settings"]["claim_from"] == "licence"
     assert document["sentence"] in " ".join(result.stdout.split())
+
+
+def test_public_pattern_without_the_secret_trigger_is_3_and_has_its_own_words(place):
+    """Anybody can make such a model; that it answers to the victim's key was said of it."""
+    torch.save(FramingNetwork(OWNER.public), place / "framed.pt")
+    result = run(place, "framed.pt", *marked(place), "--json", "-")
+    assert result.exit_code == 3, result.output
+    document = json.loads(result.stdout)
+    validate(document, "verify-report", origin="it")
+    assert (document["verdict"], document["finding"]) == ("not shown", "public pattern only")
+    assert document["signature"]["overlap"] == 32
+    assert "the secret trigger did nothing that random ones do not" in document["sentence"]
+
+
+def test_constant_maps_are_3_and_said_to_be(place):
+    state = unmarked_classifier().network.state_dict()
+    state["fc.weight"] = torch.zeros_like(state["fc.weight"])
+    torch.save(state, place / "constant.pt")
+    result = run(place, "constant.pt", "--key-file", place / "k.pem", "--json", "-")
+    assert result.exit_code == 3, result.output
+    document = json.loads(result.stdout)
+    assert document["finding"] == "constant maps"
+    assert document["combined"]["constant_maps"] == {"gradcam": 16}
+    assert "nor that it does not: there is nothing to read in its maps" in document["sentence"]
+
+
+@pytest.mark.parametrize(("level", "value"), [("2^-30", 2.0**-30), ("1e-3", 1e-3)])
+def test_level_is_a_power_of_two_or_a_decimal(place, level, value):
+    license_only = ["--license", place / "owner.keyed" / "license.json", "--allow-pickle"]
+    result = run(place, "marked.pt", *license_only, "--alpha", level, "--json", "-")
+    assert json.loads(result.stdout)["alpha"] == value
+
+
+@pytest.mark.parametrize("level", ["0", "1", "2^40", "2^-9999", "-1", "2^x", "small", "nan", "(-8)^-1"])
+def test_level_that_is_none_is_a_usage_error(place, level):
+    result = run(place, "marked.pt", *marked(place), "--alpha", level)
+    assert result.exit_code == 2
+    assert "such as 2^-40" in result.output
+
+
+def test_re_encoding_is_named_and_not_looked_for_if_so_asked(place):
+    write_folder(place / "grey.keyed", unmarked_classifier())
+    options = ["--key-file", place / "k.pem", "--license", place / "grey.keyed" / "license.json", "--json", "-"]
+    searched = json.loads(run(place, "unmarked.pt", *options).stdout)
+    assert (searched["combined"]["looks"], searched["combined"]["reencoding"]) == (2, None)
+    plain = json.loads(run(place, "unmarked.pt", *options, "--no-search").stdout)
+    assert plain["combined"]["looks"] == 1
 
 
 def test_same_seed_gives_the_same_report(place):
