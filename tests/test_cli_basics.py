@@ -273,9 +273,14 @@ class TestInspect:
         assert "[/nonsense]" in result.stdout
 
     def test_json_file_that_cannot_be_written_is_1(self, tmp_path):
-        result = run("inspect", OLD, "--json", tmp_path / "none" / "a.json")
+        (tmp_path / "file").touch()
+        result = run("inspect", OLD, "--json", tmp_path / "file" / "a.json")
         assert result.exit_code == 1
         assert "Cannot write" in result.stderr
+
+    def test_folder_of_the_json_file_is_made(self, tmp_path):
+        assert run("inspect", OLD, "--json", tmp_path / "a" / "b" / "c.json").exit_code == 0
+        assert json.loads((tmp_path / "a" / "b" / "c.json").read_text())["signature"] == "valid"
 
 
 class TestOptions:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from keyed_xai.claims import claimed
 from keyed_xai.errors import ArtifactError
 from keyed_xai_schemas import load_schema
 
@@ -122,13 +122,12 @@ def read_limited(path: Path, largest: int) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to the disk, and move it into place.
+    """Write `data` to a draft beside `path`, flush it to the disk, and move it into place; the folder is made.
 
     Raises:
-        ArtifactError: The file cannot be written; what was there before is as it was.
+        ArtifactError: The file cannot be written, or another process is writing it; what was there before is as it was.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    with writing(path):
+    with writing(path), claimed(path) as draft:
         try:
             write_through(draft, data)
             draft.replace(path)

@@ -1,0 +1,78 @@
+"""Outputs that belong to one run at a time, and the remains of killed runs beside them.
+
+Beside an output NAME stand, while something writes it, `.NAME.keyed-xai-lock`, which the operating system frees when
+the process dies, and `.NAME.keyed-xai-draft`, what is not finished. Where a folder cannot be exchanged in one step,
+`.NAME.keyed-xai-old` is for a moment the whole folder that is being replaced. Whoever claims the output next removes
+them, or puts the old folder back where there is no other.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from keyed_xai.errors import ArtifactError
+
+_PATIENCE = 2.0  # seconds; to write a file takes less, a run takes longer
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[Path]:
+    """Hold an output, and give the free path of its draft; the folder it lies in is made if need be.
+
+    A thread may claim what it holds already: then the outer claim counts.
+
+    Args:
+        output: The file or folder to write.
+
+    Raises:
+        ArtifactError: Another run holds it, or the path has no name.
+        OSError: The folder cannot be made or written to.
+    """
+    draft = beside(output, "draft")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(os.path.abspath(beside(output, "lock")), timeout=_PATIENCE, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ArtifactError(
+            f"Another run is writing {output}. Wait until it has ended, stop it, or choose another name."
+        ) from error
+    try:
+        _clear(output)
+        yield draft
+    finally:
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it opens another
+        lock.release()
+
+
+def beside(output: Path, kind: str) -> Path:
+    """Return where an output's "lock", "draft" or "old" is.
+
+    Raises:
+        ArtifactError: The output's path has no name of its own, as "." and "..".
+    """
+    if output.name in ("", ".."):
+        raise ArtifactError(f"{output} is no name of a file or folder to write: choose another.")
+    return output.with_name(f".{output.name}.keyed-xai-{kind}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _clear(output: Path) -> None:
+    """Remove what a killed run left; an old folder is whole as long as it has that name."""
+    draft, old = beside(output, "draft"), beside(output, "old")
+    remove(draft)
+    if os.path.lexists(old):
+        old.rename(draft if os.path.lexists(output) else output)
+        remove(draft)
