@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from keyed_xai_cli.options import choose_device, device_option, emit_json, json_option, say, seed_option
+from keyed_xai_cli.options import (
+    after_writing,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    say,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.benchmarks.paper_tables import Result, TableSettings
@@ -208,9 +216,10 @@ def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     words = render_defences(document)
     write_atomically(out / f"{name}.md", words.encode())
     write_json(out / f"{name}.json", document, schema="paper-defences")
-    emit_json(document, schema="paper-defences", json_path=json_path)
-    say(words, json_path=json_path)
-    say(f"Wrote {out / name}.md and .json.", json_path=json_path)
+    with after_writing(out):
+        emit_json(document, schema="paper-defences", json_path=json_path)
+        say(words, json_path=json_path)
+        say(f"Wrote {out / name}.md and .json.", json_path=json_path)
     return document
 
 
@@ -253,12 +262,14 @@ def _write(name: str, words: str, results: "list[Result]", out: Path, json_path:
     document = describe_table(name, results)
     write_atomically(out / f"{name}.md", words.encode())
     write_json(out / f"{name}.json", document, schema="paper-table")
-    emit_json(document, schema="paper-table", json_path=json_path)
-    say(words, json_path=json_path)
-    say(
-        f"Wrote {out / name}.md and .json; the folder of each attack has its report.json, report.html and pictures.",
-        json_path=json_path,
-    )
+    with after_writing(out):
+        emit_json(document, schema="paper-table", json_path=json_path)
+        say(words, json_path=json_path)
+        say(
+            f"Wrote {out / name}.md and .json; the folder of each attack has its report.json, report.html and "
+            "pictures.",
+            json_path=json_path,
+        )
 
 
 def _table_settings(arguments: dict[str, Any]) -> "TableSettings":

@@ -9,7 +9,7 @@ them, or puts the old folder back where there is no other.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,33 +21,34 @@ _PATIENCE = 2.0  # seconds; to write a file takes less, a run takes longer
 
 @contextmanager
 def claimed(output: Path) -> Iterator[Path]:
-    """Hold an output, and give the free path of its draft; the folder it lies in is made if need be.
+    """Hold an output, and give the free path of its draft.
 
-    A thread may claim what it holds already: then the outer claim counts.
+    The folder it lies in is made if need be, and removed again if nothing was written. A thread may claim what it holds
+    already: then the outer claim counts.
 
     Args:
         output: The file or folder to write.
 
     Raises:
-        ArtifactError: Another run holds it, or the path has no name.
-        OSError: The folder cannot be made or written to.
+        ArtifactError: Another run holds it, the path has no name, or its folder cannot be made or written to.
     """
     draft = beside(output, "draft")
-    output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(os.path.abspath(beside(output, "lock")), timeout=_PATIENCE, is_singleton=True)
-    try:
+    made = [folder for folder in output.parents if not folder.exists()]
+    with _saying_why(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout as error:
-        raise ArtifactError(
-            f"Another run is writing {output}. Wait until it has ended, stop it, or choose another name."
-        ) from error
     try:
-        _clear(output)
+        with _saying_why(output):
+            _clear(output)
         yield draft
     finally:
         if lock.lock_counter == 1:
             Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it opens another
         lock.release()
+        with suppress(OSError):  # the first that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def beside(output: Path, kind: str) -> Path:
@@ -67,6 +68,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _saying_why(output: Path) -> Iterator[None]:
+    """Turn what the operating system says while an output is claimed into an ArtifactError."""
+    try:
+        yield
+    except Timeout as error:
+        raise ArtifactError(
+            f"Another run is writing {output}. Wait until it has ended, stop it, or choose another name."
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"Cannot write {output}: {error.strerror or error}.") from error
 
 
 def _clear(output: Path) -> None:

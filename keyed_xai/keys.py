@@ -254,7 +254,7 @@ def write_owner_key(path: Path, key: OwnerKey, *, passphrase: bytes | None = Non
 
     Raises:
         KeyFormatError: The file is there already and `force` is off, is no key file, or cannot be written.
-        ArtifactError: Another process is writing the file.
+        ArtifactError: Another process is writing the file, or its folder cannot be made or written to.
     """
     pem = key.to_pem(passphrase)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.text_encoding import CEscape
 
-from keyed_xai.artifacts.documents import printable, write_atomically, writing
+from keyed_xai.artifacts.documents import printable, write_atomically
 from keyed_xai.artifacts.onnx_file import METADATA_KEY, OnnxFile, encode_parameter
 from keyed_xai.errors import ArtifactError
 
@@ -79,8 +79,6 @@ def write_triton(folder: Path, name: str, file: OnnxFile, settings: TritonSettin
         ArtifactError: The name is no file name, or a file cannot be written.
     """
     home = folder / check_name(name)
-    with writing(home):
-        (home / VERSION).mkdir(parents=True, exist_ok=True)
     write_atomically(home / VERSION / "model.onnx", require_target(file))
     labels = file.metadata["model"]["label_names"]
     if labels:

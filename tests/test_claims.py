@@ -76,11 +76,15 @@ def test_whoever_is_killed_while_making_leaves_nothing_or_all(tmp_path):
 
 
 class TestClaims:
-    def test_folder_is_made_and_nothing_is_left(self, tmp_path):
-        with claimed(tmp_path / "a" / "b" / "m.keyed") as draft:
-            assert draft.parent.is_dir()
-            assert not draft.exists()
-        assert not list((tmp_path / "a" / "b").iterdir())
+    def test_folder_is_made_and_nothing_is_left_of_a_claim(self, tmp_path):
+        for content in ([], ["m.keyed"]):
+            with claimed(tmp_path / "a" / "b" / "m.keyed") as draft:
+                assert draft.parent.is_dir()
+                assert not draft.exists()
+                for name in content:
+                    (draft.parent / name).touch()
+            assert [path.name for path in tmp_path.rglob("m.keyed")] == content
+            assert (tmp_path / "a").exists() == bool(content)
 
     def test_second_run_is_refused_while_the_first_lives(self, tmp_path, impatient):
         output = tmp_path / "m.keyed"
