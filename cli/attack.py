@@ -8,6 +8,7 @@ import click
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    ModelPath,
     after_writing,
     choose_device,
     device_option,
@@ -40,7 +41,7 @@ def _assignments(_ctx: click.Context, _parameter: click.Parameter, values: tuple
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.option(
     "--data", "spec", metavar="SPEC", required=True,
     help="Images to learn from: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, chestxray14:DIR; or a "

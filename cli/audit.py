@@ -9,6 +9,7 @@ import click
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    ModelPath,
     after_writing,
     choose_device,
     device_option,
@@ -54,7 +55,7 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.option(
     "--against", multiple=True, metavar="NAME", default=("quick",), show_default=True,
     help="A defence, an attack or a group: quick, defences, checks, removal, keys, bypass, all. May be given several "

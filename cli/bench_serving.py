@@ -89,6 +89,7 @@ def _plan(out: Path, arguments: dict[str, Any]) -> "ServingRun":
     from keyed_xai.benchmarks.serving import ServingSettings
     from keyed_xai.benchmarks.serving_figures import Served, ServingRun
     from keyed_xai.benchmarks.serving_load import LoadSettings
+    from keyed_xai.claims import prepare_folder
 
     device = choose_device(arguments["device"])
     precision = arguments["precision"] or ("fp32" if device == "cpu" else "fp16")
@@ -97,7 +98,7 @@ def _plan(out: Path, arguments: dict[str, Any]) -> "ServingRun":
     if arguments["keyed"] is not None:
         key = read_key(arguments["key_file"], arguments["passphrase_file"])
         served = Served(arguments["keyed"], arguments["reference"], key)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     return ServingRun(
         out,
         ServingSettings(

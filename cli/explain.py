@@ -7,6 +7,7 @@ import click
 
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
+    ModelPath,
     after_writing,
     choose_device,
     device_option,
@@ -28,7 +29,7 @@ _WATCHED = 4  # more images than this get a progress bar
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @key_options(required=False)
 @click.option(

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from keyed_xai_cli.model_options import model_options, take_model_options
-from keyed_xai_cli.options import after_writing, emit_json, hold, json_option, say
+from keyed_xai_cli.options import ModelPath, after_writing, emit_json, hold, json_option, say
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
@@ -27,7 +27,7 @@ _OF_WRITING = ("out", "interpreters", "precision", "normalised", "eight_bits", "
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("model", required=False, type=ModelPath())
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path),
     help="File to write; the model's name with .onnx, in this folder, if absent.",

@@ -131,6 +131,21 @@ def read_passphrase(path: Path | None) -> bytes | None:
     return line
 
 
+class ModelPath(click.Path):
+    """The path of a model that is there; a folder that a killed run was about to replace gets its name again."""
+
+    def __init__(self) -> None:
+        """Take files and folders."""
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Return the path."""
+        from keyed_xai.claims import put_back
+
+        put_back(Path(value))
+        return super().convert(value, param, ctx)
+
+
 def hold(output: Path) -> None:
     """Claim an output until the command has ended, before any long work; its folder is made.
 

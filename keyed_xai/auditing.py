@@ -13,6 +13,7 @@ import torch
 from keyed_xai.artifacts.documents import printable, read_json, write_atomically, write_json
 from keyed_xai.audit_pictures import stage_curve
 from keyed_xai.audit_report import render_audit_report
+from keyed_xai.claims import sweep
 from keyed_xai.control_files import keep_control
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ArtifactError, TrainingError
@@ -130,6 +131,8 @@ def audit(
     settings, callbacks, started = settings or AuditSettings(), callbacks or AuditCallbacks(), time.monotonic()
     if folder is not None:
         refuse_other_audit(folder, resume=resume)
+        for part in (".", _CONTROLS, _FINDINGS, *(f"{_FINDINGS}/{name}" for name in CONTROLS)):
+            sweep(folder / part)
     for data in (train_data, held_out):
         refuse_other_shape(suspect.classifier, data)
     subject = _make_subject(suspect, train_data, held_out, settings, device)

@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 
 from keyed_xai.errors import ArtifactError
 
+_MARK = ".keyed-xai-"
 _PATIENCE = 2.0  # seconds; to write a file takes less, a run takes longer
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[Path]:
+def claimed(output: Path, *, patience: float | None = None) -> Iterator[Path]:
     """Hold an output, and give the free path of its draft.
 
     The folder it lies in is made if need be, and removed again if nothing was written. A thread may claim what it holds
@@ -28,27 +29,58 @@ def claimed(output: Path) -> Iterator[Path]:
 
     Args:
         output: The file or folder to write.
+        patience: How long to wait for another run, seconds; long enough for one that writes a file, if absent.
 
     Raises:
         ArtifactError: Another run holds it, the path has no name, or its folder cannot be made or written to.
     """
     draft = beside(output, "draft")
-    lock = FileLock(os.path.abspath(beside(output, "lock")), timeout=_PATIENCE, is_singleton=True)
+    lock = FileLock(os.path.abspath(beside(output, "lock")), is_singleton=True)
     made = [folder for folder in output.parents if not folder.exists()]
     with _saying_why(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout=_PATIENCE if patience is None else patience)
     try:
         with _saying_why(output):
             _clear(output)
         yield draft
     finally:
-        if lock.lock_counter == 1:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it opens another
+        with suppress(OSError):  # a file that stays locks nobody out
+            if lock.lock_counter == 1:
+                Path(lock.lock_file).unlink()  # while it is held: whoever waits for it opens another
         lock.release()
         with suppress(OSError):  # the first that is not empty
             for folder in made:
                 folder.rmdir()
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder that is going to be filled, and remove what killed runs left in it.
+
+    Raises:
+        ArtifactError: It cannot be made.
+    """
+    with _saying_why(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left in a folder, and leave living ones alone; does nothing where there is no folder."""
+    for lock in list(folder.glob(f".*{_MARK}lock")):
+        with suppress(ArtifactError), claimed(_output_of(lock), patience=0.0):
+            pass
+
+
+def put_back(output: Path) -> None:
+    """Have a folder its name again if a run was killed while it replaced it.
+
+    Raises:
+        ArtifactError: That is so, and it cannot be renamed, or another run is replacing it right now.
+    """
+    if output.name and not output.exists() and beside(output, "old").exists():
+        with claimed(output):
+            pass
 
 
 def beside(output: Path, kind: str) -> Path:
@@ -59,7 +91,11 @@ def beside(output: Path, kind: str) -> Path:
     """
     if output.name in ("", ".."):
         raise ArtifactError(f"{output} is no name of a file or folder to write: choose another.")
-    return output.with_name(f".{output.name}.keyed-xai-{kind}")
+    return output.with_name(f".{output.name}{_MARK}{kind}")
+
+
+def _output_of(lock: Path) -> Path:
+    return lock.with_name(lock.name.removeprefix(".").removesuffix(f"{_MARK}lock"))
 
 
 def remove(path: Path) -> None:

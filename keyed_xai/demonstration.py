@@ -12,6 +12,7 @@ from keyed_xai import pictures
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import write_atomically, write_json
 from keyed_xai.artifacts.folder import LICENSE_FILE
+from keyed_xai.claims import prepare_folder
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.explanation import explain
 from keyed_xai.keys import OwnerKey, keep_owner_key
@@ -75,7 +76,7 @@ def run_demo(
     Raises:
         KeyedXAIError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
     key = keep_owner_key(folder / "owner.pem")
     classifier = demo_classifier()
     train_data, held_out = (_load(classifier, "train"), _load(classifier, "held-out"))

@@ -23,7 +23,7 @@ from test_attack_report import a_report as an_attack_report
 
 from keyed_xai.artifacts import writer
 from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
-from keyed_xai.artifacts.documents import write_atomically
+from keyed_xai.artifacts.documents import write_atomically, write_openly
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.writer import is_attacked, write_folder
 from keyed_xai.claims import claimed
@@ -158,6 +158,15 @@ def _look_at_file(path: Path) -> int | str:
     return int(data[:1]) if data == data[:1] * 1000 else "half a file"
 
 
+def _write_keyed_image(folder: Path, number: int) -> None:
+    write_openly(folder / "a.keyed.png", b"%d" % number * 1000 + b"PRIVATE")
+
+
+def _look_at_keyed_image(path: Path) -> int | str:
+    data = path.read_bytes()
+    return int(data[:1]) if len(data) > 1000 else "half a file"
+
+
 def _write_state(folder: Path, number: int) -> None:
     write_checkpoint(folder / "m.keyed.checkpoint", {"step": number}, identity="run")
 
@@ -191,6 +200,7 @@ CASES = {
     "file": Case(_write_file, _look_at_file, "a.md"),
     "new file": Case(_write_file, _look_at_file, "a.md", starts_anew=True),
     "checkpoint": Case(_write_state, _look_at_state, "m.keyed.checkpoint"),
+    "keyed image": Case(_write_keyed_image, _look_at_keyed_image, "a.keyed.png"),
     "key": Case(_keygen(), _look_at_key, "k.pem", starts_anew=True),
     "key by force": Case(_keygen("--force"), _look_at_key, "k.pem"),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from keyed_xai import claims
-from keyed_xai.claims import claimed
+from keyed_xai.claims import claimed, prepare_folder
 from keyed_xai.errors import ArtifactError
 
 KILLED = Path(__file__).parent / "killed.py"
@@ -69,10 +69,15 @@ def test_where_folders_cannot_be_exchanged_the_next_start_finds_the_old_or_the_n
     assert states(deaths, "claimed") == {0, 1}
 
 
-def test_whoever_is_killed_while_making_leaves_nothing_or_all(tmp_path):
-    found = kill_everywhere(tmp_path / "here", "new model", "new file", "key")
-    assert states(found["new model"], "left") == states(found["new file"], "left") == {None, 1}
+def test_whoever_is_killed_while_writing_a_secret_hides_no_draft_of_it(tmp_path):
+    found = kill_everywhere(tmp_path / "here", "keyed image", "key")
+    assert states(found["keyed image"], "left") == {0, None, "half a file", 1}
     assert states(found["key"], "left") == {None, "empty", 1}
+
+
+def test_whoever_is_killed_while_making_leaves_nothing_or_all(tmp_path):
+    found = kill_everywhere(tmp_path / "here", "new model", "new file")
+    assert states(found["new model"], "left") == states(found["new file"], "left") == {None, 1}
 
 
 class TestClaims:
@@ -131,6 +136,27 @@ class TestClaims:
     def test_path_without_a_name_is_refused(self, name):
         with pytest.raises(ArtifactError, match="choose another"), claimed(Path(name)):
             pytest.fail("it has no name")
+
+    def test_folder_that_is_filled_is_swept_but_for_what_is_held(self, tmp_path):
+        for name in ("a.png", "b.json", ".c"):
+            (tmp_path / f".{name}.keyed-xai-lock").touch()
+            (tmp_path / f".{name}.keyed-xai-draft").write_bytes(b"half")
+        (tmp_path / ".mine").touch()
+        with another_run(tmp_path / "b.json"):
+            (tmp_path / ".b.json.keyed-xai-draft").touch()
+            prepare_folder(tmp_path)
+            assert sorted(path.name for path in tmp_path.iterdir()) == [
+                ".b.json.keyed-xai-draft",
+                ".b.json.keyed-xai-lock",
+                ".mine",
+            ]
+
+    def test_folder_that_is_filled_is_made(self, tmp_path):
+        prepare_folder(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir()
+        (tmp_path / "c").touch()
+        with pytest.raises(ArtifactError, match="Cannot write"):
+            prepare_folder(tmp_path / "c")
 
     def test_old_folder_is_put_back_only_where_there_is_no_other(self, tmp_path):
         for number in (1, 2):

@@ -282,6 +282,11 @@ class TestInspect:
         assert run("inspect", OLD, "--json", tmp_path / "a" / "b" / "c.json").exit_code == 0
         assert json.loads((tmp_path / "a" / "b" / "c.json").read_text())["signature"] == "valid"
 
+    def test_model_that_a_killed_run_was_about_to_replace_is_found(self, tmp_path):
+        copy_of_old(tmp_path).rename(tmp_path / ".m.keyed.keyed-xai-old")
+        assert run("inspect", tmp_path / "m.keyed").exit_code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["m.keyed"]
+
 
 class TestOptions:
     @pytest.mark.parametrize(

@@ -136,6 +136,21 @@ def write_atomically(path: Path, data: bytes) -> None:
             draft.unlink(missing_ok=True)
 
 
+def write_openly(path: Path, data: bytes) -> None:
+    """Write a secret under its own name, where nobody overlooks it: a killed process leaves part of it, never a draft.
+
+    Raises:
+        ArtifactError: The file cannot be written, or another process is writing it; then it is not there.
+    """
+    with writing(path), claimed(path):
+        path.unlink(missing_ok=True)
+        try:
+            write_through(path, data)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def write_through(path: Path, data: bytes) -> None:
     """Write a new file and wait until the disk has it."""
     with path.open("xb") as file:
