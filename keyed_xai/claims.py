@@ -106,6 +106,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's entries; does nothing where folders cannot be opened (Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def _saying_why(output: Path) -> Iterator[None]:
     """Turn what the operating system says while an output is claimed into an ArtifactError."""

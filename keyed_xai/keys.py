@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from keyed_xai.claims import claimed
+from keyed_xai.claims import claimed, sync_folder
 from keyed_xai.errors import KeyFormatError
 
 SEED_BYTES = 32
@@ -261,6 +261,7 @@ def write_owner_key(path: Path, key: OwnerKey, *, passphrase: bytes | None = Non
         with claimed(path):
             _refuse_to_write_over(path, force=force)
             _write_at_once(path, pem)
+            sync_folder(path.parent)
     except OSError as error:
         raise KeyFormatError(f"Cannot write the key file {path}: {error.strerror}.") from error
 

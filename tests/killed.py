@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import onnx
 from click.testing import CliRunner
 from test_artifacts import write_example
 from test_attack_report import a_report as an_attack_report
@@ -25,10 +26,12 @@ from keyed_xai.artifacts import writer
 from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
 from keyed_xai.artifacts.documents import write_atomically, write_openly
 from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.artifacts.onnx_file import OnnxFile
 from keyed_xai.artifacts.writer import is_attacked, write_folder
 from keyed_xai.claims import claimed
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.keys import OwnerKey, read_owner_key
+from keyed_xai.triton import write_triton
 from keyed_xai_cli.main import main
 
 _CHANGING = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "write", "fsync", "truncate",
@@ -167,6 +170,20 @@ def _look_at_keyed_image(path: Path) -> int | str:
     return int(data[:1]) if len(data) > 1000 else "half a file"
 
 
+def _write_repository(folder: Path, number: int) -> None:
+    image, logits = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4]) for name in ("i", "o"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["i"], ["o"])], "g", [image], [logits])
+    data = onnx.helper.make_model(graph).SerializeToString()
+    file = OnnxFile(data, {"model": {"label_names": [str(number)]}})
+    write_triton(folder / "models", "m", file)
+
+
+def _look_at_repository(home: Path) -> int | str:
+    names = {path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()}
+    whole = names == {"1/model.onnx", "labels.txt", "config.pbtxt"}
+    return int((home / "labels.txt").read_text()) if whole else "half a model"
+
+
 def _write_state(folder: Path, number: int) -> None:
     write_checkpoint(folder / "m.keyed.checkpoint", {"step": number}, identity="run")
 
@@ -198,6 +215,7 @@ CASES = {
     "new model": Case(_write_model, _look_at_model, "m.keyed", starts_anew=True),
     "attacked model": Case(_write_attacked, _look_at_attacked, "m.attacked"),
     "file": Case(_write_file, _look_at_file, "a.md"),
+    "new repository": Case(_write_repository, _look_at_repository, "models/m", starts_anew=True),
     "new file": Case(_write_file, _look_at_file, "a.md", starts_anew=True),
     "checkpoint": Case(_write_state, _look_at_state, "m.keyed.checkpoint"),
     "keyed image": Case(_write_keyed_image, _look_at_keyed_image, "a.keyed.png"),

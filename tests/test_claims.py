@@ -51,7 +51,7 @@ def kill_everywhere(folder, *cases):
 
 
 def hidden(names):
-    return [name for name in names if name.startswith(".")]
+    return [name for name in names if "/." in f"/{name}"]
 
 
 def states(deaths, when):
@@ -76,8 +76,8 @@ def test_whoever_is_killed_while_writing_a_secret_hides_no_draft_of_it(tmp_path)
 
 
 def test_whoever_is_killed_while_making_leaves_nothing_or_all(tmp_path):
-    found = kill_everywhere(tmp_path / "here", "new model", "new file")
-    assert states(found["new model"], "left") == states(found["new file"], "left") == {None, 1}
+    found = kill_everywhere(tmp_path / "here", "new model", "new repository", "new file")
+    assert {case: states(deaths, "left") for case, deaths in found.items()} == dict.fromkeys(found, {None, 1})
 
 
 class TestClaims:

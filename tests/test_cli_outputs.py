@@ -8,6 +8,7 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("report", [["--json", "k.json"], [], ["--json", "-"]], ids=["file", "text", "standard output"])
 def test_keygen_on_a_full_disk_says_that_the_key_was_written(place, report):
     command = [sys.executable, "-c", WITH_LITTLE_SPACE, "keygen", "-o", "new.pem", *report]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from keyed_xai.claims import claimed
+from keyed_xai.claims import claimed, sync_folder
 from keyed_xai.errors import ArtifactError
 from keyed_xai_schemas import load_schema
 
@@ -146,6 +146,7 @@ def write_openly(path: Path, data: bytes) -> None:
         path.unlink(missing_ok=True)
         try:
             write_through(path, data)
+            sync_folder(path.parent)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -157,17 +158,6 @@ def write_through(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries; does nothing where folders cannot be opened (Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

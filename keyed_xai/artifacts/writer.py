@@ -11,12 +11,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from keyed_xai.artifacts.card import Card, write_card
-from keyed_xai.artifacts.documents import printable, read_json, sync_folder, write_json, write_through, writing
+from keyed_xai.artifacts.documents import printable, read_json, write_json, write_through, writing
 from keyed_xai.artifacts.exchange import exchange
 from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE, REPORT_FILE, ProtectedModel
 from keyed_xai.artifacts.license import sign_license, verify_license
 from keyed_xai.artifacts.weights import WEIGHTS_FILE
-from keyed_xai.claims import beside, claimed, remove
+from keyed_xai.claims import beside, claimed, remove, sync_folder
 from keyed_xai.errors import ArtifactError
 from keyed_xai.keys import OwnerKey
 
