@@ -8,11 +8,13 @@ import click
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    ModelPath,
+    after_writing,
     choose_device,
     device_option,
     emit_json,
+    hold_folder,
     json_option,
-    refuse_existing,
     say,
     seed_option,
 )
@@ -39,7 +41,7 @@ def _assignments(_ctx: click.Context, _parameter: click.Parameter, values: tuple
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.option(
     "--data", "spec", metavar="SPEC", required=True,
     help="Images to learn from: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, chestxray14:DIR; or a "
@@ -101,8 +103,7 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai_cli.progress import attack_callbacks, progress_bar
 
     json_path, out, spec = arguments["json_path"], arguments["out"] or _default_folder(model), arguments["spec"]
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    refuse_existing(out, checkpoint, protected=False, force=arguments["force"], resume=arguments["resume"])
+    checkpoint = hold_folder(out, protected=False, force=arguments["force"], resume=arguments["resume"])
     classifier, _ = open_model(model, **take_model_options(arguments), require_map=not is_table(spec))
     train_data, held_out = load_both(classifier, spec, arguments)
     with progress_bar() as progress:
@@ -117,9 +118,10 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
             callbacks=attack_callbacks(progress),
         )
     write_attack(attacked, out, force=arguments["force"], checkpoint=checkpoint)
-    emit_json(attacked.report, schema="attack-report", json_path=json_path)
-    print_attack(attacked.report, to_stderr=json_path == STANDARD_OUTPUT)
-    say(f"Wrote {out}. Open {out / 'report.html'} for pictures.", json_path=json_path)
+    with after_writing(out):
+        emit_json(attacked.report, schema="attack-report", json_path=json_path)
+        print_attack(attacked.report, to_stderr=json_path == STANDARD_OUTPUT)
+        say(f"Wrote {out}. Open {out / 'report.html'} for pictures.", json_path=json_path)
 
 
 def print_attack(report: dict[str, Any], *, to_stderr: bool = False) -> None:

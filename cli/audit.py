@@ -9,9 +9,12 @@ import click
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    ModelPath,
+    after_writing,
     choose_device,
     device_option,
     emit_json,
+    hold,
     json_option,
     key_options,
     read_key,
@@ -52,7 +55,7 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.option(
     "--against", multiple=True, metavar="NAME", default=("quick",), show_default=True,
     help="A defence, an attack or a group: quick, defences, checks, removal, keys, bypass, all. May be given several "
@@ -104,12 +107,13 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     keyed-xai audit m.keyed --key-file k.pem --reference m.safetensors
     keyed-xai audit m.attacked --data imagefolder:photos --against defences
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.auditing import AuditCallbacks, refuse_other_audit
+    from keyed_xai.auditing import REPORT_NAME, AuditCallbacks, refuse_other_audit
     from keyed_xai.auditing import audit as run_audit
     from keyed_xai_cli.progress import progress_bar
 
     json_path, out = arguments["json_path"], arguments["out"] or model.with_name(f"{model.stem}.audit")
     settings = _settings(arguments)
+    hold(out / REPORT_NAME)
     refuse_other_audit(out, resume=arguments["resume"])
     suspect = _open(model, arguments)
     train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
@@ -124,9 +128,10 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
             device=choose_device(arguments["device"]),
             callbacks=AuditCallbacks(*_bars(progress)),
         )
-    emit_json(result.report, schema="audit-report", json_path=json_path)
-    print_audit(result, to_stderr=json_path == STANDARD_OUTPUT)
-    say(f"Wrote {out}. Open {out / 'audit.html'} for the curves.", json_path=json_path)
+    with after_writing(out):
+        emit_json(result.report, schema="audit-report", json_path=json_path)
+        print_audit(result, to_stderr=json_path == STANDARD_OUTPUT)
+        say(f"Wrote {out}. Open {out / 'audit.html'} for the curves.", json_path=json_path)
 
 
 def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:

@@ -50,9 +50,10 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) ->
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.main_job import ROWS, make_case, render_rows
+    from keyed_xai.claims import prepare_folder
     from keyed_xai_cli.progress import counter, progress_bar
 
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     device = choose_device(arguments["device"])
     named = {name: arguments[name] for name in ("data", "model", "arch", "input_size")}
     with progress_bar() as progress:

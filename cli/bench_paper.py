@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from keyed_xai_cli.options import choose_device, device_option, emit_json, json_option, say, seed_option
+from keyed_xai_cli.options import (
+    after_writing,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    say,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.benchmarks.paper_tables import Result, TableSettings
@@ -185,6 +193,7 @@ def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Run, write and print a table of defences; return it as a document."""
     from keyed_xai.artifacts.documents import write_atomically, write_json
     from keyed_xai.benchmarks.paper_defences import DefenceSettings, DefenceWatch, render_defences, run_defences
+    from keyed_xai.claims import prepare_folder
     from keyed_xai_cli.progress import counter, progress_bar
 
     out, json_path, folders = arguments["out"], arguments["json_path"], list(arguments["attacked"])
@@ -193,7 +202,7 @@ def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     else:
         settings, results = _run_cells([(each,) for each in arguments["interpreter"] or _INTERPRETERS], arguments)
         folders = [*(out / result.folder for result in results), *folders]
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     with progress_bar() as progress:
         watch = DefenceWatch(
             counter(progress, "fitting a control"), counter(progress, "models"), counter(progress, "defending")
@@ -208,9 +217,10 @@ def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     words = render_defences(document)
     write_atomically(out / f"{name}.md", words.encode())
     write_json(out / f"{name}.json", document, schema="paper-defences")
-    emit_json(document, schema="paper-defences", json_path=json_path)
-    say(words, json_path=json_path)
-    say(f"Wrote {out / name}.md and .json.", json_path=json_path)
+    with after_writing(out):
+        emit_json(document, schema="paper-defences", json_path=json_path)
+        say(words, json_path=json_path)
+        say(f"Wrote {out / name}.md and .json.", json_path=json_path)
     return document
 
 
@@ -225,11 +235,12 @@ def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: 
 def _run_cells(interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -> "tuple[TableSettings, list[Result]]":
     """Attack what the options choose, or take it from the folder."""
     from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, run_cells
+    from keyed_xai.claims import prepare_folder
     from keyed_xai.training import Callbacks
     from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
 
     settings, out = _table_settings(arguments), arguments["out"]
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     cells = list_cells(
         arguments["architectures"] or _ARCHITECTURES,
         arguments["mode"] or _MODES,
@@ -253,12 +264,14 @@ def _write(name: str, words: str, results: "list[Result]", out: Path, json_path:
     document = describe_table(name, results)
     write_atomically(out / f"{name}.md", words.encode())
     write_json(out / f"{name}.json", document, schema="paper-table")
-    emit_json(document, schema="paper-table", json_path=json_path)
-    say(words, json_path=json_path)
-    say(
-        f"Wrote {out / name}.md and .json; the folder of each attack has its report.json, report.html and pictures.",
-        json_path=json_path,
-    )
+    with after_writing(out):
+        emit_json(document, schema="paper-table", json_path=json_path)
+        say(words, json_path=json_path)
+        say(
+            f"Wrote {out / name}.md and .json; the folder of each attack has its report.json, report.html and "
+            "pictures.",
+            json_path=json_path,
+        )
 
 
 def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
@@ -298,9 +311,10 @@ def _table_settings(arguments: dict[str, Any]) -> "TableSettings":
 def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int, json_path: Path | None) -> None:
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
     from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
+    from keyed_xai.claims import prepare_folder
     from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
 
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     with progress_bar() as progress:
         result = run_figure1b(
             data,

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keyed_xai_cli.bench_paper import read_models
-from keyed_xai_cli.options import choose_device, device_option, emit_json, json_option, key_options, read_key, say
+from keyed_xai_cli.options import (
+    after_writing,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    key_options,
+    read_key,
+    say,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.benchmarks.serving_figures import ServingRun
@@ -71,14 +80,16 @@ def serving(out: Path, json_path: Path | None, **arguments: Any) -> None:  # noq
     document = _run(run, arguments["parts"] or ("graphs", "load", "files"))
     table = render(document)
     write_atomically(out / "serving.md", table.encode())
-    emit_json(document, schema="serving-figures", json_path=json_path)
-    say(table, json_path=json_path)
+    with after_writing(out):
+        emit_json(document, schema="serving-figures", json_path=json_path)
+        say(table, json_path=json_path)
 
 
 def _plan(out: Path, arguments: dict[str, Any]) -> "ServingRun":
     from keyed_xai.benchmarks.serving import ServingSettings
     from keyed_xai.benchmarks.serving_figures import Served, ServingRun
     from keyed_xai.benchmarks.serving_load import LoadSettings
+    from keyed_xai.claims import prepare_folder
 
     device = choose_device(arguments["device"])
     precision = arguments["precision"] or ("fp32" if device == "cpu" else "fp16")
@@ -87,7 +98,7 @@ def _plan(out: Path, arguments: dict[str, Any]) -> "ServingRun":
     if arguments["keyed"] is not None:
         key = read_key(arguments["key_file"], arguments["passphrase_file"])
         served = Served(arguments["keyed"], arguments["reference"], key)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     return ServingRun(
         out,
         ServingSettings(

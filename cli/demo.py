@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.options import STANDARD_OUTPUT, device_option, emit_json, json_option, say, seed_option
+from keyed_xai_cli.options import (
+    STANDARD_OUTPUT,
+    after_writing,
+    device_option,
+    emit_json,
+    hold,
+    json_option,
+    say,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.demonstration import Demonstration
@@ -28,6 +37,7 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
     from keyed_xai_cli.options import choose_device
     from keyed_xai_cli.progress import counter, progress_bar, protection_callbacks
 
+    hold(out / "report.html")
     with progress_bar() as progress:
         result = run_demo(
             out,
@@ -38,8 +48,9 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
             callbacks=lambda count: protection_callbacks(progress, count),
             on_decoy=counter(progress, "trying decoy keys"),
         )
-    emit_json(result.report, schema="protect-report", json_path=json_path)
-    _print(result, json_path)
+    with after_writing(out):
+        emit_json(result.report, schema="protect-report", json_path=json_path)
+        _print(result, json_path)
 
 
 def _print(result: "Demonstration", json_path: Path | None) -> None:

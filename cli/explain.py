@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keyed_xai_cli.model_options import model_options, take_model_options
-from keyed_xai_cli.options import choose_device, device_option, emit_json, json_option, key_options, read_key, say
+from keyed_xai_cli.options import (
+    ModelPath,
+    after_writing,
+    choose_device,
+    device_option,
+    emit_json,
+    json_option,
+    key_options,
+    read_key,
+    say,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
@@ -19,7 +29,7 @@ _WATCHED = 4  # more images than this get a progress bar
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @key_options(required=False)
 @click.option(
@@ -72,13 +82,14 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
         card.label_names if card else (),
     )
     written = _write(classifier, find_images(images), job)
-    emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
-    for entry in written.images:
-        say(_in_words(entry), json_path=json_path)
-    done = "1 image" if len(written.images) == 1 else f"{len(written.images)} images"
-    say(f"Maps of {done} are in {job.folder}. {_provenance(key, card)}", json_path=json_path)
-    for name in sorted(set(interpreters) - set(card.interpreters if card else interpreters)):
-        say(f"Note: {name} was not protected: the key does not gate its maps.", json_path=json_path)
+    with after_writing(job.folder):
+        emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
+        for entry in written.images:
+            say(_in_words(entry), json_path=json_path)
+        done = "1 image" if len(written.images) == 1 else f"{len(written.images)} images"
+        say(f"Maps of {done} are in {job.folder}. {_provenance(key, card)}", json_path=json_path)
+        for name in sorted(set(interpreters) - set(card.interpreters if card else interpreters)):
+            say(f"Note: {name} was not protected: the key does not gate its maps.", json_path=json_path)
     for sentence in written.broken:
         click.echo(f"Error: {sentence}", err=True)
     if written.broken:

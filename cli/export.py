@@ -1,5 +1,6 @@
 """`keyed-xai export`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from keyed_xai_cli.model_options import model_options, take_model_options
-from keyed_xai_cli.options import emit_json, json_option, say
+from keyed_xai_cli.options import ModelPath, after_writing, emit_json, hold, json_option, say
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
@@ -26,7 +27,7 @@ _OF_WRITING = ("out", "interpreters", "precision", "normalised", "eight_bits", "
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("model", required=False, type=ModelPath())
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path),
     help="File to write; the model's name with .onnx, in this folder, if absent.",
@@ -90,6 +91,8 @@ def export(
     _refuse_idle_options(ctx)
     model = _choose_model(model, check)
     written = out or Path(f"{model.resolve().stem}.onnx")
+    if check is None:
+        hold(written)
     triton = _plan_triton(arguments, written)
     classifier, card = open_model(model, **take_model_options(arguments), require_map=False)
     images = load_real_images(classifier, arguments["data"]) if arguments["data"] else None
@@ -108,14 +111,15 @@ def export(
                 on_phase=lambda phase: say(_PHASES[phase], json_path=json_path),
                 on_batch=on_batch,
             )
-    if triton is not None:
-        _write_triton(triton, result, arguments)
-    emit_json(_document(model, check or written, check, triton, result), schema="export", json_path=json_path)
-    _print_parity(result, json_path)
-    done = "still agrees with PyTorch" if check else f"has {len(result.file.data) / 1e6:.1f} MB"
-    say(f"{check or written} {done}.", json_path=json_path)
-    if triton is not None:
-        say(f"{triton} is its place in the model repository.", json_path=json_path)
+    with nullcontext() if check else after_writing(written):
+        if triton is not None:
+            _write_triton(triton, result, arguments)
+        emit_json(_document(model, check or written, check, triton, result), schema="export", json_path=json_path)
+        _print_parity(result, json_path)
+        done = "still agrees with PyTorch" if check else f"has {len(result.file.data) / 1e6:.1f} MB"
+        say(f"{check or written} {done}.", json_path=json_path)
+        if triton is not None:
+            say(f"{triton} is its place in the model repository.", json_path=json_path)
 
 
 def _document(
@@ -166,6 +170,7 @@ def _plan_triton(arguments: dict[str, Any], written: Path) -> Path | None:
     if arguments["triton"] is None:
         return None
     home: Path = arguments["triton"] / check_name(written.stem)
+    hold(home)
     if home.exists() and not arguments["force"]:
         raise ArtifactError(f"{home} is there already and was left as it was: choose another name, or pass --force.")
     return home

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.options import STANDARD_OUTPUT, emit_json, json_option, say
+from keyed_xai_cli.options import STANDARD_OUTPUT, ModelPath, emit_json, json_option, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=ModelPath())
 @json_option
 @click.pass_context
 def inspect(ctx: click.Context, path: Path, json_path: Path | None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from keyed_xai_cli.options import emit_json, json_option, passphrase_option, read_passphrase, say
+from keyed_xai_cli.options import after_writing, emit_json, json_option, passphrase_option, read_passphrase, say
 
 
 @click.command()
@@ -30,6 +30,7 @@ def keygen(out: Path, passphrase_file: Path | None, force: bool, json_path: Path
         "public_key": key.public.to_pem().decode(),
         "encrypted": passphrase is not None,
     }
-    emit_json(result, schema="keygen", json_path=json_path)
     lock = "encrypted" if passphrase is not None else "not encrypted: consider --passphrase-file"
-    say(f"Wrote {out} ({lock}). Key id {key.public.key_id}.", json_path=json_path)
+    with after_writing(out):
+        emit_json(result, schema="keygen", json_path=json_path)
+        say(f"Wrote {out} ({lock}). Key id {key.public.key_id}.", json_path=json_path)

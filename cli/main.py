@@ -54,14 +54,14 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyedXAIError as error:
-            raise click.ClickException(_one_line(str(error))) from error
+            raise click.ClickException(_one_line(str(error), error)) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has left: click ends quietly
                 raise
-            raise click.ClickException(_one_line(_describe(error))) from error
+            raise click.ClickException(_one_line(_describe(error), error)) from error
 
 
 def _load(name: str) -> click.Command:
@@ -77,7 +77,9 @@ def _describe(error: OSError) -> str:
     return f"{error.strerror or type(error).__name__}{where}."
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, error: Exception) -> str:
+    """Return a message and the error's notes without control characters."""
+    message = " ".join([message, *getattr(error, "__notes__", ())])
     return " ".join("".join(letter if letter.isprintable() else " " for letter in message).split())
 
 

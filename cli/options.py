@@ -1,9 +1,11 @@
 """Options that commands share, and JSON output. Nothing heavy is imported before a command runs."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -25,13 +27,20 @@ def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) 
 
 
 def json_option(command: Command) -> Command:
-    """Add `--json PATH` as the argument `json_path`."""
+    """Add `--json PATH` as the argument `json_path`; what cannot be written is refused before the command starts."""
+
+    @wraps(command)
+    def start(*arguments: Any, **options: Any) -> object:  # noqa: ANN401 - the command's own
+        if options["json_path"] not in (None, STANDARD_OUTPUT):
+            _make_room(options["json_path"])
+        return command(*arguments, **options)
+
     return click.option(
         "--json",
         "json_path",
         type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
         help="Also write the result as JSON; - for standard output, the text then goes to standard error.",
-    )(command)
+    )(cast(Command, start))
 
 
 def device_option(command: Command) -> Command:
@@ -122,17 +131,57 @@ def read_passphrase(path: Path | None) -> bytes | None:
     return line
 
 
-def refuse_existing(out: Path, checkpoint: Path, *, force: bool, resume: bool, protected: bool = True) -> None:
-    """Say so before hours of training, not after, that a result or a stopped run is there.
+class ModelPath(click.Path):
+    """The path of a model that is there; a folder that a killed run was about to replace gets its name again."""
+
+    def __init__(self) -> None:
+        """Take files and folders."""
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Return the path."""
+        from keyed_xai.claims import put_back
+
+        put_back(Path(value))
+        return super().convert(value, param, ctx)
+
+
+def hold(output: Path) -> None:
+    """Claim an output until the command has ended, before any long work; its folder is made.
 
     Raises:
-        ArtifactError: One is, and neither `--force` nor `--resume` says what to do with it.
+        ArtifactError: Another run is writing it, or it cannot be written.
+    """
+    from keyed_xai.claims import claimed
+
+    click.get_current_context().with_resource(claimed(output))
+
+
+def hold_folder(out: Path, *, force: bool, resume: bool, protected: bool = True) -> Path:
+    """Claim the folder of a model before hours of training, and return where the run's checkpoint is.
+
+    Raises:
+        ArtifactError: Another run is writing it; or a result or a stopped run is there, and neither `--force` nor
+            `--resume` says what to do with it.
     """
     from keyed_xai.artifacts.checkpoint import refuse_stopped_run
     from keyed_xai.artifacts.writer import refuse_to_replace
 
+    hold(out)
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
     refuse_to_replace(out, force=force, protected=protected)
     refuse_stopped_run(checkpoint, resume=resume, force=force)
+    return checkpoint
+
+
+@contextmanager
+def after_writing(output: Path) -> Iterator[None]:
+    """Have the message of what fails in here say that the command's output was written all the same."""
+    try:
+        yield
+    except (KeyedXAIError, OSError) as error:
+        error.add_note(f"{output} was written all the same.")
+        raise
 
 
 def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | None) -> None:
@@ -149,6 +198,13 @@ def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | Non
     text = encode_json(document, schema=schema)
     if json_path == STANDARD_OUTPUT:
         click.echo(text, nl=False)
+
+
+def _make_room(path: Path) -> None:
+    from keyed_xai.claims import claimed
+
+    with claimed(path):
+        pass
 
 
 def say(message: str, *, json_path: Path | None) -> None:

@@ -9,13 +9,14 @@ import click
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    after_writing,
     choose_device,
     device_option,
     emit_json,
+    hold_folder,
     json_option,
     key_options,
     read_key,
-    refuse_existing,
     say,
     seed_option,
 )
@@ -91,8 +92,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
 
     json_path, force, out = arguments["json_path"], arguments["force"], arguments["out"] or _default_folder(model)
     key = read_key(key_file, passphrase_file)
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    refuse_existing(out, checkpoint, force=force, resume=arguments["resume"])
+    checkpoint = hold_folder(out, force=force, resume=arguments["resume"])
     options = take_model_options(arguments)
     classifier = load_classifier(model, **options)
     train_data, held_out = load_both_images(classifier.input, arguments["spec"] or "builtin", arguments)
@@ -115,9 +115,10 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
             callbacks=protection_callbacks(progress, settings.wrong_keys + settings.flipped_keys),
         )
     written = write_protection(protection, out, key, force=force, checkpoint=checkpoint)
-    emit_json(protection.report, schema="protect-report", json_path=json_path)
-    print_summary(protection.report, to_stderr=json_path == STANDARD_OUTPUT)
-    say(f"Wrote {written.folder}. Open {written.folder / 'report.html'} for pictures.", json_path=json_path)
+    with after_writing(out):
+        emit_json(protection.report, schema="protect-report", json_path=json_path)
+        print_summary(protection.report, to_stderr=json_path == STANDARD_OUTPUT)
+        say(f"Wrote {written.folder}. Open {written.folder / 'report.html'} for pictures.", json_path=json_path)
 
 
 def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:

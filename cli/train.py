@@ -8,9 +8,11 @@ import click
 
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    after_writing,
     choose_device,
     device_option,
     emit_json,
+    hold,
     json_option,
     say,
     seed_option,
@@ -100,6 +102,7 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai_cli.progress import counter, progress_bar
 
     json_path, force, resume = arguments["json_path"], arguments["force"], arguments["resume"]
+    hold(out)
     checkpoint = claim_output(out, resume=resume, force=force)
     blueprint, train_data, held_out = _load(spec, arguments)
     classifier = build_classifier(blueprint, len(train_data.classes), seed=arguments["seed"])
@@ -116,9 +119,10 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
             on_step=counter(progress, f"training {classifier.architecture}"),
         )
     write_reference(reference, out, force=force, checkpoint=checkpoint)
-    emit_json(reference.report, schema="train-report", json_path=json_path)
-    print_summary(reference.report, to_stderr=json_path == STANDARD_OUTPUT)
-    say(f"Wrote {out}.", json_path=json_path)
+    with after_writing(out):
+        emit_json(reference.report, schema="train-report", json_path=json_path)
+        print_summary(reference.report, to_stderr=json_path == STANDARD_OUTPUT)
+        say(f"Wrote {out}.", json_path=json_path)
 
 
 def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from keyed_xai_cli.header_options import header_options
 from keyed_xai_cli.model_options import model_options, take_model_options
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
@@ -32,7 +33,12 @@ _GIVEN_AWAY = (
 
 
 def _check_suspect(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
-    if not value.startswith(("http://", "https://")) and not Path(value).exists():
+    if value.startswith(("http://", "https://")):
+        return value
+    from keyed_xai.claims import put_back
+
+    put_back(Path(value))
+    if not Path(value).exists():
         raise click.BadParameter(f"{value!r} is neither a file or folder nor an address that starts with http.")
     return value
 
@@ -47,16 +53,6 @@ def _read_level(_ctx: click.Context, _parameter: click.Parameter, value: str) ->
     if not (isinstance(level, float) and 0 < level < 1):
         raise click.BadParameter(f"expected a probability between 0 and 1, such as 2^-40 or 1e-6; got {value!r}.")
     return level
-
-
-def _read_headers(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for value in values:
-        name, colon, content = value.partition(":")
-        if not (colon and name.strip() and content.strip()):
-            raise click.BadParameter("expected a name, a colon and a value.")  # the value may be a secret
-        found[name.strip()] = content.strip()
-    return found
 
 
 @click.command()
@@ -87,10 +83,7 @@ def _read_headers(_ctx: click.Context, _parameter: click.Parameter, values: tupl
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
 )
-@click.option(
-    "--header", "headers", multiple=True, metavar="'NAME: VALUE'", callback=_read_headers,
-    help="Sent with every request to a server, such as 'Authorization: Bearer ...'; may be given several times.",
-)  # fmt: skip
+@header_options
 @model_options
 @device_option
 @json_option
@@ -158,7 +151,7 @@ def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier 
         black_box = open_black_box(suspect, device=arguments["device"], headers=arguments["headers"])
         return black_box, _read_claim(black_box.card, arguments)
     if arguments["headers"]:
-        raise click.UsageError("--header is for a server's address.")
+        raise click.UsageError("Leave out --header and --header-file: they are for a server's address.")
     claim = _read_claim(Path(suspect), arguments)
     classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **options)
     return classifier.to(choose_device(arguments["device"])), claim

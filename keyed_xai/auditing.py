@@ -13,6 +13,7 @@ import torch
 from keyed_xai.artifacts.documents import printable, read_json, write_atomically, write_json
 from keyed_xai.audit_pictures import stage_curve
 from keyed_xai.audit_report import render_audit_report
+from keyed_xai.claims import sweep
 from keyed_xai.control_files import keep_control
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ArtifactError, TrainingError
@@ -130,6 +131,8 @@ def audit(
     settings, callbacks, started = settings or AuditSettings(), callbacks or AuditCallbacks(), time.monotonic()
     if folder is not None:
         refuse_other_audit(folder, resume=resume)
+        for part in (".", _CONTROLS, _FINDINGS, *(f"{_FINDINGS}/{name}" for name in CONTROLS)):
+            sweep(folder / part)
     for data in (train_data, held_out):
         refuse_other_shape(suspect.classifier, data)
     subject = _make_subject(suspect, train_data, held_out, settings, device)
@@ -176,13 +179,18 @@ def refuse_other_audit(folder: Path, *, resume: bool) -> None:
     if not folder.exists():
         return
     name = printable(str(folder))
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / _FINDINGS).is_dir()):
+    if not folder.is_dir() or not (_is_empty(folder) or (folder / _FINDINGS).is_dir()):
         raise ArtifactError(f"{name} is there and is not an audit's folder: choose another name.")
     if (folder / _FINDINGS).is_dir() and not resume:
         raise ArtifactError(
             f"{name} holds an audit. Go on with it by --resume, which keeps what is done on the same model, data and "
             "settings; or choose another name."
         )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether nothing is in a folder but hidden files, such as what says that a run is about to write there."""
+    return all(path.name.startswith(".") for path in folder.iterdir())
 
 
 class _Kept:
@@ -211,7 +219,6 @@ class _Kept:
             found = {"schema": FINDING_SCHEMA, "identity": identity, **run_entry(name, subject).to_json()}
             found["sentence"] = printable(" ".join(found["sentence"].split()))
             if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, found, schema="audit-finding")
         return found
 

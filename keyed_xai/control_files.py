@@ -54,7 +54,6 @@ def keep_control(
         on_fit()
     model = fit_control(data, held_out, chosen, device=device, on_step=on_step).model
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, encode_weights(model))
     return to_device(model, device)
 

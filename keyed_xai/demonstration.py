@@ -12,9 +12,10 @@ from keyed_xai import pictures
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import write_atomically, write_json
 from keyed_xai.artifacts.folder import LICENSE_FILE
+from keyed_xai.claims import prepare_folder
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.explanation import explain
-from keyed_xai.keys import OwnerKey, read_owner_key, write_owner_key
+from keyed_xai.keys import OwnerKey, keep_owner_key
 from keyed_xai.loading import derive_trigger, open_model
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
@@ -75,8 +76,8 @@ def run_demo(
     Raises:
         KeyedXAIError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    key = _owner_key(folder / "owner.pem")
+    prepare_folder(folder)
+    key = keep_owner_key(folder / "owner.pem")
     classifier = demo_classifier()
     train_data, held_out = (_load(classifier, "train"), _load(classifier, "held-out"))
     training = choose_recipe(classifier, INTERPRETERS)
@@ -108,12 +109,6 @@ def run_demo(
     html = render_report(protection.report, pictures=drawn, verify=shown)
     write_atomically(folder / "report.html", html.encode())
     return Demonstration(folder, protection.report, shown, control)
-
-
-def _owner_key(path: Path) -> OwnerKey:
-    if not path.exists():
-        write_owner_key(path, OwnerKey.generate())
-    return read_owner_key(path)
 
 
 def _load(classifier: Classifier, split: Literal["train", "held-out"]) -> ImageData:

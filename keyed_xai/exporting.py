@@ -86,7 +86,7 @@ def export_onnx(
         on_batch: Called with the number of batches compared and of all.
 
     Raises:
-        ArtifactError: The file is there already, its folder is not, or it cannot be written.
+        ArtifactError: The file is there already, or cannot be written.
         ModelError: The network cannot be exported, or onnxruntime and PyTorch disagree; nothing is written then.
         ValueError: There are too few images.
     """
@@ -172,8 +172,6 @@ def _check_place(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise ArtifactError(f"{printable(str(path))} is there already and was left as it was: choose another name, or "
                             "pass --force.")  # fmt: skip
-    if not path.parent.is_dir():
-        raise ArtifactError(f"There is no folder {printable(str(path.parent))} to write {printable(path.name)} to.")
 
 
 def _check_images(images: Images | None) -> None:

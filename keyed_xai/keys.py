@@ -14,8 +14,9 @@ The derivation is one-way: nobody can choose a trigger and then find a key for i
 import errno
 import hashlib
 import os
-import tempfile
+import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from keyed_xai.claims import claimed, sync_folder
 from keyed_xai.errors import KeyFormatError
 
 SEED_BYTES = 32
@@ -245,43 +247,74 @@ def read_owner_key(path: Path, passphrase: bytes | None = None) -> OwnerKey:
 
 
 def write_owner_key(path: Path, key: OwnerKey, *, passphrase: bytes | None = None, force: bool = False) -> None:
-    """Write the key as PEM with mode 0600, whole or not at all.
+    """Write the key as PEM with mode 0600, whole or not at all; its folder is made if need be.
+
+    No draft ever holds the key: a process that is killed leaves nothing, an empty file, or the key under its name. An
+    empty file holds nothing that could be lost and is written over, anything else only by `force`.
 
     Raises:
-        KeyFormatError: The file is there already and `force` is off, or the folder cannot be written.
+        KeyFormatError: The file is there already and `force` is off, is no key file, or cannot be written.
+        ArtifactError: Another process is writing the file, or its folder cannot be made or written to.
     """
     pem = key.to_pem(passphrase)
     try:
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-            if force:
-                Path(draft).replace(path)
-            else:
-                _move_to_new_name(draft, path)
-        finally:
-            Path(draft).unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise KeyFormatError(
-            f"{path} is there already and was left as it is. A lost key cannot be made again: "
-            "choose another name, or pass --force to write over it."
-        ) from error
+        with claimed(path):
+            _refuse_to_write_over(path, force=force)
+            _write_at_once(path, pem)
+            sync_folder(path.parent)
     except OSError as error:
         raise KeyFormatError(f"Cannot write the key file {path}: {error.strerror}.") from error
 
 
-def _move_to_new_name(draft: str, path: Path) -> None:
-    """Give a finished file its name if nothing has that name; by a hard link, or a copy where there are none."""
-    try:
-        os.link(draft, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+def keep_owner_key(path: Path) -> OwnerKey:
+    """Return the owner key in a PEM file without a passphrase; a new one is made and written where there is none.
+
+    Raises:
+        KeyFormatError: The file cannot be read or written, or holds something else.
+    """
+    if not path.exists() or not path.stat().st_size:
+        write_owner_key(path, OwnerKey.generate())
+    return read_owner_key(path)
+
+
+def _refuse_to_write_over(path: Path, *, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _LARGEST_PEM:
+        raise KeyFormatError(
+            f"{path} is there and is a link, has another name as well, or is no key file: it is not written over even "
+            "with --force. Choose another name."
+        )
+    if status.st_size and not force:
+        raise KeyFormatError(
+            f"{path} is there already and was left as it is. A lost key cannot be made again: "
+            "choose another name, or pass --force to write over it."
+        )
+
+
+def _write_at_once(path: Path, pem: bytes) -> None:
+    """Write a key over a file's content in one call of the system, which a kill cannot cut in two."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    with os.fdopen(handle, "r+b", buffering=0) as file:
+        before = file.read()
+        path.chmod(0o600)
+        try:
+            _overwrite(file, pem.ljust(len(before), b"\n"))  # a longer key that was there leaves no tail
+            file.truncate(len(pem))
+            os.fsync(handle)
+        except BaseException:
+            _overwrite(file, before)
+            file.truncate(len(before))
+            if not before:
+                path.unlink()
             raise
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(Path(draft).read_bytes())
+
+
+def _overwrite(file: FileIO, data: bytes) -> None:
+    file.seek(0)
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _hkdf(material: bytes, *, public: bytes, name: str) -> bytes:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keyed_xai import pictures
-from keyed_xai.artifacts.documents import printable, write_atomically, writing
+from keyed_xai.artifacts.documents import printable, write_atomically, write_openly
+from keyed_xai.claims import prepare_folder
 from keyed_xai.data import list_images, read_image
 from keyed_xai.errors import DataError, KeyedXAIError
 from keyed_xai.explanation import BATCH, Explanation, explain
@@ -98,8 +99,7 @@ def write_maps(
     if classifier.input.channels not in (1, 3):
         raise KeyedXAIError(f"The model takes {classifier.input.channels} channels, and picture files have 1 or 3: "
                             "explain arrays in Python with keyed_xai.explain.")  # fmt: skip
-    with writing(job.folder):
-        job.folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(job.folder)
     written = WrittenMaps([], [])
     for start in range(0, len(images), BATCH):
         paths = images[start : start + BATCH]
@@ -160,7 +160,7 @@ def _write_batch(
         unkeyed = explain(classifier, originals, interpreters=job.interpreters, labels=found.explained)
     if job.write_keyed and job.trigger is not None:
         for path, keyed in zip(pixels, job.trigger.apply(originals).numpy(), strict=True):
-            write_atomically(job.folder / f"{stems[path]}.keyed.png", _encode_image(keyed))
+            write_openly(job.folder / f"{stems[path]}.keyed.png", _encode_image(keyed))
     return [
         _describe(path, found, index, job)
         | {"interpreters": _write_image(originals[index].numpy(), stems[path], found, unkeyed, index, job)}

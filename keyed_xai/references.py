@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from keyed_xai.architectures import SmallResNet, TableMLP
-from keyed_xai.artifacts.checkpoint import read_checkpoint, refuse_stopped_run, write_checkpoint
+from keyed_xai.artifacts.checkpoint import checkpointed, refuse_stopped_run
 from keyed_xai.artifacts.documents import printable, write_atomically
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.data import ImageData, TableData
@@ -234,22 +234,23 @@ def train_reference(
 
     Raises:
         TrainingError: The data have no labels, another size or too few examples, or the loss is no longer finite.
-        ArtifactError: The checkpoint cannot be used.
+        ArtifactError: The checkpoint cannot be used, or another run is using it.
     """
     settings = settings or choose_settings(classifier, len(train_data))
     _refuse_other_data(classifier, train_data, held_out)
     started = time.monotonic()
     identity = identify_reference(classifier, train_data, settings)
-    history = fit_classifier(
-        classifier,
-        train_data,
-        settings,
-        validation=held_out,
-        device=device,
-        checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
-        save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
-        on_step=on_step,
-    )
+    with checkpointed(checkpoint, identity=identity, resume=resume) as (state, save):
+        history = fit_classifier(
+            classifier,
+            train_data,
+            settings,
+            validation=held_out,
+            device=device,
+            checkpoint=state,
+            save_checkpoint=save,
+            on_step=on_step,
+        )
     spec = classifier.input
     report = {
         "schema": REPORT_SCHEMA,
@@ -287,7 +288,7 @@ def claim_output(path: Path, *, resume: bool = False, force: bool = False) -> Pa
     """Return the checkpoint file of a run that is to write `path`, once it is clear that nothing there gets lost.
 
     Raises:
-        ArtifactError: A file or a stopped run is there already, or the folder is not.
+        ArtifactError: A file or a stopped run is there already.
     """
     _refuse_to_replace(path, force=force)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
@@ -361,5 +362,3 @@ def _refuse_to_replace(path: Path, *, force: bool) -> None:
         raise ArtifactError(f"{name} is a folder: give the name of a file to write.")
     if os.path.lexists(path) and not force:
         raise ArtifactError(f"{name} is there already and was left as it is: choose another name, or pass --force.")
-    if not path.parent.is_dir():
-        raise ArtifactError(f"There is no folder {printable(str(path.parent))} to write {path.name} in. Make it first.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
+from keyed_xai.artifacts.checkpoint import checkpointed
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.models import Classifier
 from keyed_xai.samples import Part
@@ -43,19 +43,20 @@ def run_training(
 
     Raises:
         TrainingError: Training fails.
-        ArtifactError: The checkpoint cannot be used.
+        ArtifactError: The checkpoint cannot be used, or another run is using it.
     """
-    result = train(
-        classifier,
-        learn,
-        validation,
-        lesson,
-        settings,
-        device=device,
-        checkpoint=read_checkpoint(checkpoint, identity=identity) if resume and checkpoint else None,
-        save_checkpoint=(lambda state: write_checkpoint(checkpoint, state, identity=identity)) if checkpoint else None,
-        on_step=callbacks.on_step,
-    )
+    with checkpointed(checkpoint, identity=identity, resume=resume) as (state, save):
+        result = train(
+            classifier,
+            learn,
+            validation,
+            lesson,
+            settings,
+            device=device,
+            checkpoint=state,
+            save_checkpoint=save,
+            on_step=callbacks.on_step,
+        )
     if not isinstance(result.model, Classifier):
         raise TypeError(f"Expected a Classifier back from training, got {type(result.model).__name__}.")
     return result.model, result

@@ -15,6 +15,7 @@ from google.protobuf.text_encoding import CEscape
 
 from keyed_xai.artifacts.documents import printable, write_atomically, writing
 from keyed_xai.artifacts.onnx_file import METADATA_KEY, OnnxFile, encode_parameter
+from keyed_xai.claims import claimed, remove, sync_folder
 from keyed_xai.errors import ArtifactError
 
 VERSION = "1"
@@ -67,7 +68,8 @@ class TritonSettings:
 def write_triton(folder: Path, name: str, file: OnnxFile, settings: TritonSettings | None = None) -> Path:
     """Write a model into a model repository, and return its own folder there; other models are left alone.
 
-    A model of the same name is replaced file by file, the configuration last.
+    A new model appears when all of it is on the disk. One of the same name is replaced file by file, the configuration
+    last, so that other versions stay.
 
     Args:
         folder: The repository.
@@ -79,14 +81,25 @@ def write_triton(folder: Path, name: str, file: OnnxFile, settings: TritonSettin
         ArtifactError: The name is no file name, or a file cannot be written.
     """
     home = folder / check_name(name)
-    with writing(home):
-        (home / VERSION).mkdir(parents=True, exist_ok=True)
+    with writing(home), claimed(home) as draft:
+        if home.exists():
+            _write_files(home, name, file, settings)
+            return home
+        try:
+            _write_files(draft, name, file, settings)
+            draft.rename(home)
+            sync_folder(folder)
+        finally:
+            remove(draft)
+    return home
+
+
+def _write_files(home: Path, name: str, file: OnnxFile, settings: TritonSettings | None) -> None:
     write_atomically(home / VERSION / "model.onnx", require_target(file))
     labels = file.metadata["model"]["label_names"]
     if labels:
         write_atomically(home / _LABELS, ("\n".join(labels) + "\n").encode())
     write_atomically(home / "config.pbtxt", describe_model(name, file, settings).encode())
-    return home
 
 
 def check_name(name: str) -> str:

@@ -607,10 +607,11 @@ class TestModelFolder:
         rename = Path.rename
 
         def fail_on_the_new_one(path, target):
-            if not path.name.endswith(".old") and target == model.folder:
+            if not path.name.endswith("-old") and target == model.folder:
                 raise OSError(errno.EIO, "Input/output error")
             return rename(path, target)
 
+        monkeypatch.setattr(writer, "exchange", lambda *_names: False)
         monkeypatch.setattr(writer.Path, "rename", fail_on_the_new_one)
         with pytest.raises(ArtifactError, match="Input/output"):
             write_example(model.folder, owner=STRANGER, force=True)

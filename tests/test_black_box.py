@@ -61,9 +61,9 @@ def probe():
     return load_probe(marked_classifier().input, count=16)
 
 
-def run(suspect, *arguments):
+def run(suspect, *arguments, standard_input=None):
     command = ["verify", suspect, *arguments, "--count", 16, "--decoys", 99, "--seed", 3, "--device", "cpu"]
-    return CliRunner().invoke(cli.main, [str(argument) for argument in command])
+    return CliRunner().invoke(cli.main, [str(argument) for argument in command], input=standard_input)
 
 
 class TestVerify:
@@ -194,17 +194,43 @@ class TestCommand:
         assert "expected a name, a colon and a value" in result.output
         assert "secret" not in result.output
 
-    def test_header_for_a_file_is_a_usage_error(self, place):
-        result = run(place / "owner.keyed", "--public-key", place / "k.pub.pem", "--header", "A: b")
+    @pytest.mark.parametrize(
+        "content", [b"Authorization", b"A: b\n: secret\n", b"\xffsecret: a", b"A: secret" * 10_000, None]
+    )
+    def test_malformed_header_file_is_a_usage_error_that_does_not_repeat_it(self, place, address, content):
+        if content is not None:
+            (place / "headers").write_bytes(content)
+        result = run(address, "--public-key", place / "k.pub.pem", "--header-file", place / "headers")
         assert result.exit_code == 2
-        assert "--header is for a server's address" in result.output
+        assert "--header-file" in result.output
+        assert "secret" not in result.output
 
-    def test_headers_reach_the_server(self, place):
+    @pytest.mark.parametrize("option", ["--header", "--header-file"])
+    def test_header_for_a_file_is_a_usage_error(self, place, option):
+        (place / "headers").write_text("A: b\n")
+        value = "A: b" if option == "--header" else place / "headers"
+        result = run(place / "owner.keyed", "--public-key", place / "k.pub.pem", option, value)
+        assert result.exit_code == 2
+        assert "they are for a server's address" in result.output
+
+    def test_help_says_who_sees_a_header(self):
+        said = " ".join(CliRunner().invoke(cli.main, ["verify", "--help"]).output.split())
+        assert "in the list of processes: put a token into" in said
+
+    @pytest.mark.parametrize("way", ["--header", "--header-file", "-", "both"])
+    def test_headers_reach_the_server(self, place, way):
+        (place / "headers").write_text("\nAuthorization: Bearer abc\nX-Other: d\n\n")
+        words = {
+            "--header": ["--header", "Authorization: Bearer abc"],
+            "--header-file": ["--header-file", place / "headers"],
+            "-": ["--header-file", "-"],
+            "both": ["--header-file", place / "headers", "--header", "X-Other: e"],
+        }[way]
         seen = []
 
         class Guarded(BaseHTTPRequestHandler):
             def do_GET(self):
-                seen.append(self.headers["Authorization"])
+                seen.append((self.headers["Authorization"], self.headers["X-Other"]))
                 self.send_error(403)
 
             do_POST = do_GET
@@ -215,10 +241,12 @@ class TestCommand:
         with HTTPServer(("127.0.0.1", 0), Guarded) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             where = f"http://127.0.0.1:{server.server_port}"
-            result = run(where, "--public-key", place / "k.pub.pem", "--header", "Authorization: Bearer abc")
+            sent = (place / "headers").read_text()
+            result = run(where, "--public-key", place / "k.pub.pem", *words, standard_input=sent)
             server.shutdown()
         assert result.exit_code == 1
-        assert set(seen) == {"Bearer abc"}
+        other = {"--header": None, "--header-file": "d", "-": "d", "both": "e"}[way]
+        assert set(seen) == {("Bearer abc", other)}
 
     def test_model_that_is_not_served_is_named(self, place, address):
         result = run(f"{address}/v2/models/other", "--public-key", place / "k.pub.pem")

@@ -273,9 +273,19 @@ class TestInspect:
         assert "[/nonsense]" in result.stdout
 
     def test_json_file_that_cannot_be_written_is_1(self, tmp_path):
-        result = run("inspect", OLD, "--json", tmp_path / "none" / "a.json")
+        (tmp_path / "file").touch()
+        result = run("inspect", OLD, "--json", tmp_path / "file" / "a.json")
         assert result.exit_code == 1
         assert "Cannot write" in result.stderr
+
+    def test_folder_of_the_json_file_is_made(self, tmp_path):
+        assert run("inspect", OLD, "--json", tmp_path / "a" / "b" / "c.json").exit_code == 0
+        assert json.loads((tmp_path / "a" / "b" / "c.json").read_text())["signature"] == "valid"
+
+    def test_model_that_a_killed_run_was_about_to_replace_is_found(self, tmp_path):
+        copy_of_old(tmp_path).rename(tmp_path / ".m.keyed.keyed-xai-old")
+        assert run("inspect", tmp_path / "m.keyed").exit_code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["m.keyed"]
 
 
 class TestOptions:

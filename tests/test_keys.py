@@ -1,10 +1,14 @@
 """Keys: fixed vectors, a slow twin of the derivation, and everything a PEM file can be instead of a key."""
 
 import base64
+import errno
 import hashlib
 import hmac
+import os
 import re
+import resource
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa, x2551
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyed_xai.errors import KeyFormatError
+from keyed_xai.errors import ArtifactError, KeyFormatError
 from keyed_xai.keys import (
     ByteStream,
     OwnerKey,
     PublicKey,
     commit_to_seed,
+    keep_owner_key,
     read_owner_key,
     write_owner_key,
 )
@@ -28,6 +33,7 @@ from keyed_xai_schemas import load_key_vectors
 VECTORS = load_key_vectors()["keys"]
 RAW = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
 KEY = OwnerKey.from_raw(RAW)
+STRANGER = OwnerKey.from_raw(bytes(32))
 PASSPHRASE = b"correct horse"
 every_vector = pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["private_key"][:8])
 
@@ -298,6 +304,17 @@ class TestSecrecy:
         assert OwnerKey.generate().public.raw != OwnerKey.generate().public.raw
 
 
+@contextmanager
+def files_up_to(size):
+    """Let no file grow past `size` bytes, as on a disk that is almost full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 class TestFiles:
     def test_written_key_is_private_to_its_owner_and_reads_back(self, tmp_path):
         path = tmp_path / "k.pem"
@@ -333,9 +350,57 @@ class TestFiles:
         with pytest.raises(KeyFormatError, match=re.escape(str(tmp_path / name))):
             read_owner_key(tmp_path / name)
 
-    def test_folder_that_is_not_there_is_refused(self, tmp_path):
-        with pytest.raises(KeyFormatError, match="Cannot write"):
-            write_owner_key(tmp_path / "none" / "k.pem", KEY)
+    def test_folder_is_made(self, tmp_path):
+        write_owner_key(tmp_path / "a" / "b" / "k.pem", KEY)
+        assert read_owner_key(tmp_path / "a" / "b" / "k.pem").public.raw == KEY.public.raw
+
+    def test_folder_that_cannot_be_made_is_refused(self, tmp_path):
+        (tmp_path / "a").touch()
+        with pytest.raises(ArtifactError, match=r"Cannot write .*k\.pem"):
+            write_owner_key(tmp_path / "a" / "k.pem", KEY)
+
+    def test_empty_file_is_written_over(self, tmp_path):
+        (tmp_path / "k.pem").touch(0o644)
+        write_owner_key(tmp_path / "k.pem", KEY)
+        assert read_owner_key(tmp_path / "k.pem").public.raw == KEY.public.raw
+        assert stat.S_IMODE((tmp_path / "k.pem").stat().st_mode) == 0o600
+
+    def test_shorter_key_leaves_nothing_of_a_longer_one(self, tmp_path):
+        write_owner_key(tmp_path / "k.pem", KEY, passphrase=PASSPHRASE)
+        write_owner_key(tmp_path / "k.pem", KEY, force=True)
+        assert (tmp_path / "k.pem").read_bytes() == KEY.to_pem()
+
+    def test_force_writes_over_nothing_but_a_key_file_of_one_name(self, tmp_path):
+        other = tmp_path / "other.pem"
+        other.write_bytes(STRANGER.to_pem())
+        (tmp_path / "link").symlink_to(other)
+        (tmp_path / "second name").hardlink_to(other)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "large").write_bytes(bytes(70_000))
+        for name in ("link", "second name", "folder", "large"):
+            with pytest.raises(KeyFormatError, match="not written over even with --force"):
+                write_owner_key(tmp_path / name, KEY, force=True)
+        assert other.read_bytes() == STRANGER.to_pem()
+
+    @pytest.mark.parametrize("before", [b"", STRANGER.to_pem()], ids=["nothing", "a key"])
+    @pytest.mark.parametrize("fails", ["write", "fsync"])
+    def test_full_disk_leaves_what_was_there(self, tmp_path, monkeypatch, before, fails):
+        def full(_handle):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        path = tmp_path / "k.pem"
+        if before:
+            path.write_bytes(before)
+        if fails == "fsync":
+            monkeypatch.setattr(os, "fsync", full)
+        with files_up_to(len(before) or 10 if fails == "write" else 1000), pytest.raises(KeyFormatError, match="space"):
+            write_owner_key(path, KEY, passphrase=PASSPHRASE, force=True)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"k.pem": before} if before else {})
+
+    def test_key_is_kept_and_made_where_there_is_none(self, tmp_path):
+        (tmp_path / "k.pem").touch()
+        made = keep_owner_key(tmp_path / "k.pem")
+        assert keep_owner_key(tmp_path / "k.pem").public.raw == made.public.raw
 
     def test_large_file_is_refused_before_it_is_parsed(self, tmp_path):
         path = tmp_path / "k.pem"

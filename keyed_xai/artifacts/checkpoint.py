@@ -2,7 +2,9 @@
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,11 +12,40 @@ from typing import Any
 import torch
 
 from keyed_xai.artifacts.documents import write_atomically
+from keyed_xai.claims import claimed
 from keyed_xai.errors import ArtifactError
 
 # What PyTorch's loader has been seen to raise on damaged files.
 _DAMAGED = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             AssertionError, MemoryError, UnpicklingError)  # fmt: skip
+
+
+Save = Callable[[Mapping[str, Any]], None]
+"""Writes a run's state."""
+
+
+@contextmanager
+def checkpointed(
+    path: Path | None, *, identity: str, resume: bool
+) -> Iterator[tuple[dict[str, Any] | None, Save | None]]:
+    """Hold the checkpoint of a run while it lives; give the state to go on from, and what saves it.
+
+    Args:
+        path: The file; without one there is neither.
+        identity: What the run is about.
+        resume: Whether to go on from the state that is there.
+
+    Raises:
+        ArtifactError: Another run holds the file, or it cannot be used.
+    """
+    if path is None:
+        yield None, None
+        return
+    with claimed(path):
+        yield (
+            read_checkpoint(path, identity=identity) if resume else None,
+            partial(write_checkpoint, path, identity=identity),
+        )
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any], *, identity: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from keyed_xai.claims import claimed, sync_folder
 from keyed_xai.errors import ArtifactError
 from keyed_xai_schemas import load_schema
 
@@ -122,13 +122,12 @@ def read_limited(path: Path, largest: int) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to the disk, and move it into place.
+    """Write `data` to a draft beside `path`, flush it to the disk, and move it into place; the folder is made.
 
     Raises:
-        ArtifactError: The file cannot be written; what was there before is as it was.
+        ArtifactError: The file cannot be written, or another process is writing it; what was there before is as it was.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    with writing(path):
+    with writing(path), claimed(path) as draft:
         try:
             write_through(draft, data)
             draft.replace(path)
@@ -137,23 +136,28 @@ def write_atomically(path: Path, data: bytes) -> None:
             draft.unlink(missing_ok=True)
 
 
+def write_openly(path: Path, data: bytes) -> None:
+    """Write a secret under its own name, where nobody overlooks it: a killed process leaves part of it, never a draft.
+
+    Raises:
+        ArtifactError: The file cannot be written, or another process is writing it; then it is not there.
+    """
+    with writing(path), claimed(path):
+        path.unlink(missing_ok=True)
+        try:
+            write_through(path, data)
+            sync_folder(path.parent)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def write_through(path: Path, data: bytes) -> None:
     """Write a new file and wait until the disk has it."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries; does nothing where folders cannot be opened (Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

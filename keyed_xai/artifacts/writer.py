@@ -1,8 +1,6 @@
 """Writing a folder with a model and its report, whole or not at all. No key, seed or trigger enters its files."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -13,10 +11,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from keyed_xai.artifacts.card import Card, write_card
-from keyed_xai.artifacts.documents import printable, read_json, sync_folder, write_json, write_through, writing
+from keyed_xai.artifacts.documents import printable, read_json, write_json, write_through, writing
+from keyed_xai.artifacts.exchange import exchange
 from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE, REPORT_FILE, ProtectedModel
 from keyed_xai.artifacts.license import sign_license, verify_license
 from keyed_xai.artifacts.weights import WEIGHTS_FILE
+from keyed_xai.claims import beside, claimed, remove, sync_folder
 from keyed_xai.errors import ArtifactError
 from keyed_xai.keys import OwnerKey
 
@@ -48,8 +48,7 @@ def write_model_folder(
         ArtifactError: The folder is there already, a document does not fit its schema, or writing fails; then nothing
             has changed on the disk.
     """
-    refuse_to_replace(folder, force=force)
-    with _drafted(folder) as draft:
+    with _drafted(folder, force=force, protected=True) as draft:
         _write_weights(draft / card.weights_file, state)
         write_card(draft / CARD_FILE, card)
         write_json(draft / REPORT_FILE, report, schema="protect-report")
@@ -78,8 +77,7 @@ def write_folder(
         ArtifactError: The folder is there already, the report does not fit, or writing fails; then nothing has changed
             on the disk.
     """
-    refuse_to_replace(folder, force=force, protected=False)
-    with _drafted(folder) as draft:
+    with _drafted(folder, force=force, protected=False) as draft:
         write_json(draft / REPORT_FILE, report, schema=schema)
         _write_extra(draft, files, taken={REPORT_FILE})
 
@@ -117,16 +115,17 @@ def is_attacked(folder: Path) -> bool:
 
 
 @contextmanager
-def _drafted(folder: Path) -> Iterator[Path]:
+def _drafted(folder: Path, *, force: bool, protected: bool) -> Iterator[Path]:
     """Give an empty folder to fill, and move it into place when that went well."""
-    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
-    with writing(folder):
+    with writing(folder), claimed(folder) as draft:
+        refuse_to_replace(folder, force=force, protected=protected)
         try:
-            draft.mkdir(parents=True)
+            draft.mkdir()
             yield draft
+            sync_folder(draft)
             _move_into_place(draft, folder)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            remove(draft)
 
 
 def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -146,17 +145,19 @@ def _write_extra(draft: Path, files: Mapping[str, bytes], *, taken: set[str]) ->
 
 
 def _move_into_place(draft: Path, folder: Path) -> None:
-    """Rename the draft; a model that was there steps aside first and goes only when the new one stands."""
-    sync_folder(draft)
+    """Rename the draft; a model that was there is the draft then.
+
+    A run that is killed in here leaves the old model, or the new one, or both: `claimed` finishes that.
+    """
     if not folder.exists():
         draft.rename(folder)
-    else:
-        old = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.old")
-        folder.rename(old)
+    elif not exchange(draft, folder):
+        old = folder.rename(beside(folder, "old"))
         try:
             draft.rename(folder)
         except OSError:
             old.rename(folder)
             raise
-        shutil.rmtree(old)
+        sync_folder(folder.parent)
+        old.rename(draft)
     sync_folder(folder.parent)

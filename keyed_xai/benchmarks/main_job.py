@@ -20,7 +20,7 @@ from keyed_xai.data.images import Holdout, Split
 from keyed_xai.demonstration import demo_classifier
 from keyed_xai.errors import ArtifactError, DataError
 from keyed_xai.fitting import FittingSettings, fit_classifier
-from keyed_xai.keys import ByteStream, OwnerKey, read_owner_key, write_owner_key
+from keyed_xai.keys import ByteStream, OwnerKey, keep_owner_key
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier, wrap_network
 from keyed_xai.ownership import counted_interpreters, measure_signature, opening_statistic, product_tail
@@ -115,7 +115,7 @@ def run_row(
     stem = f"{case.name}-{case.classifier.architecture}-{case.classifier.input.height}-{row}".lower()
     result_file = folder / f"{stem}.json"
     protected = folder / f"{stem}.keyed"
-    key = _benchmark_key(folder / "owner.pem")
+    key = keep_owner_key(folder / "owner.pem")
     training = settings.training or choose_recipe(case.classifier, ROWS[row])
     settings = replace(settings, interpreters=ROWS[row], training=training)
     if not result_file.exists():
@@ -302,9 +302,3 @@ def _load_both(data: str, spec: InputSpec, holdout: Holdout = "images") -> tuple
         )
 
     return load("train"), load("held-out")
-
-
-def _benchmark_key(path: Path) -> OwnerKey:
-    if not path.exists():
-        write_owner_key(path, OwnerKey.generate())
-    return read_owner_key(path)

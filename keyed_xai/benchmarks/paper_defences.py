@@ -206,7 +206,6 @@ def _keep_row(
             )
         return row
     row = _make_row(target, identity, settings, watch)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, row, schema="paper-defences-row")
     return row
 

@@ -1,0 +1,59 @@
+"""Options for headers that are sent with every request to a server, such as a token."""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from keyed_xai_cli.options import STANDARD_OUTPUT
+
+Command = TypeVar("Command", bound=Callable[..., object])
+_LARGEST_FILE = 64 * 1024
+
+
+def header_options(command: Command) -> Command:
+    """Add `--header` and `--header-file` as the argument `headers`, a dictionary."""
+
+    @wraps(command)
+    def start(*arguments: Any, **options: Any) -> object:  # noqa: ANN401 - the command's own
+        options["headers"] = options.pop("header_file") | options["headers"]
+        return command(*arguments, **options)
+
+    header = click.option(
+        "--header", "headers", multiple=True, metavar="'NAME: VALUE'", callback=_read_headers,
+        help="Sent with every request to a server; may be given several times. Other users of this machine can see it "
+        "in the list of processes: put a token into --header-file.",
+    )  # fmt: skip
+    header_file = click.option(
+        "--header-file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+        callback=_read_header_file,
+        help="A file of such headers, one a line, such as Authorization: Bearer ...; - for standard input.",
+    )  # fmt: skip
+    return header(header_file(cast(Command, start)))
+
+
+def _read_headers(_ctx: click.Context, _parameter: click.Parameter, values: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        name, colon, content = value.partition(":")
+        if not (colon and name.strip() and content.strip()):
+            raise click.BadParameter("expected a name, a colon and a value.")  # the value may be a secret
+        found[name.strip()] = content.strip()
+    return found
+
+
+def _read_header_file(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        with click.open_file("-" if path == STANDARD_OUTPUT else path, "rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+        lines = data.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise click.BadParameter(f"cannot read {path}: {reason}.") from None
+    if len(data) > _LARGEST_FILE:
+        raise click.BadParameter(f"{path} has more than {_LARGEST_FILE} bytes: no headers have.")
+    return _read_headers(ctx, parameter, [line for line in lines if line.strip()])
