@@ -178,7 +178,8 @@ def _ownership(verify: Mapping[str, object]) -> Html:
     ]
     alpha, log2_p = get_number(verify, "alpha"), get_number(verify, "signature", "log2_p")
     meaning = [
-        "A p-value is the chance of evidence at least this strong from a model that has nothing to do with the key."
+        "A p-value is the chance of evidence at least this strong from a model that has nothing to do with the key. It "
+        "holds for a key, and a licence with its card, that were fixed before their holder saw the model."
     ]
     if log2_p is not None and log2_p <= -2:
         meaning.append(f"2^{log2_p:.1f} is as likely as calling {-log2_p:.0f} fair coin tosses in a row correctly.")

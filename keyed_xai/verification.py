@@ -4,9 +4,10 @@ What is claimed (trigger, interpreters, grid, decoy) comes from the owner's sign
 from a card that a thief may have written. Probe images are public or the verifier's own, never the claimant's: inputs
 can be optimised to make any model look marked. The tests themselves are in `keyed_xai.ownership`.
 
-The p-values hold for a key that was fixed before its holder saw the suspect. Whoever tries a million keys on a model of
-somebody else's finds one with p = 1e-6: a judge wants the key or the licence dated by a third party, or a level that no
-search reaches.
+The p-values hold for a key, and a licence with its card, that were fixed before their holder saw the suspect. Whoever
+tries a million keys on a model of somebody else's finds one with p = 1e-6: a judge wants the licence dated by a third
+party, or a level that no search reaches. What a card may choose is bounded: its schema bounds grids and sizes, and
+layers are those that recognition names.
 """
 
 import hashlib
