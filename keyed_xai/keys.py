@@ -30,6 +30,7 @@ from keyed_xai.errors import KeyFormatError
 SEED_BYTES = 32
 _HOW_TO_MAKE_ONE = "Make one with `keyed-xai keygen -o k.pem`."
 _LARGEST_PEM = 64 * 1024
+_FIRST_WORDS = 64
 
 
 class ByteStream:
@@ -42,6 +43,7 @@ class ByteStream:
             seed: Any bytes; 32 for every seed this module derives.
         """
         self._seed = seed
+        self._words: NDArray[np.uint32] = np.empty(0, np.uint32)  # the stream's beginning
         self._words_read = 0
 
     def __repr__(self) -> str:
@@ -51,8 +53,10 @@ class ByteStream:
     def uint32(self, count: int) -> NDArray[np.uint32]:
         """Return the next `count` words."""
         start, self._words_read = self._words_read, self._words_read + count
-        digest = hashlib.shake_256(self._seed).digest(4 * self._words_read)
-        return np.frombuffer(digest, dtype="<u4")[start:].astype(np.uint32)
+        if self._words_read > len(self._words):  # hashed anew at twice the length: linear in all words read
+            digest = hashlib.shake_256(self._seed).digest(4 * max(self._words_read, 2 * len(self._words), _FIRST_WORDS))
+            self._words = np.frombuffer(digest, dtype="<u4")
+        return self._words[start : self._words_read].astype(np.uint32)
 
     def below(self, bound: int) -> int:
         """Return the next unbiased integer in [0, bound), by rejection of the words past the last full multiple."""
