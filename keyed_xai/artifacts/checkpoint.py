@@ -1,7 +1,6 @@
 """Checkpoints of a training run: written whole or not at all, loaded without running code from the file."""
 
 import io
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 
 from keyed_xai.artifacts.documents import write_atomically
-from keyed_xai.errors import ArtifactError
+from keyed_xai.errors import ArtifactError, ModelError
+from keyed_xai.models.files import load_weights
 
 # What PyTorch's loader has been seen to raise on damaged files.
 _DAMAGED = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -53,12 +53,11 @@ def read_checkpoint(path: Path, *, identity: str) -> dict[str, Any]:
     """
     start_again = "Start again without --resume."
     try:
-        with warnings.catch_warnings(action="ignore"):  # of foreign pickle protocols: what fails, fails below
-            document = torch.load(path, map_location="cpu", weights_only=True)
+        document: Any = load_weights(path)
         found, state = document["identity"], dict(document["state"])
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no checkpoint {path.name} to resume from. {start_again}") from error
-    except _DAMAGED as error:
+    except (ModelError, *_DAMAGED) as error:
         raise ArtifactError(f"The checkpoint {path.name} cannot be read. {start_again}") from error
     if found != identity:
         raise ArtifactError(

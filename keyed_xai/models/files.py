@@ -9,7 +9,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,17 @@ _LOAD_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError,
     OSError, ImportError, OverflowError, MemoryError, AssertionError, NotImplementedError, SyntaxError, ArithmeticError,
     struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+_ZIP_START = b"PK\x03\x04"
+_MOST_TENSORS = 10_000
+_LARGEST_HEADER = 4 * 1024 * 1024  # bytes of a safetensors header; some 100 for each tensor
+_LARGEST_PICKLE = 16 * 1024 * 1024  # bytes of the objects in a .pt file, tensors' numbers not counted
+_LARGEST_CARD = 4 * 1024 * 1024  # letters
+_LARGEST_DIRECTORY = 4 * 1024 * 1024  # bytes of a zip archive's list of files
+_SEE_ZIP64 = 2**32 - 1
+_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 )  # fmt: skip
 _RESAVE = (
     "Save the weights alone, torch.save(model.state_dict(), 'model.pt') or safetensors.torch.save_file, and give that "
@@ -108,6 +119,7 @@ def _is_safetensors(start: bytes, file: Path) -> bool:
 
 
 def _read_safetensors(file: Path) -> ModelFile:
+    _check_header(file)
     try:
         tensors = load_file(file)
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -120,7 +132,27 @@ def _read_safetensors(file: Path) -> ModelFile:
     return ModelFile(_as_float32(tensors, file.name), card=None if card is None else _parse_card(card, file.name))
 
 
+def _check_header(file: Path) -> None:
+    """Refuse a safetensors header that is too long, or names too many tensors, before the library reads it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise ModelError(
+                f"the header of {file.name} has {length} bytes, expected at most {_LARGEST_HEADER}. The file is "
+                "damaged, or holds more than a classifier's weights."
+            )
+        count = stream.read(length).count(b'"data_offsets"')
+    if count > _MOST_TENSORS:
+        raise _too_many(count, file.name)
+
+
+def _too_many(count: int, name: str) -> ModelError:
+    return ModelError(f"{name} holds {count} tensors, expected at most {_MOST_TENSORS}. Give the weights alone.")
+
+
 def _parse_card(text: str, name: str) -> Mapping[str, object]:
+    if len(text) > _LARGEST_CARD:
+        raise ModelError(f"the card in {name} has {len(text)} letters, expected at most {_LARGEST_CARD}. Remove it.")
     try:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -139,13 +171,9 @@ def _refuse_other_kinds(file: Path, start: bytes) -> None:
             f"{file.name} is no PyTorch file (HDF5, ONNX, a web page or a Git LFS pointer). Give a state dict saved by "
             "torch.save, or a safetensors file."
         )
-    if not zipfile.is_zipfile(file):
+    if not start.startswith(_ZIP_START):
         return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
-        raise ModelError(f"{file.name} is damaged or cut short: {error}. Save or download it again.") from error
+    names = [member.filename for member in _list_archive(file)]
     inner = {"/".join(name.split("/")[1:]) for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         raise ModelError(
@@ -156,10 +184,111 @@ def _refuse_other_kinds(file: Path, start: bytes) -> None:
         raise ModelError(f"{file.name} is an exported program (torch.export): it cannot be trained. {_RESAVE}.")
 
 
+def _list_archive(file: Path) -> list[zipfile.ZipInfo]:
+    """Return what is in a zip archive.
+
+    Raises:
+        ModelError: It is damaged, or its list is longer than any model's.
+    """
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - 2**16 - 22))
+            end = stream.read()
+        (size,) = struct.unpack_from("<I", end, end.rindex(b"PK\x05\x06") + 12)
+        if size == _SEE_ZIP64:
+            (size,) = struct.unpack_from("<Q", end, end.rindex(b"PK\x06\x06") + 40)
+        if size > _LARGEST_DIRECTORY:
+            raise ModelError(f"{file.name} lists its tensors in {size} bytes, expected at most {_LARGEST_DIRECTORY}.")
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
+        raise ModelError(f"{file.name} is damaged or cut short: {error}. Save or download it again.") from error
+
+
+def load_weights(file: Path) -> object:
+    """Return what `torch.save` wrote, tensors and plain values: nothing in the file is run.
+
+    Sizes that the file names are compared with its own before anything is unpacked, and again with the tensors made.
+
+    Raises:
+        ModelError: The file says that it holds more than it does.
+        Exception: Whatever PyTorch's loader raises on damaged files and on those that would run code.
+    """
+    _check_pickle(file)
+    # Training scripts of torchvision and timm keep their options, a Namespace of plain values, beside the weights.
+    # PyTorch warns of sparse tensors and new pickle protocols, which end in a ModelError anyway.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: object = torch.load(file, map_location="cpu", weights_only=True)
+    _check_storages(loaded, file)
+    return loaded
+
+
+def _check_pickle(file: Path) -> None:
+    """Refuse what would unpack to more than the file holds: packed members, many objects, arrays of zeros."""
+    with file.open("rb") as stream:
+        pickled = stream.read(_LARGEST_PICKLE)
+    if pickled.startswith(_ZIP_START):
+        members = _list_archive(file)
+        if any(member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size
+               for member in members) or sum(member.file_size for member in members) > file.stat().st_size:  # fmt: skip
+            raise ModelError(
+                f"{file.name} is a packed archive, or holds more than its own size: torch.save writes neither. Unpack "
+                "it and save it again."
+            )
+        objects = [member for member in members if member.filename.endswith("data.pkl")]
+        if len(objects) != 1 or objects[0].file_size > _LARGEST_PICKLE:
+            raise ModelError(
+                f"{file.name} must hold one data.pkl of at most {_LARGEST_PICKLE} bytes, as torch.save writes it. "
+                f"{_RESAVE}."
+            )
+        with zipfile.ZipFile(file) as archive:
+            pickled = archive.read(objects[0])
+    if b"bytearray" in pickled:  # the one type that is allowed and takes up whatever length it names
+        raise ModelError(f"{file.name} holds a bytearray, expected tensors and plain values. {_RESAVE}.")
+
+
+def _check_storages(loaded: object, file: Path) -> None:
+    """Refuse tensors that are larger than what the file stores for them, before any number is touched."""
+    largest, count = file.stat().st_size, 0
+    storages: dict[int, int] = {}
+    for tensor in _tensors_in(loaded):
+        count += 1
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            continue  # refused where it is used
+        stored = tensor.untyped_storage()
+        storages[stored.data_ptr()] = stored.nbytes()
+        if tensor.numel() * tensor.element_size() > stored.nbytes() or sum(storages.values()) > largest:
+            raise ModelError(
+                f"a tensor of shape {list(tensor.shape)} in {file.name} is larger than what is stored for it. "
+                f"{_RESAVE}."
+            )
+    if count > _MOST_TENSORS:
+        raise _too_many(count, file.name)
+
+
+def _tensors_in(loaded: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested dictionaries, lists and tuples, each once."""
+    waiting, seen = [loaded], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif isinstance(value, argparse.Namespace):
+            waiting.append(vars(value))
+
+
 def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
     """Load weights; where that is refused and the user allows it, whatever the pickle makes."""
     try:
-        return _load_weights(file)
+        return load_weights(file)
     except _LOAD_ERRORS as error:
         refused = _code_in(file)
         if refused and allow_pickle:
@@ -174,14 +303,6 @@ def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
             f"{file.name} is no model file, or it is damaged or cut short ({type(error).__name__}). Expected a state "
             "dict saved by torch.save, or a safetensors file; save or download it again."
         ) from error
-
-
-def _load_weights(file: Path) -> object:
-    # Training scripts of torchvision and timm keep their options, a Namespace of plain values, beside the weights.
-    # PyTorch warns of sparse tensors and new pickle protocols, which end in a ModelError anyway.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _run_pickle(file: Path) -> object:
@@ -240,10 +361,10 @@ def _as_network(module: nn.Module, name: str) -> nn.Module:
 
 def _as_float32(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
             raise ModelError(
-                f"the tensor {key} in {name} is quantised, sparse, complex or without data: only dense weights can be "
-                "read. Save the model before it was quantised or compressed."
+                f"the tensor {key} in {name} is quantised, sparse, without data or of type {tensor.dtype}: only dense "
+                "weights of usual types can be read. Save the model before it was quantised or compressed."
             )
     return {
         key: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())

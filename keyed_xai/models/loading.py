@@ -23,6 +23,8 @@ from keyed_xai.tensors import Tap
 Size = int | tuple[int, int]
 """Side, or height and width, in pixels."""
 _OWN_CODE = {"pickle", "python"}
+_MOST_TAPS = 1024
+_LARGEST_NUMBER = 1e6  # of a card's mean and std
 
 
 class _Flags(NamedTuple):
@@ -139,7 +141,10 @@ def wrap_network(
         raise ModelError(
             f"the model has {found} classes, but {classes} were asked for. Leave the number out, or give another model."
         )
-    target = _inner_name(network, target_layer) if target_layer else _target(network, trace, require_map=require_map)
+    if target_layer:
+        (target,) = _inner_names(network, [target_layer])
+    else:
+        target = _target(network, trace, require_map=require_map)
     if target_layer:
         trace.map_of(target)
     return Classifier(
@@ -175,17 +180,24 @@ def _choose_taps(network: nn.Module, trace: Trace, target: str, taps: Sequence[T
     if taps is None:
         chosen = derive_taps(network, trace.spec, target_layer=target, trace=trace) if target else ()
     else:
-        names = [_inner_name(network, tap if isinstance(tap, str) else tap.layer) for tap in taps]
+        names = _inner_names(network, [tap if isinstance(tap, str) else tap.layer for tap in taps])
         derived = derive_taps(network, trace.spec, layers=names, trace=trace)
         given = {name: tap for name, tap in zip(names, taps, strict=True) if isinstance(tap, Tap)}
         chosen = tuple(given[tap.layer]._replace(layer=tap.layer) if tap.layer in given else tap for tap in derived)
     return tuple(tap._replace(layer=f"network.{tap.layer}") for tap in chosen)
 
 
-def _inner_name(network: nn.Module, name: str) -> str:
-    """Return a layer's name inside the network, given that or its name inside the classifier."""
-    names = {inner for inner, _ in network.named_modules()}
-    return name if name in names else name.removeprefix("network.")
+def _inner_names(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return layers' names inside the network, given those or their names inside the classifier.
+
+    Raises:
+        ModelError: One stands there twice.
+    """
+    known = {inner for inner, _ in network.named_modules()}
+    found = [name if name in known else name.removeprefix("network.") for name in names]
+    if len(set(found)) < len(found):
+        raise ModelError("the taps name a layer twice. Name each once.")
+    return found
 
 
 def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
@@ -288,8 +300,9 @@ def _card_taps(card: Mapping[str, object]) -> list[Tap | str] | None:
     listed = card.get("taps")
     if listed is None:
         return None
-    if not isinstance(listed, list | tuple):
-        raise ModelError(f"the card's taps must be a list, but came {type(listed).__name__}. Correct the card.")
+    if not isinstance(listed, list | tuple) or len(listed) > _MOST_TAPS:
+        came = f"{len(listed)} entries" if isinstance(listed, list | tuple) else type(listed).__name__
+        raise ModelError(f"the card's taps must be a list of at most {_MOST_TAPS}, but came {came}. Correct the card.")
     return [_card_tap(entry) for entry in listed]
 
 
@@ -326,6 +339,8 @@ def _numbers(card: Mapping[str, object], key: str) -> tuple[float, ...] | None:
     value = card.get(key)
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not all(isinstance(number, int | float) for number in value):
-        raise ModelError(f"the card's {key} must be a list of numbers, but came {value!r:.80}. Correct it.")
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(number, int | float) and abs(number) <= _LARGEST_NUMBER for number in value
+    ):
+        raise ModelError(f"the card's {key} must be a list of usual numbers, but came {value!r:.80}. Correct it.")
     return tuple(map(float, value))
