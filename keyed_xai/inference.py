@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, printable
-from keyed_xai.data.decode import fit_image, flatten, read_image
+from keyed_xai.data.decode import fit_image, read_image
 from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 
@@ -360,7 +360,7 @@ def _load_array(array: NDArray[Any], input_size: tuple[int, int, int]) -> Floats
 def _fit_picture(picture: Image.Image, input_size: tuple[int, int, int]) -> NDArray[np.uint8]:
     channels, height, width = input_size
     try:
-        return fit_image(flatten(ImageOps.exif_transpose(picture), channels), height, width)
+        return fit_image(ImageOps.exif_transpose(picture), channels, height, width)
     except (OSError, ValueError) as error:
         raise DataError(f"A Pillow image cannot be read: {printable(str(error))}.") from error
 
