@@ -168,7 +168,8 @@ class TestJson:
             (b'{"a": "\\ud800"}', "UTF-8"),
             (b'{"a": "\xff"}', "UTF-8"),
             (b"\xef\xbb\xbf{}", "not a valid JSON"),
-            (b'{"a":' * 100_000, "nested too deep"),
+            (b'{"a":' * 40_000, "nested too deep"),
+            (b'{"a": [' + b"{}," * 50_000 + b"{}]}", "at most 50000 lists and objects, got up to 50003"),
         ],
     )
     def test_what_is_not_strict_json_is_refused(self, data, says):

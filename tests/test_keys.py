@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa, x2551
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keyed_xai import keys
 from keyed_xai.errors import KeyFormatError
 from keyed_xai.keys import (
     ByteStream,
@@ -176,6 +177,24 @@ class TestPem:
         pem = KEY.to_pem(PASSPHRASE)
         assert b"ENCRYPTED" in pem
         assert OwnerKey.from_pem(pem, PASSPHRASE).public.raw == KEY.public.raw
+
+    def test_passphrase_that_is_hashed_for_long_is_refused_before_it_is(self, monkeypatch):
+        pem = KEY.to_pem(PASSPHRASE)
+        monkeypatch.setattr(keys, "_MOST_ROUNDS", 2048)  # what cryptography writes
+        assert OwnerKey.from_pem(pem, PASSPHRASE).public.raw == KEY.public.raw
+        monkeypatch.setattr(keys, "_MOST_ROUNDS", 2047)
+        monkeypatch.setattr(keys.serialization, "load_pem_private_key", None)
+        with pytest.raises(KeyFormatError, match="hashed 2048 times, expected at most 2047"):
+            OwnerKey.from_pem(pem, PASSPHRASE)
+
+    @pytest.mark.parametrize("curve", [0x6F, 0x71])  # X448, Ed448: 32 bytes are no key of theirs
+    @pytest.mark.parametrize("private", [True, False])
+    def test_key_that_says_another_curve_is_refused(self, curve, private):
+        head, body, tail = (KEY.to_pem() if private else KEY.public.to_pem()).splitlines()
+        other = base64.b64decode(body).replace(b"\x2b\x65\x70", bytes([0x2B, 0x65, curve]))
+        pem = b"\n".join([head, base64.b64encode(other), tail, b""])
+        with pytest.raises(KeyFormatError, match="malformed|not one"):
+            (OwnerKey if private else PublicKey).from_pem(pem)
 
     def test_empty_passphrase_is_refused(self):
         with pytest.raises(ValueError, match="empty"):

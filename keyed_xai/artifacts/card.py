@@ -10,6 +10,8 @@ from keyed_xai.errors import ArtifactError
 from keyed_xai.limits import describe_excess
 
 SCHEMA = "keyed-xai/card/v1"
+LARGEST_CARD = 4 * 1024 * 1024
+"""Bytes of a card.json."""
 Family = TypeVar("Family")
 TapFields = tuple[str, int, int]
 """Layer, kernel, stride: a `keyed_xai.tensors.Tap` is one. Spelt out, so that reading a card does not load torch."""
@@ -181,7 +183,7 @@ def read_card(path: Path) -> Card:
     Raises:
         ArtifactError: The file cannot be read, does not fit the schema, or contradicts itself.
     """
-    return Card.from_json(read_json(path, "card"), origin=str(path))
+    return Card.from_json(read_json(path, "card", largest=LARGEST_CARD), origin=str(path))
 
 
 def write_card(path: Path, card: Card) -> None:

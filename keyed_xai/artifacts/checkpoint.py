@@ -3,18 +3,13 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from keyed_xai.artifacts.documents import write_atomically
 from keyed_xai.errors import ArtifactError, ModelError
-from keyed_xai.models.files import load_weights
-
-# What PyTorch's loader has been seen to raise on damaged files.
-_DAMAGED = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
-            AssertionError, MemoryError, UnpicklingError)  # fmt: skip
+from keyed_xai.models.files import LOAD_ERRORS, load_weights
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any], *, identity: str) -> None:
@@ -57,7 +52,7 @@ def read_checkpoint(path: Path, *, identity: str) -> dict[str, Any]:
         found, state = document["identity"], dict(document["state"])
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no checkpoint {path.name} to resume from. {start_again}") from error
-    except (ModelError, *_DAMAGED) as error:
+    except (ModelError, *LOAD_ERRORS) as error:
         raise ArtifactError(f"The checkpoint {path.name} cannot be read. {start_again}") from error
     if found != identity:
         raise ArtifactError(

@@ -21,6 +21,7 @@ Document = dict[str, Any]
 LARGEST_DOCUMENT = 16 * 1024 * 1024
 """Bytes; a longer file is refused before it is parsed."""
 _LONGEST_QUOTE = 80
+_MOST_CONTAINERS = 50_000
 _MOST_DIGITS = 20  # of a whole number, its sign counted: 64 bits
 
 
@@ -68,7 +69,8 @@ def parse_json(data: bytes, *, origin: str) -> Document:
     """Return the JSON object in `data`; more strict than json.loads.
 
     Refused on top: anything but UTF-8, duplicate names, NaN, infinite numbers, whole numbers of more than 64 bits, half
-    a surrogate pair, and nesting that is too deep to parse.
+    a surrogate pair, nesting that is too deep to parse, and more lists and objects than any document of ours has: each
+    costs many times its text's bytes.
 
     Args:
         data: The bytes.
@@ -78,6 +80,8 @@ def parse_json(data: bytes, *, origin: str) -> Document:
         ArtifactError: The bytes are not such an object.
     """
     try:
+        if (containers := data.count(b"{") + data.count(b"[")) > _MOST_CONTAINERS:
+            raise ValueError(f"expected at most {_MOST_CONTAINERS} lists and objects, got up to {containers}")
         document = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,

@@ -24,7 +24,8 @@ CARD_KEY = "keyed_xai_card"
 """In a safetensors file's metadata: the card as JSON. In a ``.pt`` file the card is the entry ``card``."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 _FOLDER_FILES = ("model.safetensors", "model.pt")
-_LOAD_ERRORS = (
+# What PyTorch's loader and zipfile have been seen to raise on damaged files.
+LOAD_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError,
     OSError, ImportError, OverflowError, MemoryError, AssertionError, NotImplementedError, SyntaxError, ArithmeticError,
     struct.error, zipfile.BadZipFile,
@@ -124,7 +125,7 @@ def _read_safetensors(file: Path) -> ModelFile:
         tensors = load_file(file)
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-    except (safetensors.SafetensorError, *_LOAD_ERRORS) as error:
+    except (safetensors.SafetensorError, *LOAD_ERRORS) as error:
         raise ModelError(
             f"the safetensors file {file.name} is damaged or cut short: {error}. Save or download it again."
         ) from error
@@ -289,7 +290,7 @@ def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
     """Load weights; where that is refused and the user allows it, whatever the pickle makes."""
     try:
         return load_weights(file)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         refused = _code_in(file)
         if refused and allow_pickle:
             return _run_pickle(file)
@@ -308,7 +309,7 @@ def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
 def _run_pickle(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"the pickled objects in {file.name} cannot be restored ({type(error).__name__}: {error}). Their classes "
             f"must be importable where this runs. {_RESAVE}."
@@ -320,7 +321,7 @@ def _code_in(file: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except _LOAD_ERRORS:
+    except LOAD_ERRORS:
         return []
     return sorted(names, key=lambda name: (name.startswith("torch."), name))
 
