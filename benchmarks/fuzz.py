@@ -26,6 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,6 +37,7 @@ from keyed_xai.errors import KeyedXAIError
 SLOW_SECONDS = 1.0
 LARGE_BYTES = 2**30
 MOST_BYTES = 6 * 2**30  # beyond what the process had: what wants more gets a MemoryError instead of the machine's all
+RUNS_BEFORE_SLOW = 3
 HANG_SECONDS = 60
 CASES_IN_A_PROCESS = 2000
 OUTCOMES = ("accepted", "typed", "other", "slow", "large")
@@ -82,11 +84,12 @@ def fuzz(name: str, reader: Reader, count: int, *, seed: int = 0, first: int = 0
 
 
 def _again_if_slow(name: str, reader: Reader, seed: int, entry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a case's entry; where it was slow, that of a second run, alone: the machine may have been busy."""
-    case, _, _, seconds, _ = entry
-    if seconds <= SLOW_SECONDS:
-        return entry
-    return next(_run_process(name, reader, range(case, case + 1), seed))
+    """Return a case's entry; where it was slow, that of the quickest of more runs, alone: the machine may be busy."""
+    for _ in range(RUNS_BEFORE_SLOW):
+        if entry[3] <= SLOW_SECONDS:
+            break
+        entry = min(entry, next(_run_process(name, reader, range(entry[0], entry[0] + 1), seed)), key=itemgetter(3))
+    return entry
 
 
 def _run_process(name: str, reader: Reader, cases: range, seed: int) -> Iterator[tuple[Any, ...]]:

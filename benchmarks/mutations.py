@@ -183,7 +183,7 @@ def mutate_onnx(data: bytes, random: Random) -> bytes:
     for _ in range(random.choice((1, 1, 2, 3))):
         kind = random.choice((_spoil_node, _spoil_node, _spoil_node, _spoil_tensor, _spoil_list, _spoil_signature))
         kind(model, random)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _spoil_node(model: onnx.ModelProto, random: Random) -> None:

@@ -235,8 +235,8 @@ def _make_safetensors(card: Card, state: Mapping[str, torch.Tensor]) -> Callable
         if lot < 0.7:
             text = mutations.mutate_json(header, random)
             return len(text).to_bytes(8, "little") + text + numbers
-        text = _spoil_card(document, random).decode("utf-8", "replace")
-        return save(dict(state), metadata={CARD_KEY: text})
+        spoilt = _spoil_card(document, random).decode("utf-8", "replace")
+        return save(dict(state), metadata={CARD_KEY: spoilt})
 
     return make
 

@@ -472,6 +472,9 @@ class TestLicense:
             (("predicateType",), "https://slsa.dev/provenance/v1", "predicateType"),
             (("_type",), "https://in-toto.io/Statement/v0.1", "_type"),
             (("predicate", "seed"), "00" * 32, "expected no fields but"),
+            (("predicate", "grid"), [65, 8], "maximum 64"),
+            (("predicate", "grid"), [8, 10**400], "out of range"),
+            (("predicate", "trigger", "tile"), 257, "maximum 256"),
         ],
     )
     def test_statement_that_is_out_of_order_is_refused_though_signed(self, envelope, path, value, says):
