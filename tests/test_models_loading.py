@@ -183,6 +183,13 @@ def test_card_travels_inside_both_formats(network, tmp_path):
         assert classifier.taps == (Tap("network.stem_relu", 5, 2),)
 
 
+def nested(depth):
+    found = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("card", "words"),
     [
@@ -205,7 +212,9 @@ def test_card_travels_inside_both_formats(network, tmp_path):
         ({"input_size": [1, 4096, 4096]}, "must multiply to at most 4194304"),
         ({"mean": [10**400]}, "list of usual numbers"),
         ({"std": [1e300]}, "list of usual numbers"),
-        ({"num_classes": 10**400}, "has 3 classes, but 1000"),
+        ({"num_classes": 10**5000}, r"num_classes must be .* came a number of very many digits"),
+        ({"architecture": nested(10**5)}, r"architecture must be text, but came \[\[\[\[\[\["),
+        ({"taps": [nested(10**5)]}, "a tap in the card"),
     ],
 )
 def test_card_that_contradicts_the_weights_is_refused(saved, card, words):
@@ -329,6 +338,17 @@ def test_pickle_that_unpacks_to_more_than_it_holds_is_refused(tmp_path, name, le
     value, words = GREEDY[name]
     torch.save({"w": torch.zeros(2), "x": value}, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ModelError, match=words):
+        read_model_file(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_that_hold_one_another_without_end_are_refused(tmp_path, legacy):
+    """As a key of a dictionary the tuple would be walked 2^60 times."""
+    tangle = ()
+    for _ in range(60):
+        tangle = (tangle, tangle)
+    torch.save({"w": torch.zeros(2), "x": [tangle]}, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ModelError, match="in one another more than"):
         read_model_file(tmp_path / "m.pt")
 
 

@@ -4,14 +4,19 @@ Nothing in a file is ever run, except a pickled module with ``allow_pickle=True`
 """
 
 import argparse
+import io
 import json
 import pickle
+import pickletools
+import reprlib
 import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -37,6 +42,9 @@ _LARGEST_PICKLE = 16 * 1024 * 1024  # bytes of the objects in a .pt file, tensor
 _LARGEST_CARD = 4 * 1024 * 1024  # letters
 _LARGEST_DIRECTORY = 4 * 1024 * 1024  # bytes of a zip archive's list of files
 _SEE_ZIP64 = 2**32 - 1
+_MOST_OBJECTS = 2**25
+_MARK = -1
+_PICKLES = 5  # in torch's old format, before the numbers; the data.pkl of its new one is a single pickle
 _DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -245,8 +253,51 @@ def _check_pickle(file: Path) -> None:
             )
         with zipfile.ZipFile(file) as archive:
             pickled = archive.read(objects[0])
+    _refuse_tangle(pickled, file.name)
     if b"bytearray" in pickled:  # the one type that is allowed and takes up whatever length it names
         raise ModelError(f"{file.name} holds a bytearray, expected tensors and plain values. {_RESAVE}.")
+
+
+def _refuse_tangle(pickled: bytes, name: str) -> None:
+    """Refuse objects that hold one another so often that to hash or print one would never end.
+
+    A tuple of two, each the same tuple of two, and so on for 60 floors, is 300 bytes: as a dictionary's key it is
+    walked 2^60 times. The pickle is read without being run, and each object counts what it would have written out.
+    """
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    stream = io.BytesIO(pickled)
+    with suppress(*LOAD_ERRORS):  # the loader says what is wrong with a damaged pickle
+        for _ in range(_PICKLES):
+            for operation, argument, _ in pickletools.genops(stream):
+                if _step(operation, argument, stack, memo) > _MOST_OBJECTS:
+                    raise ModelError(f"{name} holds objects in one another more than {_MOST_OBJECTS} times. {_RESAVE}.")
+
+
+def _step(
+    operation: pickletools.OpcodeInfo,
+    argument: Any,  # noqa: ANN401 - whatever the opcode takes
+    stack: list[int],
+    memo: dict[int, int],
+) -> int:
+    """Do to sizes what a pickle's opcode does to objects; return the last one's size."""
+    kind, before = operation.name, operation.stack_before
+    if kind.endswith("PUT"):
+        memo[argument] = stack[-1]
+    elif kind == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
+    elif kind.endswith("GET"):
+        stack.append(memo[int(argument)])
+    elif kind == "MARK":
+        stack.append(_MARK)
+    else:
+        start = len(stack) - len(before)
+        if pickletools.markobject in before:
+            marks = (place for place in range(len(stack) - 1, -1, -1) if stack[place] == _MARK)
+            start = next(marks, 0) - before.index(pickletools.markobject)
+        size = 1 + sum(max(0, each) for each in stack[start:])
+        stack[start:] = [size] * len(operation.stack_after)
+    return stack[-1] if stack else 0
 
 
 def _check_storages(loaded: object, file: Path) -> None:
@@ -341,7 +392,7 @@ def _sort_out(loaded: object, name: str, *, allow_pickle: bool) -> ModelFile:
     if not tensors:
         raise ModelError(
             f"{name} holds no weights: expected tensor names to tensors, alone or under {', '.join(_WRAPPERS[:3])}; "
-            f"came entries {', '.join(map(repr, list(loaded)[:4])) or '(none)'}. {_RESAVE}."
+            f"came entries {', '.join(map(reprlib.repr, list(loaded)[:4])) or '(none)'}. {_RESAVE}."
         )
     return ModelFile(_as_float32(tensors, name), card=card if isinstance(card, Mapping) else None, hints=hints)
 

@@ -4,6 +4,7 @@ What a file's weights do not say is taken from the flags, else from the card, el
 defaults (no download), else from ImageNet's; grey and other images get mean and std .5.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -291,7 +292,7 @@ def _card_size(card: Mapping[str, object]) -> tuple[int, int, int] | None:
             return channels, height, width
         case other:
             raise ModelError(
-                f"the card's input_size must be [channels, height, width], but came {other!r:.80}. Correct it."
+                f"the card's input_size must be [channels, height, width], but came {_shown(other)}. Correct it."
             )
 
 
@@ -311,13 +312,23 @@ def _card_tap(entry: object) -> Tap:
     match values:
         case [str(layer), int(kernel), int(stride)] if 1 <= stride <= kernel <= 64:
             return Tap(layer, kernel, stride)
-    raise ModelError(f"a tap in the card must hold layer, kernel and stride, but came {entry!r:.80}. Correct the card.")
+    raise ModelError(
+        f"a tap in the card must hold layer, kernel and stride, but came {_shown(entry)}. Correct the card."
+    )
+
+
+def _shown(value: object) -> str:
+    """Return what stands in a card, short: it may be nested deep, or have very many digits."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:
+        return "a number of very many digits"
 
 
 def _text(card: Mapping[str, object], key: str) -> str | None:
     value = card.get(key)
     if value is not None and not isinstance(value, str):
-        raise ModelError(f"the card's {key} must be text, but came {value!r:.80}. Correct or remove it.")
+        raise ModelError(f"the card's {key} must be text, but came {_shown(value)}. Correct or remove it.")
     return value or None
 
 
@@ -330,8 +341,10 @@ def _names(card: Mapping[str, object]) -> tuple[str, ...]:
 def _whole(card: Mapping[str, object], key: str) -> int | None:
     """Return a card's whole number."""
     value = card.get(key)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ModelError(f"the card's {key} must be a whole number of 1 or more, but came {value!r:.80}. Correct it.")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31):
+        raise ModelError(
+            f"the card's {key} must be a whole number of 1 to 2^31 - 1, but came {_shown(value)}. Correct it."
+        )
     return value
 
 
@@ -342,5 +355,5 @@ def _numbers(card: Mapping[str, object], key: str) -> tuple[float, ...] | None:
     if not isinstance(value, list | tuple) or not all(
         isinstance(number, int | float) and abs(number) <= _LARGEST_NUMBER for number in value
     ):
-        raise ModelError(f"the card's {key} must be a list of usual numbers, but came {value!r:.80}. Correct it.")
+        raise ModelError(f"the card's {key} must be a list of usual numbers, but came {_shown(value)}. Correct it.")
     return tuple(map(float, value))
