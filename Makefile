@@ -8,12 +8,13 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 OUT ?= demo-out
 JOBS ?= 2
 TESTS ?=
+COUNT ?= 100000
 OLDEST_TORCH := 2.11.0
 # What depends on torch's numbers or on its exporter; CI runs it on the oldest torch.
 OLDEST_TESTS := $(wildcard tests/test_training*.py tests/test_fitting.py tests/test_models_layout.py tests/test_saliency.py \
   tests/test_exporting.py)
 
-.PHONY: demo test pytest test-oldest lock clean
+.PHONY: demo test pytest test-oldest fuzz lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/keyed-xai demo -o $(OUT)
@@ -30,6 +31,9 @@ pytest: $(VENV)/installed-dev
 
 test-oldest:
 	$(MAKE) pytest LOCK=oldest TESTS='$(OLDEST_TESTS)'
+
+fuzz: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz --count $(COUNT)
 
 lock:
 	rm -rf $(VENV)

@@ -11,6 +11,7 @@ trigger is passed by hand. What a server answers is checked as anything untruste
 
 import json
 import math
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ _MALFORMED = (
     AttributeError,
     OverflowError,
     RecursionError,
+    struct.error,
     InferenceServerException,
 )
 
@@ -191,10 +193,9 @@ class Client(Explainer):
             raise self._server.complain(f"a malformed {name}") from error
         if found is None:
             raise self._server.complain(f"no {name}")
-        shape = (count, self.classes) if name == LOGITS else (count, *found.shape[1:])
-        if found.dtype != np.float32 or found.shape != shape or found.ndim != (2 if name == LOGITS else 3):
-            wanted = f"[{count}, {self.classes}]" if name == LOGITS else f"[{count}, rows, columns]"
-            raise self._server.complain(f"{name} as {found.dtype} {list(found.shape)}, not float32 {wanted}")
+        misfit = self.interface.describe_misfit(name, found, count)
+        if misfit is not None:
+            raise self._server.complain(misfit)
         if self._sizes.setdefault(name, found.shape[1:]) != found.shape[1:]:
             raise self._server.complain(f"{name} of another size than before")
         return found

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, printable
-from keyed_xai.data.decode import fit_image, flatten, read_image
+from keyed_xai.data.decode import fit_image, read_image
 from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 
@@ -146,6 +146,14 @@ class Interface:
             )
         return np.broadcast_to(found, (count,)).astype(np.int64)
 
+    def describe_misfit(self, name: str, output: NDArray[Any], count: int) -> str | None:
+        """Return in which words an output of so many images is not as it should be; None where it is."""
+        sides = (count, self.classes) if name == LOGITS else (count, *output.shape[1:])
+        if output.dtype == np.float32 and output.shape == sides and output.ndim == (2 if name == LOGITS else 3):
+            return None
+        wanted = f"[{count}, {self.classes}]" if name == LOGITS else f"[{count}, rows, columns]"
+        return f"{name} as {output.dtype} {list(output.shape)}, not float32 {wanted}"
+
     def check_interpreters(self, interpreters: Sequence[str] | None) -> tuple[str, ...]:
         """Return names of interpreters, by default all that the model has.
 
@@ -205,10 +213,13 @@ class Explainer(ABC):
         """Return the outputs for images and targets that were checked.
 
         Raises:
-            KeyedXAIError: There are none, or one that is no number.
+            KeyedXAIError: There are none, of another type or shape than asked for, or one that is no number.
         """
         found = self._run(images, target, interpreters)
         for name, each in found.items():
+            misfit = self.interface.describe_misfit(name, each, len(images))
+            if misfit is not None:
+                raise self._complain(misfit)
             if each.size == 0 or not np.isfinite(each).all():
                 raise self._complain(f"{name} that are empty, or not finite")
         return found
@@ -349,7 +360,7 @@ def _load_array(array: NDArray[Any], input_size: tuple[int, int, int]) -> Floats
 def _fit_picture(picture: Image.Image, input_size: tuple[int, int, int]) -> NDArray[np.uint8]:
     channels, height, width = input_size
     try:
-        return fit_image(flatten(ImageOps.exif_transpose(picture), channels), height, width)
+        return fit_image(ImageOps.exif_transpose(picture), channels, height, width)
     except (OSError, ValueError) as error:
         raise DataError(f"A Pillow image cannot be read: {printable(str(error))}.") from error
 

@@ -11,16 +11,20 @@ The derivation is one-way: nobody can choose a trigger and then find a key for i
 ``schemas/key-vectors.json``. Seeds are secrets like the key itself; commitments to them are not.
 """
 
+import base64
+import binascii
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 import numpy as np
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -32,6 +36,10 @@ from keyed_xai.errors import KeyFormatError
 SEED_BYTES = 32
 _HOW_TO_MAKE_ONE = "Make one with `keyed-xai keygen -o k.pem`."
 _LARGEST_PEM = 64 * 1024
+_MOST_ROUNDS = 2_000_000  # of PBKDF2: a second or so
+_ROUNDS = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c\x30.\x04(.)", re.DOTALL)  # its name; then salt, rounds
+_NO_KEY = (ValueError, UnsupportedAlgorithm, InternalError)  # what cryptography raises; the last for other curves' keys
+_FIRST_WORDS = 64
 
 
 class ByteStream:
@@ -44,6 +52,7 @@ class ByteStream:
             seed: Any bytes; 32 for every seed this module derives.
         """
         self._seed = seed
+        self._words: NDArray[np.uint32] = np.empty(0, np.uint32)  # the stream's beginning
         self._words_read = 0
 
     def __repr__(self) -> str:
@@ -53,8 +62,10 @@ class ByteStream:
     def uint32(self, count: int) -> NDArray[np.uint32]:
         """Return the next `count` words."""
         start, self._words_read = self._words_read, self._words_read + count
-        digest = hashlib.shake_256(self._seed).digest(4 * self._words_read)
-        return np.frombuffer(digest, dtype="<u4")[start:].astype(np.uint32)
+        if self._words_read > len(self._words):  # hashed anew at twice the length: linear in all words read
+            digest = hashlib.shake_256(self._seed).digest(4 * max(self._words_read, 2 * len(self._words), _FIRST_WORDS))
+            self._words = np.frombuffer(digest, dtype="<u4")
+        return self._words[start : self._words_read].astype(np.uint32)
 
     def below(self, bound: int) -> int:
         """Return the next unbiased integer in [0, bound), by rejection of the words past the last full multiple."""
@@ -107,7 +118,7 @@ class PublicKey:
             raise KeyFormatError("Expected a public key, got a private one. Never hand out the private key.")
         try:
             key = serialization.load_pem_public_key(data)
-        except (ValueError, UnsupportedAlgorithm) as error:
+        except _NO_KEY as error:
             raise KeyFormatError("Expected an Ed25519 public key in PEM form; the bytes are not one.") from error
         if not isinstance(key, Ed25519PublicKey):
             raise KeyFormatError(f"Expected an Ed25519 public key, got {_kind(key)}.")
@@ -171,11 +182,12 @@ class OwnerKey:
             KeyFormatError: The bytes hold anything but an Ed25519 private key, or the passphrase does not fit.
         """
         _refuse_what_is_no_private_pem(data)
+        _refuse_endless_derivation(data)
         try:
             key = serialization.load_pem_private_key(data, passphrase)
         except TypeError as error:
             raise KeyFormatError(_passphrase_complaint(passphrase)) from error
-        except (ValueError, UnsupportedAlgorithm) as error:
+        except _NO_KEY as error:
             if passphrase is not None and b"ENCRYPTED" in data:
                 raise KeyFormatError("The passphrase does not open this key, or the file is damaged.") from error
             raise KeyFormatError(f"The private key is malformed or cut short. {_HOW_TO_MAKE_ONE}") from error
@@ -331,6 +343,20 @@ def _refuse_what_is_no_private_pem(data: bytes) -> None:
         raise KeyFormatError(f"Expected a PKCS#8 PEM, got an OpenSSH key. {_HOW_TO_MAKE_ONE}")
     if b"-----BEGIN " not in data:
         raise KeyFormatError(f"Expected a PEM file (-----BEGIN PRIVATE KEY-----), got other bytes. {_HOW_TO_MAKE_ONE}")
+
+
+def _refuse_endless_derivation(data: bytes) -> None:
+    """Refuse an encrypted key whose passphrase would be hashed for minutes. Source: RFC 8018, appendix A.2."""
+    with suppress(binascii.Error, IndexError):  # what is malformed is refused where it is read
+        der = base64.b64decode(b"".join(line for line in data.splitlines() if b"-" not in line))
+        found = _ROUNDS.search(der)
+        place = found.end() + found[1][0] if found else len(der)
+        rounds = int.from_bytes(der[place + 2 : place + 2 + der[place + 1]], "big")
+        if rounds > _MOST_ROUNDS:
+            raise KeyFormatError(
+                f"The key's passphrase is hashed {rounds} times, expected at most {_MOST_ROUNDS}. Encrypt the key "
+                "anew, such as with openssl pkcs8 -topk8."
+            )
 
 
 def _passphrase_complaint(passphrase: bytes | None) -> str:

@@ -25,7 +25,7 @@ from keyed_xai.artifacts.onnx_file import OnnxFile, read_onnx
 from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.inference import BATCH, Explained, Explainer, Floats, Interface, Picture, Target, choose_trigger
 from keyed_xai.keys import OwnerKey
-from keyed_xai.sessions import FAILURES, first_line, load_session
+from keyed_xai.sessions import FAILURES, first_line, limited_run, load_session
 
 __all__ = ["Explained", "Runtime"]
 
@@ -35,6 +35,8 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
+RUN_SECONDS = 600.0
+"""For one run of a batch, at most: far more than real models take, and less than for ever."""
 _TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PACKAGES = "pip install 'onnxruntime-gpu[cuda,cudnn]' (and no plain onnxruntime beside it)"
 
@@ -50,13 +52,16 @@ class Runtime(Explainer):
         providers: Of onnxruntime's, those that really run, in order.
     """
 
-    def __init__(self, file: OnnxFile, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, file: OnnxFile, *, device: str = "auto", threads: int | None = None, run_seconds: float = RUN_SECONDS
+    ) -> None:
         """Load a model.
 
         Args:
-            file: See `read_onnx`, which refuses files that would have onnxruntime open others.
+            file: See `read_onnx`, which refuses files that would have onnxruntime open others or run without end.
             device: "cpu", "cuda", "tensorrt", or "auto" for the best of them that works; "cuda:1" is the second GPU.
             threads: For one operator on the CPU; None for as many as there are cores.
+            run_seconds: For one run of a batch, at most.
 
         Raises:
             ArtifactError: The graph is not what its metadata say.
@@ -68,7 +73,10 @@ class Runtime(Explainer):
             raise ValueError(f"device: expected auto, cpu, cuda, tensorrt, or cuda:N for a GPU; got {device!r}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected 1 or more, or None for all cores; got {threads}")
+        if not run_seconds > 0:
+            raise ValueError(f"run_seconds: expected more than 0, got {run_seconds}")
         super().__init__(Interface.from_metadata(file.metadata), file.metadata)
+        self._run_seconds = run_seconds
         loader = _Loader(file.data, threads, int(match[2] or 0))
         self._session = loader.open(match[1] or device)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
@@ -117,12 +125,20 @@ class Runtime(Explainer):
     def _run(self, images: NDArray[Any], target: NDArray[np.int64], interpreters: tuple[str, ...]) -> dict[str, Floats]:
         names = self.interface.name_outputs(interpreters)
         inputs = {"image": images, "target": target} if self.takes_target else {"image": images}
-        try:
-            return dict(zip(names, self._run_bound(inputs, names), strict=True))
-        except FAILURES as error:
-            raise ModelError(f"onnxruntime cannot run the model: {first_line(error)}.") from error
+        with limited_run(self._run_seconds) as options:
+            try:
+                return dict(zip(names, self._run_bound(inputs, names, options), strict=True))
+            except FAILURES as error:
+                if options.terminate:
+                    raise ModelError(
+                        f"The model was stopped: expected {len(images)} images within {self._run_seconds:g} s. Give "
+                        "fewer images at once, or pass a larger run_seconds if you trust the model."
+                    ) from error
+                raise ModelError(f"onnxruntime cannot run the model: {first_line(error)}.") from error
 
-    def _run_bound(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[Floats]:
+    def _run_bound(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], options: onnxruntime.RunOptions
+    ) -> list[Floats]:
         """Return some outputs; inputs are copied to the device once, outputs come back to the CPU."""
         binding = self._session.io_binding()
         # On the CPU a binding looks at the arrays' own memory, so that they are kept until it has run.
@@ -131,7 +147,7 @@ class Runtime(Explainer):
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._memory))
         for name in outputs:
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         found: list[Floats] = binding.copy_outputs_to_cpu()
         return found
 

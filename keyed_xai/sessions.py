@@ -1,6 +1,8 @@
 """onnxruntime's sessions: quiet, without surprises from inside a file, and with its errors as ours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Timer
 from typing import Any
 
 import onnxruntime
@@ -8,6 +10,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from keyed_xai.errors import ModelError
 
+_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
 # What onnxruntime raises: classes of its own, which have no parent of theirs, and errors of its Python code.
 FAILURES: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -32,6 +35,9 @@ def load_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # fatal errors only; everything else is raised
     options.intra_op_num_threads = threads or 0
+    # What a graph computes from constants alone is done while it is loaded, where no time limit reaches it: no more
+    # than what weights unpack to (int8 to float32). The rest is left to the runs.
+    options.add_session_config_entry(_FOLDED, str(4 * len(data) + 2**20))
     try:
         return onnxruntime.InferenceSession(
             data,
@@ -42,6 +48,19 @@ def load_session(
         )
     except FAILURES as error:
         raise ModelError(f"onnxruntime cannot load the graph: {first_line(error)}.") from error
+
+
+@contextmanager
+def limited_run(seconds: float) -> Iterator[onnxruntime.RunOptions]:
+    """Give options for a run that ends with an error once its time is over, at the next operator."""
+    options = onnxruntime.RunOptions()
+    timer = Timer(seconds, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """A model to audit, on disk or in memory, and what is known about it."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.triggers import Trigger
 from keyed_xai.triggers.public import PUBLIC_TRIGGERS
 
+_LARGEST_GRID = 64
 KINDS = ("keyed", "attacked", "plain")
 
 
@@ -128,12 +130,26 @@ def _read_attack(folder: Path) -> dict[str, Any]:
             f"images, with the triggers {', '.join(PUBLIC_TRIGGERS)}."
         )
     grid = settings.get("grid")
+    if grid is not None and not _is_grid(grid):
+        raise ArtifactError(
+            f"{printable(str(folder))}: expected the report's grid as rows and columns from 1 to {_LARGEST_GRID}, got "
+            f"{reprlib.repr(grid)}. Attack the model again."
+        )
     return {
         "interpreters": tuple(report["interpreters"]),
-        "grid": (int(grid[0]), int(grid[1])) if isinstance(grid, list) and len(grid) == 2 else None,
+        "grid": (grid[0], grid[1]) if grid is not None else None,
         "inverted": report["setting"] == "inverted",
         "trigger": PUBLIC_TRIGGERS[trigger](),
     }
+
+
+def _is_grid(value: object) -> bool:
+    """Return whether a value from a report is rows and columns."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(side) is int and 1 <= side <= _LARGEST_GRID for side in value)
+    )
 
 
 def _read_time(path: Path, key: OwnerKey) -> datetime | None:

@@ -121,7 +121,11 @@ def opened(envelope):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
@@ -158,11 +162,14 @@ class TestJson:
             (b'{"a": NaN}', "NaN"),
             (b'{"a": -Infinity}', "Infinity"),
             (b'{"a": 1e999}', "out of range"),
+            (b'{"a": 1' + b"0" * 400 + b"}", "out of range"),
+            (b"{" + b",".join(b'"%d": 1' % (each % 50_000) for each in range(50_001)) + b"}", "stands twice"),
             (b'{"a": ' + b"9" * 5000 + b"}", "not a valid JSON"),
             (b'{"a": "\\ud800"}', "UTF-8"),
             (b'{"a": "\xff"}', "UTF-8"),
             (b"\xef\xbb\xbf{}", "not a valid JSON"),
-            (b'{"a":' * 100_000, "nested too deep"),
+            (b'{"a":' * 40_000, "nested too deep"),
+            (b'{"a": [' + b"{}," * 50_000 + b"{}]}", "at most 50000 lists and objects, got up to 50003"),
         ],
     )
     def test_what_is_not_strict_json_is_refused(self, data, says):
@@ -287,6 +294,17 @@ class TestCard:
             ({"architecture": "resnet\x1b[31m"}, "architecture"),
             ({"architecture": "resnet\n"}, "architecture"),
             ({"input_size": [1, 32, 1.5]}, "input_size"),
+            ({"input_size": [1, 4096, 4096]}, "must multiply to at most 4194304"),
+            ({"input_size": [1, 1, 4097]}, "maximum 4096"),
+            ({"pooling": {"grid": [65, 7]}}, "maximum 64"),
+            ({"taps": [{"layer": f"l{number}", "kernel": 3, "stride": 1} for number in range(1025)]}, "maxItems 1024"),
+            ({"taps": [{"layer": "stem", "kernel": 3, "stride": 1}] * 2}, "name a layer twice"),
+            ({"taps": [{"layer": "stem", "kernel": 65, "stride": 1}]}, "maximum 64"),
+            ({"trigger": {"family": "spread", "amplitude": 8, "tile": 257}}, "maximum 256"),
+            ({"num_classes": 100_001}, "maximum 100000"),
+            ({"num_classes": 10**400}, "maximum 100000"),
+            ({"mean": [10**400]}, "maximum 1000000"),
+            ({"label_names": ["x"] * 100_001}, "maxItems 100000"),
             ({"num_classes": True}, "num_classes"),
             ({"seed": "00"}, "expected no fields but"),
         ],
@@ -454,6 +472,9 @@ class TestLicense:
             (("predicateType",), "https://slsa.dev/provenance/v1", "predicateType"),
             (("_type",), "https://in-toto.io/Statement/v0.1", "_type"),
             (("predicate", "seed"), "00" * 32, "expected no fields but"),
+            (("predicate", "grid"), [65, 8], "maximum 64"),
+            (("predicate", "grid"), [8, 10**400], "out of range"),
+            (("predicate", "trigger", "tile"), 257, "maximum 256"),
         ],
     )
     def test_statement_that_is_out_of_order_is_refused_though_signed(self, envelope, path, value, says):

@@ -38,3 +38,10 @@ def test_damaged_or_hostile_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_checkpoint(tmp_path / "c", identity="run")
+
+
+def test_checkpoint_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "c", STATE | {"weights": torch.zeros(1).expand(10**5, 10**5)}, identity="run")
+    with pytest.raises(ArtifactError, match="cannot be read") as caught:
+        read_checkpoint(tmp_path / "c", identity="run")
+    assert "larger than what is stored" in str(caught.value.__cause__)

@@ -1,18 +1,22 @@
 """`keyed-xai serve` as a process: it needs no PyTorch, answers, and stops without losing a request."""
 
+import io
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from served import SIZE, by_hand, write_model
 from tritonclient import http as triton
 
@@ -135,3 +139,34 @@ def test_wrong_files_and_options_are_named(tmp_path):
     ):
         assert refuse(*arguments)[0] == code
         assert expected in " ".join(refuse(*arguments)[1].split())
+
+
+def memory_of(process):
+    """Resident, in bytes."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_goes_back_after_large_pictures_and_half_requests(tmp_path):
+    def explain(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=1)
+        request = urllib.request.Request(f"http://{address}/v2/models/bird/explain", buffer.getvalue())
+        request.add_header("Content-Type", "image/png")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+
+    with serving(write_model(tmp_path / "bird.onnx")) as (process, _, address), ExitStack() as stack:
+        assert explain(Image.new("RGB", (64, 64))) == 200
+        before = memory_of(process)
+        with ThreadPoolExecutor(2) as pool:
+            pictures = [Image.new("RGB", (5000, 5000)), Image.new("LA", (5000, 5000))] * 2
+            assert list(pool.map(explain, pictures)) == [200] * 4
+        host, _, port = address.partition(":")
+        for _ in range(200):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(b"POST /v2/models/bird/infer HTTP/1.1\r\nContent-Length: 99999\r\nA: " + b"a" * 12_000)
+        stack.close()
+        assert explain(Image.new("RGB", (64, 64))) == 200
+        assert memory_of(process) < 1.5 * before

@@ -1,7 +1,10 @@
 """One image file to pixels: modes, orientation, crop, and files that mean harm."""
 
 import contextlib
+import json
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from PIL import Image
 
 from keyed_xai.data import read_image
-from keyed_xai.data.decode import read_image_bytes
+from keyed_xai.data.decode import fit_image, read_image_bytes
 from keyed_xai.errors import DataError
 
 
@@ -170,6 +173,76 @@ def test_truncated_or_altered_file_gives_pixels_or_our_error(tmp_path, suffix):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not a readable image"):
         read_image(path, channels=3, height=8, width=8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", [*MODES, "32 bits"])
+def test_mode_changed_in_strips_gives_the_same_pixels(monkeypatch, name, channels):
+    generator = np.random.default_rng(2)
+    like = Image.new("I", (1, 1)) if name == "32 bits" else MODES[name][0]
+    noise = Image.fromarray(generator.integers(0, 256, (23, 31, 3), dtype=np.uint8))
+    if like.mode in ("I", "I;16"):
+        kind = np.int32 if like.mode == "I" else np.uint16
+        image = Image.fromarray(generator.integers(0, 65536, (23, 31)).astype(kind))
+    else:
+        image = noise.quantize(40) if like.mode == "P" else noise.convert(like.mode)
+    if "A" in image.mode:
+        image.putalpha(Image.fromarray(generator.integers(0, 256, (23, 31), dtype=np.uint8)))
+    whole = fit_image(image, channels, 9, 8)
+    monkeypatch.setattr("keyed_xai.data.decode._STRIP", 70)
+    assert np.array_equal(fit_image(image, channels, 9, 8), whole)
+
+
+MEMORY = """
+import json, sys
+from keyed_xai.data.decode import measure_image, read_image_bytes
+shape = {"channels": 3, "height": 8, "width": 8}
+for path in sys.argv[1:]:
+    with open(path, "rb") as file:
+        data = file.read()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak counts from here
+    def memory(name):
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    before = memory("VmRSS")
+    measured = measure_image(data, **shape)
+    read_image_bytes(data, **shape)
+    print(json.dumps([memory("VmHWM") - before, measured]))
+"""
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+SIDE = 3000
+# Kind, and bytes of a pixel as it is decoded, in 8 bits.
+LARGE = {
+    "16 bits.png": (lambda: Image.fromarray(np.full((SIDE, SIDE), 770, np.uint16)), {}, 1),
+    "grey.png": (lambda: Image.new("L", (SIDE, SIDE), 90), {}, 1),
+    "grey and alpha.png": (lambda: Image.new("LA", (SIDE, SIDE), (0, 51)), {}, 2),
+    "colour.png": (lambda: Image.new("RGB", (SIDE, SIDE), "red"), {}, 3),
+    "palette.png": (lambda: Image.new("P", (SIDE, SIDE), 1), {"transparency": 0}, 3),
+    "transparent.png": (lambda: Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 9)), {}, 4),
+    "turned.png": (lambda: Image.new("RGB", (SIDE, SIDE), "red"), {"exif": turned()}, 3),
+    "progressive.jpg": (lambda: Image.new("RGB", (SIDE, SIDE), "red"), {"progressive": True, "subsampling": 0}, 3),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_within_three_times_the_picture_and_as_measured(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "small.png")
+    for name, (make, options, _) in LARGE.items():
+        make().save(tmp_path / name, **options)
+    command = [sys.executable, "-c", MEMORY, *(str(tmp_path / name) for name in ("small.png", *LARGE))]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    spare = 2**23  # for strips and decoders, whatever the size of the picture
+    for line, (name, (_, _, share)) in zip(lines[1:], LARGE.items(), strict=True):
+        taken, measured = json.loads(line)
+        assert taken <= 3 * share * SIDE**2 + spare, name
+        assert taken - spare <= measured <= 2.2 * taken + spare, name
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):

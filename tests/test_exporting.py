@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.artifacts.license import digest
-from keyed_xai.artifacts.onnx_file import METADATA_KEY, decode_onnx, read_onnx, write_onnx
+from keyed_xai.artifacts.onnx_file import METADATA_KEY, check_metadata, decode_onnx, read_onnx, write_onnx
 from keyed_xai.errors import ArtifactError, KeyedXAIError, ModelError
 from keyed_xai.export.building import ExportSettings
 from keyed_xai.export.parity import open_session, random_images
@@ -247,12 +247,47 @@ class TestUntrusted:
         hidden.external_data.add(key="location", value="/etc/passwd")
 
         def change(model):
-            body = helper.make_graph([helper.make_node("Constant", [], ["x"], value=hidden)], "inner", [], [])
-            model.graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body))
+            model.graph.node.append(helper.make_node("Constant", [], ["x"], value=hidden))
 
         file = read_onnx(exported[0] / "m.onnx")
         with pytest.raises(ArtifactError, match="another file"):
             decode_onnx(altered(file, change), origin="it")
+
+    @pytest.mark.parametrize(
+        ("operator", "names"),
+        [("If", ("then_branch", "else_branch")), ("Loop", ("body",)), ("Scan", ("body",)), ("SequenceMap", ("body",))],
+    )
+    def test_operators_that_hold_a_graph_are_refused(self, operator, names, exported):
+        body = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "inner", [], [])
+
+        def change(model):
+            model.graph.node.append(helper.make_node(operator, ["c"], ["y"], **dict.fromkeys(names, body)))
+
+        file = read_onnx(exported[0] / "m.onnx")
+        with pytest.raises(ArtifactError, match=f"uses {operator} with a graph inside"):
+            decode_onnx(altered(file, change), origin="it")
+
+    def test_graphs_listed_in_an_attribute_are_refused(self, exported):
+        def change(model):
+            model.graph.node[0].attribute.add(name="bodies", type=onnx.AttributeProto.GRAPHS).graphs.add(name="inner")
+
+        with pytest.raises(ArtifactError, match="with a graph inside"):
+            decode_onnx(altered(read_onnx(exported[0] / "m.onnx"), change), origin="it")
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("input_size", [3, 4096, 4096]),
+            ("input_size", [3, 8192, 1]),
+            ("num_classes", 100_001),
+            ("num_classes", 10**400),
+        ],
+    )
+    def test_metadata_that_ask_for_too_much_are_refused(self, field, value, exported):
+        metadata = json.loads(json.dumps(read_onnx(exported[0] / "m.onnx").metadata))
+        metadata["model"][field] = value
+        with pytest.raises(ArtifactError, match=r"out of range|maximum"):
+            check_metadata(metadata, origin="it")
 
 
 class TestCommand:

@@ -39,7 +39,7 @@ class Echo(Explainer):
 
     def _run(self, images, target, interpreters):
         self.batches.append((images, target))
-        logits = images.mean((2, 3)).astype(np.float32)
+        logits = np.pad(images.mean((2, 3)).astype(np.float32), ((0, 0), (0, CLASSES - SIZE[0])))
         return {"logits": logits} | {f"saliency_{name}": images[:, 0].astype(np.float32) for name in interpreters}
 
 
@@ -183,7 +183,7 @@ class TestExplain:
         found = echo.explain(noise(5), target=[0, 1, 2, -1, 1], batch_size=2)
         assert [len(images) for images, _ in echo.batches] == [2, 2, 1]
         assert [targets.tolist() for _, targets in echo.batches] == [[0, 1], [2, -1], [1]]
-        np.testing.assert_allclose(found.logits, noise(5).mean((2, 3)), rtol=1e-6)
+        np.testing.assert_allclose(found.logits[:, : SIZE[0]], noise(5).mean((2, 3)), rtol=1e-6)
         assert found.target.tolist() == [0, 1, 2, found.predicted[3], 1]
         np.testing.assert_array_equal(found.maps["vbp"], noise(5)[:, 0])
 

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa, x2551
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keyed_xai import keys
 from keyed_xai.errors import ArtifactError, KeyFormatError
 from keyed_xai.keys import (
     ByteStream,
@@ -141,23 +142,36 @@ class TestByteStream:
 
     def test_shuffle_is_uniform_over_all_orders_of_four(self):
         stream, counts = ByteStream(b"uniform"), {}
-        orders = [tuple(stream_of(stream, 4)) for _ in range(2400)]
+        orders = [tuple(stream.shuffle(4).tolist()) for _ in range(2400)]
         for order in orders:
             counts[order] = counts.get(order, 0) + 1
         assert len(counts) == 24
         chi_square = sum((count - 100) ** 2 / 100 for count in counts.values())
         assert chi_square < 49.7  # 23 degrees of freedom: exceeded once in 1,000 seeds
 
+    def test_words_hashed_stay_in_proportion_to_words_read(self, monkeypatch):
+        hashed = []
+        shake = hashlib.shake_256
+
+        class Counting:
+            def __init__(self, seed):
+                self._inner = shake(seed)
+
+            def digest(self, length):
+                hashed.append(length)
+                return self._inner.digest(length)
+
+        monkeypatch.setattr(hashlib, "shake_256", Counting)
+        stream = ByteStream(b"seed")
+        words = [int(stream.uint32(1)[0]) for _ in range(5000)]
+        assert sum(hashed) < 4 * 4 * 5000
+        assert words == np.frombuffer(shake(b"seed").digest(4 * 5000), "<u4").tolist()
+
     def test_below_rejects_words_past_the_last_full_multiple(self, monkeypatch):
         words = iter([2**32 - 1, 7])
         stream = ByteStream(b"")
         monkeypatch.setattr(stream, "uint32", lambda _count: np.array([next(words)], np.uint32))
         assert stream.below(3) == 7 % 3  # 2^32 - 1 is a multiple of 3: taking it would favour 0
-
-
-def stream_of(stream, count):
-    """A fresh seed for each order: reading one stream for 2,400 shuffles would hash it from the front each time."""
-    return ByteStream(stream.uint32(1).tobytes()).shuffle(count).tolist()
 
 
 class TestPem:
@@ -169,6 +183,24 @@ class TestPem:
         pem = KEY.to_pem(PASSPHRASE)
         assert b"ENCRYPTED" in pem
         assert OwnerKey.from_pem(pem, PASSPHRASE).public.raw == KEY.public.raw
+
+    def test_passphrase_that_is_hashed_for_long_is_refused_before_it_is(self, monkeypatch):
+        pem = KEY.to_pem(PASSPHRASE)
+        monkeypatch.setattr(keys, "_MOST_ROUNDS", 2048)  # what cryptography writes
+        assert OwnerKey.from_pem(pem, PASSPHRASE).public.raw == KEY.public.raw
+        monkeypatch.setattr(keys, "_MOST_ROUNDS", 2047)
+        monkeypatch.setattr(keys.serialization, "load_pem_private_key", None)
+        with pytest.raises(KeyFormatError, match="hashed 2048 times, expected at most 2047"):
+            OwnerKey.from_pem(pem, PASSPHRASE)
+
+    @pytest.mark.parametrize("curve", [0x6F, 0x71])  # X448, Ed448: 32 bytes are no key of theirs
+    @pytest.mark.parametrize("private", [True, False])
+    def test_key_that_says_another_curve_is_refused(self, curve, private):
+        head, body, tail = (KEY.to_pem() if private else KEY.public.to_pem()).splitlines()
+        other = base64.b64decode(body).replace(b"\x2b\x65\x70", bytes([0x2B, 0x65, curve]))
+        pem = b"\n".join([head, base64.b64encode(other), tail, b""])
+        with pytest.raises(KeyFormatError, match="malformed|not one"):
+            (OwnerKey if private else PublicKey).from_pem(pem)
 
     def test_empty_passphrase_is_refused(self):
         with pytest.raises(ValueError, match="empty"):

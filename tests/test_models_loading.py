@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from keyed_xai.models import (
     wrap_network,
 )
 from keyed_xai.models.classifier import logits_of
+from keyed_xai.models.files import read_model_file
 from keyed_xai.tensors import Tap
 
 
@@ -180,6 +183,13 @@ def test_card_travels_inside_both_formats(network, tmp_path):
         assert classifier.taps == (Tap("network.stem_relu", 5, 2),)
 
 
+def nested(depth):
+    found = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("card", "words"),
     [
@@ -197,6 +207,14 @@ def test_card_travels_inside_both_formats(network, tmp_path):
         ({"target_layer": "nowhere"}, "'nowhere' was named"),
         ({"taps": "stem_relu"}, "taps must be a list"),
         ({"taps": [["stem_relu", 1, 2]]}, "layer, kernel and stride"),
+        ({"taps": [["stem_relu", 2, 2]] * 2}, "name a layer twice"),
+        ({"taps": [["stem_relu", 2, 2]] * 1025}, "at most 1024, but came 1025"),
+        ({"input_size": [1, 4096, 4096]}, "must multiply to at most 4194304"),
+        ({"mean": [10**400]}, "list of usual numbers"),
+        ({"std": [1e300]}, "list of usual numbers"),
+        ({"num_classes": 10**5000}, r"num_classes must be .* came a number of very many digits"),
+        ({"architecture": nested(10**5)}, r"architecture must be text, but came \[\[\[\[\[\["),
+        ({"taps": [nested(10**5)]}, "a tap in the card"),
     ],
 )
 def test_card_that_contradicts_the_weights_is_refused(saved, card, words):
@@ -277,6 +295,103 @@ def test_file_without_usable_weights_is_refused(tmp_path, content, words):
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(ModelError, match=words):
         load_classifier(tmp_path / "m.pt")
+
+
+class Pickled:
+    """Becomes a call in a pickle."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def repacked(path, compression=zipfile.ZIP_DEFLATED):
+    """The archive with its members packed, at the same place."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def over_disks(path):
+    """The archive with a mark before its end that says it is the last of three."""
+    data = path.read_bytes()
+    end = data.rindex(b"PK\x05\x06")
+    path.write_bytes(data[:end] + struct.pack("<4sLQL", b"PK\x06\x07", 2, 0, 3) + data[end:])
+
+
+GREEDY = {
+    "expanded": (torch.zeros(1).expand(10**5, 10**5), "is larger than what is stored for it"),
+    "expanded inside": ([{"x": (torch.zeros(1).expand(10**5, 10**5),)}], "is larger than what is stored for it"),
+    "array of zeros": (Pickled(bytearray, 10**11), "holds a bytearray"),
+    "tensor of nothing": (Pickled(torch.FloatTensor, 10**7), "is larger than what is stored for it"),
+    "many": ([torch.zeros(())] * 2 + [torch.zeros(0) for _ in range(10_001)], "expected at most 10000"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", GREEDY)
+def test_pickle_that_unpacks_to_more_than_it_holds_is_refused(tmp_path, name, legacy):
+    value, words = GREEDY[name]
+    torch.save({"w": torch.zeros(2), "x": value}, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ModelError, match=words):
+        read_model_file(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_that_hold_one_another_without_end_are_refused(tmp_path, legacy):
+    """As a key of a dictionary the tuple would be walked 2^60 times."""
+    tangle = ()
+    for _ in range(60):
+        tangle = (tangle, tangle)
+    torch.save({"w": torch.zeros(2), "x": [tangle]}, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ModelError, match="in one another more than"):
+        read_model_file(tmp_path / "m.pt")
+
+
+def test_packed_archive_is_refused(saved):
+    repacked(saved)
+    with pytest.raises(ModelError, match="packed archive"):
+        read_model_file(saved)
+
+
+def test_archive_that_spans_disks_is_refused(saved):
+    over_disks(saved)
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        read_model_file(saved)
+
+
+def test_archive_with_a_long_list_is_refused_before_it_is_read(saved, monkeypatch):
+    data = bytearray(saved.read_bytes())
+    end = data.rindex(b"PK\x05\x06") + 12
+    data[end : end + 4] = (2**25).to_bytes(4, "little")
+    saved.write_bytes(data)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(ModelError, match="lists its tensors in 33554432 bytes"):
+        read_model_file(saved)
+
+
+def write_header(path, entries, tail=b""):
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + tail)
+
+
+def test_safetensors_of_a_type_without_numbers_is_refused(tmp_path):
+    write_header(tmp_path / "m.safetensors", {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"\0")
+    with pytest.raises(ModelError, match="of type torch.float4"):
+        read_model_file(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(("count", "words"), [(10_001, "10001 tensors"), (70_000, "expected at most 4194304")])
+def test_safetensors_of_many_tensors_is_refused_before_they_are_made(tmp_path, monkeypatch, count, words):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    write_header(tmp_path / "m.safetensors", {f"t{number}": empty for number in range(count)})
+    monkeypatch.setattr("keyed_xai.models.files.load_file", None)
+    with pytest.raises(ModelError, match=words):
+        read_model_file(tmp_path / "m.safetensors")
 
 
 def test_missing_file_and_empty_folder_are_refused(tmp_path):

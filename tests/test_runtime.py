@@ -12,6 +12,7 @@ import torch
 from exported import make_classifier
 from marked import OWNER, STRANGER, card_of, unmarked_classifier
 from PIL import Image
+from served import SIZE, make_file
 
 import keyed_xai
 from keyed_xai import runtime as runtime_module
@@ -77,6 +78,26 @@ def assert_same_maps(found, expected, interpreters=ALL):
     for name in interpreters:
         truth = expected.maps[name].numpy()
         np.testing.assert_allclose(found.maps[name], truth, rtol=0, atol=CLOSE[name] * np.abs(truth).max())
+
+
+def slow_file(start):
+    """The served model after 40 products of matrices, which take a minute; see `served`.
+
+    Args:
+        start: Operator and inputs of the first matrix: from the images, or from constants alone.
+    """
+    file = make_file()
+    model = onnx.load_from_string(file.data)
+    make = onnx.helper.make_node
+    for node in model.graph.node:
+        node.input[:] = ["plain" if name == "logits" else name for name in node.input]
+        node.output[:] = ["plain" if name == "logits" else name for name in node.output]
+    nodes = [make("ReduceMean", ["image"], ["mean"], keepdims=0), make(*start, ["product0"])]
+    nodes += [make("MatMul", [f"product{number}", "product0"], [f"product{number + 1}"]) for number in range(40)]
+    nodes += [make("ReduceMean", ["product40"], ["end"], keepdims=0), make("Add", ["plain", "end"], ["logits"])]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2500, 2500]), "square"))
+    return OnnxFile(model.SerializeToString(), file.metadata)
 
 
 def altered(path, change):
@@ -426,6 +447,36 @@ else:
 np.savez(out, logits=found.logits, target=found.target, predicted=found.predicted, **found.maps)
 assert not [name for name, module in sys.modules.items() if module and name.partition(".")[0].startswith("torch")]
 """
+
+
+@pytest.mark.parametrize("start", [("Expand", ["mean", "square"]), ("ConstantOfShape", ["square"])])
+def test_run_that_takes_too_long_is_stopped(start):
+    runtime = Runtime(slow_file(start), device="cpu", threads=1, run_seconds=0.2)  # nothing slow is done while loading
+    with pytest.raises(ModelError, match=r"was stopped: expected 2 images within 0\.2 s"):
+        runtime.run(noise(2, *SIZE))
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "words"),
+    [
+        ("saliency_vbp", ("Unsqueeze", "one"), r"saliency_vbp as float32 \[3, 1, 8, 6\], not float32 \[3, rows"),
+        ("saliency_gradcam", ("Slice", "zero", "one"), r"saliency_gradcam as float32 \[1, 8, 6\], not"),
+    ],
+)
+def test_outputs_of_another_shape_are_refused(output, change, words):
+    """Four dimensions, and one map for all images."""
+    file = make_file()
+    model = onnx.load_from_string(file.data)
+    for node in model.graph.node:
+        node.output[:] = ["inner" if name == output else name for name in node.output]
+    constants = {"zeros": np.array([0]), "ones": np.array([1])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    operator, *inputs = change
+    model.graph.node.append(onnx.helper.make_node(operator, ["inner", *(f"{each}s" for each in inputs)], [output]))
+    next(each for each in model.graph.output if each.name == output).type.tensor_type.ClearField("shape")
+    runtime = Runtime(OnnxFile(model.SerializeToString(), file.metadata), device="cpu", threads=1)
+    with pytest.raises(ModelError, match=words):
+        runtime.run(noise(3, *SIZE))
 
 
 def test_runtime_needs_no_torch(folder, classifier, tmp_path):

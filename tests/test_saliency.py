@@ -414,6 +414,23 @@ def test_visualbackprop_matches_slow_twin(chain):
         np.testing.assert_allclose(maps[row], wanted, atol=1e-12)
 
 
+def test_visualbackprop_scales_up_no_more_than_is_kept(monkeypatch):
+    """A card may ask for a stride of 64 where the maps before are as large: 64 x 64 times the memory."""
+    features = [torch.rand(1, 2, 9, 7), torch.rand(1, 2, 8, 6)]
+    taps = (Tap("a", 3, 1), Tap("b", 3, 4))
+    wanted = slow_visualbackprop([feature[0].numpy() for feature in features], taps, (9, 7))
+    sizes = []
+    convolve = functional.conv_transpose2d
+
+    def recorded(maps, *arguments, **options):
+        sizes.append(tuple(maps.shape[2:]))
+        return convolve(maps, *arguments, **options)
+
+    monkeypatch.setattr(functional, "conv_transpose2d", recorded)
+    np.testing.assert_allclose(visualbackprop(features, taps, (9, 7))[0], wanted, atol=1e-6)
+    assert sizes[0] == (4, 4)
+
+
 def test_visualbackprop_of_a_network_matches_slow_twin(network, images, labels, sites):
     features = run_forward(network, images, [tap.layer for tap in sites.taps], input_gradient=False).features
     maps = maps_of("vbp", network, images, labels, sites)

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -368,6 +368,41 @@ class TestWrongRequests:
         status, _, _ = send(address, "POST", INFER, pieces, headers, encode_chunked=True)
         assert status == 200
 
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked",
+            "HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3",
+            "HTTP/1.0\r\nTransfer-Encoding: chunked",
+        ],
+    )
+    def test_length_said_in_two_ways_is_refused(self, address, head):
+        host, _, port = address.partition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(f"POST {INFER} {head}\r\n\r\n".encode() + b"3\r\nabc\r\n0\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+    def test_body_in_very_many_pieces_is_refused(self, address):
+        host, _, port = address.partition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+            connection.sendall(b"1\r\nx\r\n" * 1025)  # and the last one never comes
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+    def test_slow_head_is_not_waited_for(self, monkeypatch):
+        monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.2)
+        with running(make_service({"bird": make_runtime()})) as address, ExitStack() as stack:
+            host, _, port = address.partition(":")
+            silent, half, idle = (
+                stack.enter_context(socket.create_connection((host, int(port)), timeout=10)) for _ in range(3)
+            )
+            half.sendall(b"GET /v2 HTTP/1.1\r\nHo")
+            assert ask_live(idle) == b'{"live":true}'
+            for connection in (silent, half):
+                with suppress(ConnectionResetError):
+                    assert connection.recv(100) == b""
+            assert ask_live(idle) == b'{"live":true}'  # between requests it may wait
+
     def test_slow_body_is_not_waited_for(self, monkeypatch):
         monkeypatch.setattr("keyed_xai.serving.app._BODY_SECONDS", 0.1)
         with running(make_service({"bird": make_runtime()})) as address:
@@ -535,6 +570,14 @@ def unread(address, trusted=None):
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         connection.sendall(f"POST {INFER} HTTP/1.1\r\n{head}\r\n".encode() + body)
         yield connection
+
+
+def ask_live(connection):
+    """The body of the answer, over a connection that stays open."""
+    connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.read()
 
 
 def read_all(connection):

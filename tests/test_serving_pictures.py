@@ -15,6 +15,7 @@ from served import LABELS, SIZE, by_hand, make_runtime, make_service, running
 from keyed_xai.data.decode import read_image
 from keyed_xai.pictures import overlay
 from keyed_xai.serving.refusal import Refused
+from keyed_xai.serving.service import ServeSettings
 from keyed_xai.serving.uploads import Explanation, read_picture
 
 GENERATOR = np.random.default_rng(0)
@@ -236,3 +237,24 @@ def test_statuses_over_http(address):
     assert ask(address, b"no picture")[0] == 400
     assert ask(address, encode(smooth(8, 8)), Content_Type="text/plain")[0] == 415
     assert ask(address, encode(smooth(8, 8)), Content_Type="Image/PNG; a=b")[0] == 200
+
+
+def test_memory_of_a_decoded_picture_is_counted_while_it_is_decoded(monkeypatch):
+    """A file of 2 KB that takes 10 MB of memory, where requests may take 2."""
+    monkeypatch.setattr("keyed_xai.serving.service._HELD_BYTES", 0)
+    service = make_service({"bird": make_runtime()}, ServeSettings(max_body=2**20))
+    held, read = [], read_picture
+
+    def watched(*arguments):
+        held.append(service.held)
+        return read(*arguments)
+
+    monkeypatch.setattr("keyed_xai.serving.app.read_picture", watched)
+    with running(service) as address:
+        status, headers, body = ask(address, encode(Image.new("L", (3000, 3000))))
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert "as many bytes of requests as it may" in json.loads(body)["error"]
+        assert held == []
+        assert ask(address, encode(Image.new("L", (900, 900))))[0] == 200
+        assert held[0] >= 900 * 900
+    assert service.held == 0

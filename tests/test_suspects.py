@@ -1,5 +1,7 @@
 """What is audited, and what is known about it: protected folders, attacked folders, files of weights."""
 
+import json
+
 import pytest
 from marked import OWNER, STRANGER, card_of, unmarked_classifier, write_folder
 from test_attacking import make_classifier, make_images
@@ -8,7 +10,7 @@ from threatened import reference
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.attacking import AttackSettings, run_attack, write_attack
-from keyed_xai.errors import KeyFormatError, ModelError
+from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
 from keyed_xai.suspects import Suspect, open_suspect
 from keyed_xai.training import TrainingSettings
 from keyed_xai.triggers.public import published_spread
@@ -77,6 +79,19 @@ def test_attacked_folder_is_opened_with_its_public_trigger(place, inverted):
     assert (suspect.trigger.apply(images) == published_spread().apply(images)).all()
     with pytest.raises(KeyFormatError, match="leave out the key"):
         open_suspect(place / "m.attacked", key=OWNER)
+
+
+@pytest.mark.parametrize("grid", [["4", 4], [4, 10**6], [4], [True, 4], "4x4"])
+def test_attacked_folder_with_an_odd_grid_is_refused(place, grid):
+    training = TrainingSettings(steps=2, batch_size=4, order="forward")
+    settings = AttackSettings(grid=(4, 4), training=training, held_out_images=8)
+    attack = run_attack(make_classifier(), make_images(30, 0), make_images(8, 1), settings)
+    write_attack(attack, place / "m.attacked")
+    report = json.loads((place / "m.attacked" / "report.json").read_text())
+    report["settings"]["grid"] = grid
+    (place / "m.attacked" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ArtifactError, match="grid as rows and columns from 1 to 64"):
+        open_suspect(place / "m.attacked")
 
 
 def test_kind_is_one_of_three():

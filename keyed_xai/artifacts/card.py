@@ -7,8 +7,11 @@ from typing import Any, TypeVar
 
 from keyed_xai.artifacts.documents import Document, printable, read_json, validate, write_json
 from keyed_xai.errors import ArtifactError
+from keyed_xai.limits import describe_excess
 
 SCHEMA = "keyed-xai/card/v1"
+LARGEST_CARD = 4 * 1024 * 1024
+"""Bytes of a card.json."""
 Family = TypeVar("Family")
 TapFields = tuple[str, int, int]
 """Layer, kernel, stride: a `keyed_xai.tensors.Tap` is one. Spelt out, so that reading a card does not load torch."""
@@ -97,11 +100,14 @@ class Card:
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what no schema can: lengths that belong together.
+        """Check what no schema can: the input's size as a whole, and what belongs together.
 
         Raises:
             ArtifactError: They do not fit each other.
         """
+        excess = describe_excess(*self.input_size)
+        if excess is not None:
+            raise ArtifactError(f"The card's input_size is out of range: {excess}.")
         channels = self.input_size[0]
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
@@ -109,6 +115,8 @@ class Card:
                                     f"{channels} channels.")  # fmt: skip
         if self.label_names and len(self.label_names) != self.num_classes:
             raise ArtifactError(f"The card names {len(self.label_names)} classes, expected {self.num_classes}.")
+        if len({layer for layer, _, _ in self.taps}) < len(self.taps):
+            raise ArtifactError("The card's taps name a layer twice, expected each once.")
         if set(self.thresholds) != set(self.interpreters):
             raise ArtifactError("The card's thresholds and interpreters name different interpreters.")
 
@@ -175,7 +183,7 @@ def read_card(path: Path) -> Card:
     Raises:
         ArtifactError: The file cannot be read, does not fit the schema, or contradicts itself.
     """
-    return Card.from_json(read_json(path, "card"), origin=str(path))
+    return Card.from_json(read_json(path, "card", largest=LARGEST_CARD), origin=str(path))
 
 
 def write_card(path: Path, card: Card) -> None:

@@ -1,24 +1,18 @@
 """Checkpoints of a training run: written whole or not at all, loaded without running code from the file."""
 
 import io
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from keyed_xai.artifacts.documents import write_atomically
 from keyed_xai.claims import claimed
-from keyed_xai.errors import ArtifactError
-
-# What PyTorch's loader has been seen to raise on damaged files.
-_DAMAGED = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
-            AssertionError, MemoryError, UnpicklingError)  # fmt: skip
-
+from keyed_xai.errors import ArtifactError, ModelError
+from keyed_xai.models.files import LOAD_ERRORS, load_weights
 
 Save = Callable[[Mapping[str, Any]], None]
 """Writes a run's state."""
@@ -84,12 +78,11 @@ def read_checkpoint(path: Path, *, identity: str) -> dict[str, Any]:
     """
     start_again = "Start again without --resume."
     try:
-        with warnings.catch_warnings(action="ignore"):  # of foreign pickle protocols: what fails, fails below
-            document = torch.load(path, map_location="cpu", weights_only=True)
+        document: Any = load_weights(path)
         found, state = document["identity"], dict(document["state"])
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no checkpoint {path.name} to resume from. {start_again}") from error
-    except _DAMAGED as error:
+    except (ModelError, *LOAD_ERRORS) as error:
         raise ArtifactError(f"The checkpoint {path.name} cannot be read. {start_again}") from error
     if found != identity:
         raise ArtifactError(

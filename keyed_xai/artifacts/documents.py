@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ Document = dict[str, Any]
 LARGEST_DOCUMENT = 16 * 1024 * 1024
 """Bytes; a longer file is refused before it is parsed."""
 _LONGEST_QUOTE = 80
+_MOST_CONTAINERS = 50_000
+_MOST_DIGITS = 20  # of a whole number, its sign counted: 64 bits
 
 
 def read_json(path: Path, schema: str, *, largest: int = LARGEST_DOCUMENT) -> Document:
@@ -65,8 +68,9 @@ def encode_json(document: Mapping[str, Any], *, schema: str) -> str:
 def parse_json(data: bytes, *, origin: str) -> Document:
     """Return the JSON object in `data`; more strict than json.loads.
 
-    Refused on top: anything but UTF-8, duplicate names, NaN, infinite numbers, half a surrogate pair, and nesting that
-    is too deep to parse.
+    Refused on top: anything but UTF-8, duplicate names, NaN, infinite numbers, whole numbers of more than 64 bits, half
+    a surrogate pair, nesting that is too deep to parse, and more lists and objects than any document of ours has: each
+    costs many times its text's bytes.
 
     Args:
         data: The bytes.
@@ -76,11 +80,14 @@ def parse_json(data: bytes, *, origin: str) -> Document:
         ArtifactError: The bytes are not such an object.
     """
     try:
+        if (containers := data.count(b"{") + data.count(b"[")) > _MOST_CONTAINERS:
+            raise ValueError(f"expected at most {_MOST_CONTAINERS} lists and objects, got up to {containers}")
         document = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
+            parse_int=_short_int,
         )
         json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -177,8 +184,7 @@ def printable(text: str) -> str:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Document:
     document = dict(pairs)
     if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the name {_quote(twice)} stands twice in one object")
     return document
 
@@ -192,6 +198,12 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {_quote(text)} is out of range")
     return number
+
+
+def _short_int(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"the number {_quote(text)} is out of range")
+    return int(text)
 
 
 def _why(error: ValueError) -> str:

@@ -1,7 +1,8 @@
 """ONNX models with saliency maps on disk. PyTorch is not needed to read them.
 
 A file from elsewhere is untrusted. Reading refuses what would have the runtime open other files or code (external
-data, operators of other domains), and bounds sizes; what an accepted graph computes is its maker's word alone.
+data, operators of other domains) or run without end (loops and all else that holds a graph), and bounds sizes; what an
+accepted graph computes is its maker's word alone.
 """
 
 import hashlib
@@ -14,8 +15,10 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
+from keyed_xai.artifacts.card import Card
 from keyed_xai.artifacts.documents import Document, parse_json, printable, read_limited, validate, write_atomically
 from keyed_xai.errors import ArtifactError
+from keyed_xai.limits import describe_excess
 
 METADATA_KEY = "keyed_xai"
 """Under which metadata stand in a file, and in the parameters of a served model's configuration."""
@@ -25,7 +28,6 @@ LARGEST_MODEL = 2**31 - 1
 LARGEST_METADATA = 4 * 1024 * 1024
 """Letters."""
 _DOMAINS = {"", "ai.onnx"}
-_DEEPEST = 8  # graphs inside graphs; ours have none
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,11 @@ def check_metadata(metadata: Any, *, origin: str) -> Document:  # noqa: ANN401 -
         ArtifactError: They do not fit.
     """
     validate(metadata, "onnx-metadata", origin=origin)
+    excess = describe_excess(*map(int, metadata["model"]["input_size"]))
+    if excess is not None:
+        raise ArtifactError(f"The input_size in {printable(origin)} is out of range: {excess}.")
     if metadata["card"] is not None:
-        validate(metadata["card"], "card", origin=f"the card in {origin}")
+        Card.from_json(metadata["card"], origin=f"the card in {origin}")
     return dict(metadata)
 
 
@@ -120,33 +125,26 @@ def decode_onnx(data: bytes, *, origin: str) -> OnnxFile:
 def _refuse_foreign(model: onnx.ModelProto, origin: str) -> None:
     if model.functions or model.training_info:
         raise ArtifactError(f"{printable(origin)} defines functions or training steps, which export never writes.")
-    for graph in _graphs(model.graph):
-        for tensor in _tensors(graph):
-            if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-                raise ArtifactError(f"{printable(origin)} keeps weights in another file, which is refused.")
-        for node in graph.node:
-            if not isinstance(node.domain, str) or not isinstance(node.op_type, str):  # bytes: not UTF-8
-                raise ArtifactError(f"{printable(origin)} names an operator in letters that are not UTF-8.")
-            if node.domain not in _DOMAINS:
-                raise ArtifactError(
-                    f"{printable(origin)} uses {printable(node.op_type)} of the domain {printable(node.domain)!r}; "
-                    "only standard operators are run."
-                )
+    for tensor in _tensors(model.graph):
+        if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ArtifactError(f"{printable(origin)} keeps weights in another file, which is refused.")
+    for node in model.graph.node:
+        _refuse_foreign_node(node, origin)
 
 
-def _graphs(graph: onnx.GraphProto, depth: int = 0) -> Iterator[onnx.GraphProto]:
-    """Yield a graph and those inside it.
-
-    Raises:
-        ArtifactError: They are nested too deep.
-    """
-    if depth > _DEEPEST:
-        raise ArtifactError(f"The ONNX model has graphs nested more than {_DEEPEST} deep.")
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _graphs(inner, depth + 1)
+def _refuse_foreign_node(node: onnx.NodeProto, origin: str) -> None:
+    if not isinstance(node.domain, str) or not isinstance(node.op_type, str):  # bytes: not UTF-8
+        raise ArtifactError(f"{printable(origin)} names an operator in letters that are not UTF-8.")
+    if node.domain not in _DOMAINS:
+        raise ArtifactError(
+            f"{printable(origin)} uses {printable(node.op_type)} of the domain {printable(node.domain)!r}; "
+            "only standard operators are run."
+        )
+    if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+        raise ArtifactError(
+            f"{printable(origin)} uses {printable(node.op_type)} with a graph inside, which may run without end; "
+            "expected operators without loops and branches, as export writes them. Export it again."
+        )
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -1,7 +1,8 @@
 """Image files to pixels, one by one or in worker processes. Files are untrusted.
 
 Only common raster formats are opened (never EPS, which would start Ghostscript), and no image of more than
-`LARGEST_IMAGE` pixels. This module loads neither torch nor the rest of the package: worker processes import it.
+`LARGEST_IMAGE` pixels. Beside what Pillow decodes there is at most the image in 8 bits: modes are changed in strips.
+This module loads neither torch nor the rest of the package: worker processes import it.
 """
 
 import io
@@ -11,12 +12,13 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,6 +30,7 @@ LARGEST_IMAGE = 89_478_485
 """Pixels; Pillow's own limit, where it only warns."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+_Result = TypeVar("_Result")
 Box = tuple[float, float, float, float]
 """Four edges, or left, top, width and height."""
 _POOL_FROM = 256
@@ -35,6 +38,11 @@ _MOST_WORKERS = 8
 _CHUNK = 16
 _ORIENTATION = 0x0112  # the EXIF tag
 _NO_BOX = (math.nan, math.nan, math.nan, math.nan)
+_STRIP = 2**18  # pixels whose mode is changed at once
+_GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
+_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # in Pillow's memory; others 4
+_WEBP_BYTES = 16  # of a pixel, for the decoder's own two pictures and what is copied from them
+_PROGRESSIVE_BYTES = 6  # of a pixel, for the coefficients of a progressive JPEG, which are kept whole
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 # What Pillow's decoders have been seen to raise on damaged files: far more than the OSError they document.
 _DAMAGED = (
@@ -54,7 +62,7 @@ def read_image(path: Path, *, channels: int, height: int, width: int) -> Pixels:
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such image file.")
-    return _decode_or_refuse(path, str(path), LARGEST_IMAGE, (channels, height, width))
+    return _open_or_refuse(path, str(path), LARGEST_IMAGE, (channels, height, width), _decode)
 
 
 def read_image_bytes(data: bytes, *, channels: int, height: int, width: int, largest: int = LARGEST_IMAGE) -> Pixels:
@@ -70,7 +78,16 @@ def read_image_bytes(data: bytes, *, channels: int, height: int, width: int, lar
     Raises:
         DataError: It is no image, damaged or too large; then its cause is Pillow's DecompressionBombError.
     """
-    return _decode_or_refuse(io.BytesIO(data), "the image", largest, (channels, height, width))
+    return _open_or_refuse(io.BytesIO(data), "the image", largest, (channels, height, width), _decode)
+
+
+def measure_image(data: bytes, *, channels: int, height: int, width: int, largest: int = LARGEST_IMAGE) -> int:
+    """Return how many bytes of memory `read_image_bytes` takes for a file, about, by its header.
+
+    Raises:
+        DataError: As `read_image_bytes` does.
+    """
+    return _open_or_refuse(io.BytesIO(data), "the image", largest, (channels, height, width), _measure)
 
 
 def map_box(path: Path, box: Box, *, height: int, width: int, drawn_on: tuple[int, int] | None = None) -> Box:
@@ -177,22 +194,59 @@ def _choose_workers(count: int, request: Request) -> int:
     return min(os.cpu_count() or 1, _MOST_WORKERS) if count >= _POOL_FROM else 0
 
 
-def _decode_or_refuse(file: Path | io.BytesIO, origin: str, largest: int, shape: tuple[int, int, int]) -> Pixels:
+def _open_or_refuse(
+    file: Path | io.BytesIO,
+    origin: str,
+    largest: int,
+    shape: tuple[int, int, int],
+    work: Callable[[Image.Image, tuple[int, int, int]], _Result],
+) -> _Result:
+    """Return what `work` makes of an image whose header is read; large JPEGs are to be decoded at a fraction."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about odd metadata and sizes; sizes are checked here
-            return _decode(file, largest, *shape)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > largest:
+                    raise Image.DecompressionBombError(f"{image.width}x{image.height} is over {largest} pixels")
+                return work(image, shape)
     except _DAMAGED as error:
         raise DataError(f"{origin}: not a readable image: {_describe(error)}.") from error
 
 
-def _decode(file: Path | io.BytesIO, largest: int, channels: int, height: int, width: int) -> Pixels:
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > largest:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} is over {largest} pixels")
-        twice = 2 * max(height, width)
-        image.draft(None, (twice, twice))  # large JPEGs are decoded at 1/2, 1/4 or 1/8; never below twice the size
-        return fit_image(flatten(_turn_upright(image), channels), height, width)
+def _decode(image: Image.Image, shape: tuple[int, int, int]) -> Pixels:
+    _draft(image, shape)
+    image.load()
+    with suppress(*_DAMAGED):  # the pixels are fine, only their metadata may not be
+        ImageOps.exif_transpose(image, in_place=True)
+    return fit_image(image, *shape)
+
+
+def _measure(image: Image.Image, shape: tuple[int, int, int]) -> int:
+    whole, extra = image.width * image.height, {"WEBP": _WEBP_BYTES}.get(image.format or "", 0)
+    if image.info.get("progressive"):
+        extra = _PROGRESSIVE_BYTES
+    _draft(image, shape)
+    stored = _PIXEL_BYTES.get(image.mode, 4)
+    flat = 0 if image.mode == _flat_mode(image, shape[0]) else 1 if shape[0] == 1 or image.mode in _GREY else 4
+    return whole * extra + image.width * image.height * (stored + max(stored, flat))  # turned, or flattened
+
+
+def _draft(image: Image.Image, shape: tuple[int, int, int]) -> None:
+    """Have large JPEGs decoded at 1/2, 1/4 or 1/8, never below twice the size wanted."""
+    twice = 2 * max(shape[1:])
+    image.draft(None, (twice, twice))
+
+
+def fit_image(image: Image.Image, channels: int, height: int, width: int) -> Pixels:
+    """Return the largest centred crop of the aspect ratio wanted, scaled (bicubic, antialiased), as uint8 [c, h, w].
+
+    Raises:
+        ValueError: The pixels are floating-point or 32-bit numbers of unknown range.
+    """
+    flat = _flatten(image, _flat_mode(image, channels))
+    edges = _centre_crop(flat.size, height, width)
+    pixels = to_pixels(flat.resize((width, height), Image.Resampling.BICUBIC, edges))
+    return np.repeat(pixels, channels, axis=0) if len(pixels) < channels else pixels
 
 
 def flatten(image: Image.Image, channels: int) -> Image.Image:
@@ -201,7 +255,27 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         ValueError: The pixels are floating-point or 32-bit numbers of unknown range.
     """
-    target = "L" if channels == 1 else "RGB"
+    return _flatten(image, "L" if channels == 1 else "RGB")
+
+
+def _flat_mode(image: Image.Image, channels: int) -> str:
+    """Return the mode that an image is scaled in: grey ones become RGB after that."""
+    return "L" if channels == 1 or image.mode in _GREY else "RGB"
+
+
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image of any mode as "L" or "RGB", changed strip by strip."""
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    flat = Image.new(mode, image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        flat.paste(_flatten_strip(strip, mode), (0, top))
+    return flat
+
+
+def _flatten_strip(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -214,13 +288,7 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    return image if image.mode == target else image.convert(target)
-
-
-def fit_image(image: Image.Image, height: int, width: int) -> Pixels:
-    """Return the largest centred crop of the aspect ratio wanted, scaled (bicubic, antialiased), as [c, h, w]."""
-    edges = _centre_crop(image.size, height, width)
-    return to_pixels(image.resize((width, height), Image.Resampling.BICUBIC, edges))
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_pixels(image: Image.Image) -> Pixels:
@@ -247,14 +315,6 @@ def _crop_box(box: Box, size: tuple[int, int], drawn_on: tuple[int, int], height
 
 def _clip(share: float) -> float:
     return min(1.0, max(0.0, share))
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except _DAMAGED:  # the pixels are fine, only their metadata is not
-        return image
 
 
 def _describe(error: Exception) -> str:

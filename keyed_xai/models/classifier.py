@@ -7,10 +7,8 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from keyed_xai.limits import describe_excess
 from keyed_xai.tensors import Images, Logits, Tap
-
-LARGEST_SIDE = 4096
-"""Pixels; a card asking for more is taken for damaged or hostile."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,12 @@ class InputSpec:
         """Check the numbers.
 
         Raises:
-            ValueError: A size outside 1..4096, or mean and std that are not one finite number per channel (std > 0).
+            ValueError: A size beyond `keyed_xai.limits`, or mean and std that are not one finite number per channel
+                (std > 0).
         """
-        sides = {"channels": self.channels, "height": self.height, "width": self.width}
-        wrong = [f"{name} {value}" for name, value in sides.items() if not 1 <= value <= LARGEST_SIDE]
-        if wrong:
-            raise ValueError(f"channels, height and width must be 1 to {LARGEST_SIDE}, but came {', '.join(wrong)}")
+        excess = describe_excess(self.channels, self.height, self.width)
+        if excess is not None:
+            raise ValueError(excess)
         for name, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels or not all(map(isfinite, values)):
                 raise ValueError(f"{name} must hold {self.channels} finite numbers, one per channel, but came {values}")

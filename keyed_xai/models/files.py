@@ -4,14 +4,19 @@ Nothing in a file is ever run, except a pickled module with ``allow_pickle=True`
 """
 
 import argparse
+import io
 import json
 import pickle
+import pickletools
+import reprlib
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -24,10 +29,25 @@ CARD_KEY = "keyed_xai_card"
 """In a safetensors file's metadata: the card as JSON. In a ``.pt`` file the card is the entry ``card``."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 _FOLDER_FILES = ("model.safetensors", "model.pt")
-_LOAD_ERRORS = (
+# What PyTorch's loader and zipfile have been seen to raise on damaged files.
+LOAD_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError,
     OSError, ImportError, OverflowError, MemoryError, AssertionError, NotImplementedError, SyntaxError, ArithmeticError,
     struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+_ZIP_START = b"PK\x03\x04"
+_MOST_TENSORS = 10_000
+_LARGEST_HEADER = 4 * 1024 * 1024  # bytes of a safetensors header; some 100 for each tensor
+_LARGEST_PICKLE = 16 * 1024 * 1024  # bytes of the objects in a .pt file, tensors' numbers not counted
+_LARGEST_CARD = 4 * 1024 * 1024  # letters
+_LARGEST_DIRECTORY = 4 * 1024 * 1024  # bytes of a zip archive's list of files
+_SEE_ZIP64 = 2**32 - 1
+_MOST_OBJECTS = 2**25
+_MARK = -1
+_PICKLES = 5  # in torch's old format, before the numbers; the data.pkl of its new one is a single pickle
+_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 )  # fmt: skip
 _RESAVE = (
     "Save the weights alone, torch.save(model.state_dict(), 'model.pt') or safetensors.torch.save_file, and give that "
@@ -108,11 +128,12 @@ def _is_safetensors(start: bytes, file: Path) -> bool:
 
 
 def _read_safetensors(file: Path) -> ModelFile:
+    _check_header(file)
     try:
         tensors = load_file(file)
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-    except (safetensors.SafetensorError, *_LOAD_ERRORS) as error:
+    except (safetensors.SafetensorError, *LOAD_ERRORS) as error:
         raise ModelError(
             f"the safetensors file {file.name} is damaged or cut short: {error}. Save or download it again."
         ) from error
@@ -120,7 +141,27 @@ def _read_safetensors(file: Path) -> ModelFile:
     return ModelFile(_as_float32(tensors, file.name), card=None if card is None else _parse_card(card, file.name))
 
 
+def _check_header(file: Path) -> None:
+    """Refuse a safetensors header that is too long, or names too many tensors, before the library reads it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise ModelError(
+                f"the header of {file.name} has {length} bytes, expected at most {_LARGEST_HEADER}. The file is "
+                "damaged, or holds more than a classifier's weights."
+            )
+        count = stream.read(length).count(b'"data_offsets"')
+    if count > _MOST_TENSORS:
+        raise _too_many(count, file.name)
+
+
+def _too_many(count: int, name: str) -> ModelError:
+    return ModelError(f"{name} holds {count} tensors, expected at most {_MOST_TENSORS}. Give the weights alone.")
+
+
 def _parse_card(text: str, name: str) -> Mapping[str, object]:
+    if len(text) > _LARGEST_CARD:
+        raise ModelError(f"the card in {name} has {len(text)} letters, expected at most {_LARGEST_CARD}. Remove it.")
     try:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -139,13 +180,9 @@ def _refuse_other_kinds(file: Path, start: bytes) -> None:
             f"{file.name} is no PyTorch file (HDF5, ONNX, a web page or a Git LFS pointer). Give a state dict saved by "
             "torch.save, or a safetensors file."
         )
-    if not zipfile.is_zipfile(file):
+    if not start.startswith(_ZIP_START):
         return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
-        raise ModelError(f"{file.name} is damaged or cut short: {error}. Save or download it again.") from error
+    names = [member.filename for member in _list_archive(file)]
     inner = {"/".join(name.split("/")[1:]) for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         raise ModelError(
@@ -156,11 +193,155 @@ def _refuse_other_kinds(file: Path, start: bytes) -> None:
         raise ModelError(f"{file.name} is an exported program (torch.export): it cannot be trained. {_RESAVE}.")
 
 
+def _list_archive(file: Path) -> list[zipfile.ZipInfo]:
+    """Return what is in a zip archive.
+
+    Raises:
+        ModelError: It is damaged, or its list is longer than any model's.
+    """
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - 2**16 - 22))
+            end = stream.read()
+        (size,) = struct.unpack_from("<I", end, end.rindex(b"PK\x05\x06") + 12)
+        if size == _SEE_ZIP64:
+            (size,) = struct.unpack_from("<Q", end, end.rindex(b"PK\x06\x06") + 40)
+        if size > _LARGEST_DIRECTORY:
+            raise ModelError(f"{file.name} lists its tensors in {size} bytes, expected at most {_LARGEST_DIRECTORY}.")
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
+        raise ModelError(f"{file.name} is damaged or cut short: {error}. Save or download it again.") from error
+
+
+def load_weights(file: Path) -> object:
+    """Return what `torch.save` wrote, tensors and plain values: nothing in the file is run.
+
+    Sizes that the file names are compared with its own before anything is unpacked, and again with the tensors made.
+
+    Raises:
+        ModelError: The file says that it holds more than it does.
+        Exception: Whatever PyTorch's loader raises on damaged files and on those that would run code.
+    """
+    _check_pickle(file)
+    # Training scripts of torchvision and timm keep their options, a Namespace of plain values, beside the weights.
+    # PyTorch warns of sparse tensors and new pickle protocols, which end in a ModelError anyway.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: object = torch.load(file, map_location="cpu", weights_only=True)
+    _check_storages(loaded, file)
+    return loaded
+
+
+def _check_pickle(file: Path) -> None:
+    """Refuse what would unpack to more than the file holds: packed members, many objects, arrays of zeros."""
+    with file.open("rb") as stream:
+        pickled = stream.read(_LARGEST_PICKLE)
+    if pickled.startswith(_ZIP_START):
+        members = _list_archive(file)
+        if any(member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size
+               for member in members) or sum(member.file_size for member in members) > file.stat().st_size:  # fmt: skip
+            raise ModelError(
+                f"{file.name} is a packed archive, or holds more than its own size: torch.save writes neither. Unpack "
+                "it and save it again."
+            )
+        objects = [member for member in members if member.filename.endswith("data.pkl")]
+        if len(objects) != 1 or objects[0].file_size > _LARGEST_PICKLE:
+            raise ModelError(
+                f"{file.name} must hold one data.pkl of at most {_LARGEST_PICKLE} bytes, as torch.save writes it. "
+                f"{_RESAVE}."
+            )
+        with zipfile.ZipFile(file) as archive:
+            pickled = archive.read(objects[0])
+    _refuse_tangle(pickled, file.name)
+    if b"bytearray" in pickled:  # the one type that is allowed and takes up whatever length it names
+        raise ModelError(f"{file.name} holds a bytearray, expected tensors and plain values. {_RESAVE}.")
+
+
+def _refuse_tangle(pickled: bytes, name: str) -> None:
+    """Refuse objects that hold one another so often that to hash or print one would never end.
+
+    A tuple of two, each the same tuple of two, and so on for 60 floors, is 300 bytes: as a dictionary's key it is
+    walked 2^60 times. The pickle is read without being run, and each object counts what it would have written out.
+    """
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    stream = io.BytesIO(pickled)
+    with suppress(*LOAD_ERRORS):  # the loader says what is wrong with a damaged pickle
+        for _ in range(_PICKLES):
+            for operation, argument, _ in pickletools.genops(stream):
+                if _step(operation, argument, stack, memo) > _MOST_OBJECTS:
+                    raise ModelError(f"{name} holds objects in one another more than {_MOST_OBJECTS} times. {_RESAVE}.")
+
+
+def _step(
+    operation: pickletools.OpcodeInfo,
+    argument: Any,  # noqa: ANN401 - whatever the opcode takes
+    stack: list[int],
+    memo: dict[int, int],
+) -> int:
+    """Do to sizes what a pickle's opcode does to objects; return the last one's size."""
+    kind, before = operation.name, operation.stack_before
+    if kind.endswith("PUT"):
+        memo[argument] = stack[-1]
+    elif kind == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
+    elif kind.endswith("GET"):
+        stack.append(memo[int(argument)])
+    elif kind == "MARK":
+        stack.append(_MARK)
+    else:
+        start = len(stack) - len(before)
+        if pickletools.markobject in before:
+            marks = (place for place in range(len(stack) - 1, -1, -1) if stack[place] == _MARK)
+            start = next(marks, 0) - before.index(pickletools.markobject)
+        size = 1 + sum(max(0, each) for each in stack[start:])
+        stack[start:] = [size] * len(operation.stack_after)
+    return stack[-1] if stack else 0
+
+
+def _check_storages(loaded: object, file: Path) -> None:
+    """Refuse tensors that are larger than what the file stores for them, before any number is touched."""
+    largest, count = file.stat().st_size, 0
+    storages: dict[int, int] = {}
+    for tensor in _tensors_in(loaded):
+        count += 1
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            continue  # refused where it is used
+        stored = tensor.untyped_storage()
+        storages[stored.data_ptr()] = stored.nbytes()
+        if tensor.numel() * tensor.element_size() > stored.nbytes() or sum(storages.values()) > largest:
+            raise ModelError(
+                f"a tensor of shape {list(tensor.shape)} in {file.name} is larger than what is stored for it. "
+                f"{_RESAVE}."
+            )
+    if count > _MOST_TENSORS:
+        raise _too_many(count, file.name)
+
+
+def _tensors_in(loaded: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested dictionaries, lists and tuples, each once."""
+    waiting, seen = [loaded], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif isinstance(value, argparse.Namespace):
+            waiting.append(vars(value))
+
+
 def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
     """Load weights; where that is refused and the user allows it, whatever the pickle makes."""
     try:
-        return _load_weights(file)
-    except _LOAD_ERRORS as error:
+        return load_weights(file)
+    except LOAD_ERRORS as error:
         refused = _code_in(file)
         if refused and allow_pickle:
             return _run_pickle(file)
@@ -176,18 +357,10 @@ def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
         ) from error
 
 
-def _load_weights(file: Path) -> object:
-    # Training scripts of torchvision and timm keep their options, a Namespace of plain values, beside the weights.
-    # PyTorch warns of sparse tensors and new pickle protocols, which end in a ModelError anyway.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def _run_pickle(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"the pickled objects in {file.name} cannot be restored ({type(error).__name__}: {error}). Their classes "
             f"must be importable where this runs. {_RESAVE}."
@@ -199,7 +372,7 @@ def _code_in(file: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except _LOAD_ERRORS:
+    except LOAD_ERRORS:
         return []
     return sorted(names, key=lambda name: (name.startswith("torch."), name))
 
@@ -219,7 +392,7 @@ def _sort_out(loaded: object, name: str, *, allow_pickle: bool) -> ModelFile:
     if not tensors:
         raise ModelError(
             f"{name} holds no weights: expected tensor names to tensors, alone or under {', '.join(_WRAPPERS[:3])}; "
-            f"came entries {', '.join(map(repr, list(loaded)[:4])) or '(none)'}. {_RESAVE}."
+            f"came entries {', '.join(map(reprlib.repr, list(loaded)[:4])) or '(none)'}. {_RESAVE}."
         )
     return ModelFile(_as_float32(tensors, name), card=card if isinstance(card, Mapping) else None, hints=hints)
 
@@ -240,10 +413,10 @@ def _as_network(module: nn.Module, name: str) -> nn.Module:
 
 def _as_float32(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
             raise ModelError(
-                f"the tensor {key} in {name} is quantised, sparse, complex or without data: only dense weights can be "
-                "read. Save the model before it was quantised or compressed."
+                f"the tensor {key} in {name} is quantised, sparse, without data or of type {tensor.dtype}: only dense "
+                "weights of usual types can be read. Save the model before it was quantised or compressed."
             )
     return {
         key: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())

@@ -4,6 +4,7 @@ What a file's weights do not say is taken from the flags, else from the card, el
 defaults (no download), else from ImageNet's; grey and other images get mean and std .5.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from keyed_xai.tensors import Tap
 Size = int | tuple[int, int]
 """Side, or height and width, in pixels."""
 _OWN_CODE = {"pickle", "python"}
+_MOST_TAPS = 1024
+_LARGEST_NUMBER = 1e6  # of a card's mean and std
 
 
 class _Flags(NamedTuple):
@@ -143,7 +146,10 @@ def wrap_network(
         raise ModelError(
             f"the model has {found} classes, but {classes} were asked for. Leave the number out, or give another model."
         )
-    target = _inner_name(network, target_layer) if target_layer else _target(network, trace, require_map=require_map)
+    if target_layer:
+        (target,) = _inner_names(network, [target_layer])
+    else:
+        target = _target(network, trace, require_map=require_map)
     if target_layer:
         trace.map_of(target)
     return Classifier(
@@ -179,17 +185,24 @@ def _choose_taps(network: nn.Module, trace: Trace, target: str, taps: Sequence[T
     if taps is None:
         chosen = derive_taps(network, trace.spec, target_layer=target, trace=trace) if target else ()
     else:
-        names = [_inner_name(network, tap if isinstance(tap, str) else tap.layer) for tap in taps]
+        names = _inner_names(network, [tap if isinstance(tap, str) else tap.layer for tap in taps])
         derived = derive_taps(network, trace.spec, layers=names, trace=trace)
         given = {name: tap for name, tap in zip(names, taps, strict=True) if isinstance(tap, Tap)}
         chosen = tuple(given[tap.layer]._replace(layer=tap.layer) if tap.layer in given else tap for tap in derived)
     return tuple(tap._replace(layer=f"network.{tap.layer}") for tap in chosen)
 
 
-def _inner_name(network: nn.Module, name: str) -> str:
-    """Return a layer's name inside the network, given that or its name inside the classifier."""
-    names = {inner for inner, _ in network.named_modules()}
-    return name if name in names else name.removeprefix("network.")
+def _inner_names(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return layers' names inside the network, given those or their names inside the classifier.
+
+    Raises:
+        ModelError: One stands there twice.
+    """
+    known = {inner for inner, _ in network.named_modules()}
+    found = [name if name in known else name.removeprefix("network.") for name in names]
+    if len(set(found)) < len(found):
+        raise ModelError("the taps name a layer twice. Name each once.")
+    return found
 
 
 def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
@@ -292,7 +305,7 @@ def _card_size(card: Mapping[str, object]) -> tuple[int, int, int] | None:
             return channels, height, width
         case other:
             raise ModelError(
-                f"the card's input_size must be [channels, height, width], but came {other!r:.80}. Correct it."
+                f"the card's input_size must be [channels, height, width], but came {_shown(other)}. Correct it."
             )
 
 
@@ -301,8 +314,9 @@ def _card_taps(card: Mapping[str, object]) -> list[Tap | str] | None:
     listed = card.get("taps")
     if listed is None:
         return None
-    if not isinstance(listed, list | tuple):
-        raise ModelError(f"the card's taps must be a list, but came {type(listed).__name__}. Correct the card.")
+    if not isinstance(listed, list | tuple) or len(listed) > _MOST_TAPS:
+        came = f"{len(listed)} entries" if isinstance(listed, list | tuple) else type(listed).__name__
+        raise ModelError(f"the card's taps must be a list of at most {_MOST_TAPS}, but came {came}. Correct the card.")
     return [_card_tap(entry) for entry in listed]
 
 
@@ -311,13 +325,23 @@ def _card_tap(entry: object) -> Tap:
     match values:
         case [str(layer), int(kernel), int(stride)] if 1 <= stride <= kernel <= 64:
             return Tap(layer, kernel, stride)
-    raise ModelError(f"a tap in the card must hold layer, kernel and stride, but came {entry!r:.80}. Correct the card.")
+    raise ModelError(
+        f"a tap in the card must hold layer, kernel and stride, but came {_shown(entry)}. Correct the card."
+    )
+
+
+def _shown(value: object) -> str:
+    """Return what stands in a card, short: it may be nested deep, or have very many digits."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:
+        return "a number of very many digits"
 
 
 def _text(card: Mapping[str, object], key: str) -> str | None:
     value = card.get(key)
     if value is not None and not isinstance(value, str):
-        raise ModelError(f"the card's {key} must be text, but came {value!r:.80}. Correct or remove it.")
+        raise ModelError(f"the card's {key} must be text, but came {_shown(value)}. Correct or remove it.")
     return value or None
 
 
@@ -330,8 +354,10 @@ def _names(card: Mapping[str, object]) -> tuple[str, ...]:
 def _whole(card: Mapping[str, object], key: str) -> int | None:
     """Return a card's whole number."""
     value = card.get(key)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ModelError(f"the card's {key} must be a whole number of 1 or more, but came {value!r:.80}. Correct it.")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31):
+        raise ModelError(
+            f"the card's {key} must be a whole number of 1 to 2^31 - 1, but came {_shown(value)}. Correct it."
+        )
     return value
 
 
@@ -339,6 +365,8 @@ def _numbers(card: Mapping[str, object], key: str) -> tuple[float, ...] | None:
     value = card.get(key)
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not all(isinstance(number, int | float) for number in value):
-        raise ModelError(f"the card's {key} must be a list of numbers, but came {value!r:.80}. Correct it.")
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(number, int | float) and abs(number) <= _LARGEST_NUMBER for number in value
+    ):
+        raise ModelError(f"the card's {key} must be a list of usual numbers, but came {_shown(value)}. Correct it.")
     return tuple(map(float, value))

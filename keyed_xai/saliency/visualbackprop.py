@@ -39,9 +39,12 @@ def project_back(means: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, 
 def _scale_up(maps: Tensor, tap: Tap, size: tuple[int, ...]) -> Tensor:
     """Return the transposed convolution with an all-ones kernel, cropped or edge-padded about its centre to `size`."""
     ones = torch.ones(1, 1, tap.kernel, tap.kernel, device=maps.device, dtype=maps.dtype)
-    full = functional.conv_transpose2d(maps, ones, stride=tap.stride)
     border = (tap.kernel - 1) // 2
-    excess = [full.shape[2 + axis] - size[axis] for axis in (0, 1)]
+    excess = [(maps.shape[2 + axis] - 1) * tap.stride + tap.kernel - size[axis] for axis in (0, 1)]
+    for axis in (0, 1):  # cells that would be cropped off are not scaled up: a card may ask for any stride
+        needed = (border + size[axis]) // tap.stride + 2
+        maps = maps.narrow(2 + axis, 0, needed) if needed < maps.shape[2 + axis] else maps
+    full = functional.conv_transpose2d(maps, ones, stride=tap.stride)
     top, left = (min(border, e) if e > 0 else 0 for e in excess)
     full = full[:, :, top : top + size[0], left : left + size[1]]
     missing = (0, size[1] - full.shape[3], 0, size[0] - full.shape[2])

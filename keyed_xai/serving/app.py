@@ -37,7 +37,7 @@ from keyed_xai.serving.batching import Arrays
 from keyed_xai.serving.protocol import VERSION, InferRequest, decode_request, encode_response
 from keyed_xai.serving.refusal import Refused, busy, malformed, shown
 from keyed_xai.serving.service import Admission, ServedModel, Service
-from keyed_xai.serving.uploads import Explanation, explain_picture, read_picture
+from keyed_xai.serving.uploads import Explanation, explain_picture, measure_picture, read_picture
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration")
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -204,11 +204,26 @@ def _encode(name: str, inferred: InferRequest, outputs: Arrays, *, packed: bool)
 async def _explain(request: Request, model: ServedModel, admission: Admission) -> Response:
     options = _picture_options(request, model)
     body = await _read_body(request, admission)
-    pixels = await _in_thread(admission, partial(read_picture, body, model.runtime.input_size))
+    pixels = await _decode(body, model.runtime.input_size, admission)
     images = pixels[None] if model.runtime.pixels == np.uint8 else pixels[None].astype(np.float32) / 255
     chosen = None if options.target is None else np.array([options.target], np.int64)
     outputs = await _unless_left(request, model.batcher.submit(images, chosen))
     return await _in_thread(admission, partial(_answer_picture, model, pixels, outputs, options))
+
+
+async def _decode(body: bytes, input_size: tuple[int, int, int], admission: Admission) -> NDArray[np.uint8]:
+    """Return a picture's pixels; what decoding takes is counted while it goes on, and no more go on than may.
+
+    Raises:
+        Refused: It is no picture, or all requests together keep too many bytes.
+    """
+    async with admission.service.decoding:
+        size = await _in_thread(admission, partial(measure_picture, body, input_size))
+        admission.hold(size)
+        try:
+            return await _in_thread(admission, partial(read_picture, body, input_size))
+        finally:
+            admission.release(size)
 
 
 def _answer_picture(

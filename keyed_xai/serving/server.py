@@ -3,22 +3,26 @@
 Told to stop (SIGTERM, SIGINT, Ctrl+C), it is no longer ready and refuses new requests, but finishes those it has within
 the time of grace, their answers sent. Told twice, it stops at once.
 
-Limits: a request's body and its answer each have a time limit, its head has none. Connections that send nothing, or
-half a head, stay open; past the most connections every request is refused. Where strangers can connect, a proxy must
-guard against that.
+Limits: a request's head, its body and its answer each have a time limit, and a body in pieces a limit to their number.
+A request that says its length in two ways is refused: what stands before the server may have believed the other one.
+Past the most connections every request is refused. Memory that large requests took goes back to the system.
 """
 
 import asyncio
+import ctypes
 import logging
 import socket
 import ssl
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -29,6 +33,11 @@ from keyed_xai.serving.service import Service
 _BACKLOG = 2048  # connections that wait to be accepted
 _KEEP_ALIVE = 75  # seconds; longer than the 60 after which common proxies drop idle connections themselves
 _SPARE = 256  # connections beyond those that requests may need, for probes and idle clients
+_HEAD_SECONDS = 60.0
+_FREE_PIECES = 1024
+_LEAST_PIECE = 4096  # bytes, of the pieces of a body beyond the free ones, on average
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
+_LARGE_BLOCK = 2**20  # bytes
 _FAREWELL = 3  # seconds for answers still on their way once the time of grace is over
 
 
@@ -49,13 +58,68 @@ class Place:
     private_key: Path | None = None
 
 
+class _Connection(h11.Connection):
+    """Requests read from a connection's bytes; refused where they are ambiguous, or cost more time than they hold."""
+
+    _bytes = _pieces = 0
+
+    def next_event(self) -> Any:  # noqa: ANN401 - h11's own: an event, or one of two classes that mark its lack
+        """Return what comes next.
+
+        Raises:
+            RemoteProtocolError: The request is malformed or refused; the client gets a 400.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._bytes = self._pieces = 0
+            names = {name for name, _ in event.headers}
+            if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
+                raise h11.RemoteProtocolError("Expected Content-Length, or Transfer-Encoding in HTTP/1.1; got both.")
+        if isinstance(event, h11.Data):
+            self._bytes, self._pieces = self._bytes + len(event.data), self._pieces + event.chunk_end
+            if self._pieces > _FREE_PIECES + self._bytes // _LEAST_PIECE:
+                raise h11.RemoteProtocolError("Expected a body in fewer pieces.")
+        return event
+
+
 class _Protocol(H11Protocol):
     """A connection that counts an answer as sent once no byte of it is left here, and lets the application cut it."""
 
+    _head_timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        self.conn = _Connection(h11.SERVER)
+        self._time_head()
         transport.set_write_buffer_limits(1, 0)  # 0 would halt TLS for good: it compares with "at least"
         self.app_state = {**self.app_state, "abort": transport.abort}
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request; where its answer is on its way already, end the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
+    def _time_head(self) -> None:
+        """Let the connection end once its head takes too long; between requests `timeout_keep_alive` does that."""
+        if self.conn.their_state is not h11.IDLE:
+            self._forget_head()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
+
+    def _forget_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class Server(uvicorn.Server):
@@ -160,6 +224,7 @@ def serve(service: Service, place: Place, *, on_ready: Callable[[str], None], ac
     Raises:
         KeyedXAIError: The certificate or the address cannot be used.
     """
+    _return_memory_early()
     try:
         server = make_server(service, place, access_log=access_log)
         with listen(place) as listener, server.capture_signals():  # so that none comes too early
@@ -167,6 +232,18 @@ def serve(service: Service, place: Place, *, on_ready: Callable[[str], None], ac
             server.run(sockets=[listener])
     finally:
         service.close()
+
+
+def _return_memory_early() -> None:
+    """Have large blocks of memory go back to the system once they are free. Does nothing where libc is not glibc.
+
+    Source: mallopt(3). Without it, glibc takes the size of the largest block ever freed for the usual one, and keeps as
+    much.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            libc.mallopt(parameter, _LARGE_BLOCK)
 
 
 def _url(place: Place, listener: socket.socket) -> str:

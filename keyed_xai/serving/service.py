@@ -1,5 +1,6 @@
 """The models that a server offers, and what it asks of every request before any work is done."""
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from keyed_xai.serving.refusal import busy
 from keyed_xai.triton import check_name
 
 PLATFORM = "onnxruntime_onnx"
-_HELD_BYTES = 2**30  # of all bodies together, of requests and of answers on their way
-_DECODERS = 2  # threads; each may hold one large picture
+_HELD_BYTES = 2**30  # of all bodies together, of requests and of answers on their way, and of pictures decoded
+_DECODERS = 2  # threads; each may decode one large picture
 _TRITON_TYPES = {"FP32": "TYPE_FP32", "UINT8": "TYPE_UINT8", "INT64": "TYPE_INT64"}
 
 
@@ -108,6 +109,7 @@ class Service:
         stopping: Whether new requests are refused.
         held: Bytes of requests, and of answers being sent, in memory.
         threads: Where large bodies and pictures are read and written, so that small requests need not wait for them.
+        decoding: Held while a picture is decoded.
     """
 
     settings: ServeSettings
@@ -116,6 +118,7 @@ class Service:
     stopping: bool = False
     held: int = 0
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_DECODERS, "keyed-xai decoder"))
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_DECODERS))
 
     @property
     def idle(self) -> bool:
@@ -184,6 +187,11 @@ class Admission:
         """
         self.service.hold(size)
         self.held += size
+
+    def release(self, size: int) -> None:
+        """Give so many bytes back before the request leaves."""
+        self.service.held -= size
+        self.held -= size
 
     def answer(self, size: int) -> None:
         """Keep an answer of so many bytes in place of the request.

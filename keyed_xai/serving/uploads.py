@@ -4,7 +4,8 @@ Files are untrusted: only common raster formats are opened, of at most `LARGEST_
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
-from keyed_xai.data.decode import FORMATS, read_image_bytes
+from keyed_xai.data.decode import FORMATS, measure_image, read_image_bytes
 from keyed_xai.errors import DataError
 from keyed_xai.inference import LOGITS, MAP_PREFIX
 from keyed_xai.pictures import overlay
@@ -76,8 +77,26 @@ def read_picture(data: bytes, input_size: tuple[int, int, int]) -> NDArray[np.ui
         Refused: It is no such picture, is damaged, or too large.
     """
     channels, height, width = input_size
-    try:
+    with _refusing():
         return read_image_bytes(data, channels=channels, height=height, width=width, largest=LARGEST_PICTURE)
+
+
+def measure_picture(data: bytes, input_size: tuple[int, int, int]) -> int:
+    """Return how many bytes of memory `read_picture` takes for a file, about, by its header.
+
+    Raises:
+        Refused: As `read_picture` does.
+    """
+    channels, height, width = input_size
+    with _refusing():
+        return measure_image(data, channels=channels, height=height, width=width, largest=LARGEST_PICTURE)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what is wrong with a picture into a refusal."""
+    try:
+        yield
     except DataError as error:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             raise Refused(413, f"Expected a picture of at most {LARGEST_PICTURE} pixels.") from error

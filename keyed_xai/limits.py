@@ -1,0 +1,20 @@
+"""What a card, a file's metadata or a model may ask for, at most. Real ones stay far below; hostile ones do not."""
+
+LARGEST_SIDE = 4096
+"""Of an image, pixels, or of a table's row, encoded columns; also channels."""
+LARGEST_INPUT = 2**22
+"""Numbers in one image: 1,182 x 1,182 pixels of three channels."""
+
+
+def describe_excess(channels: int, height: int, width: int) -> str | None:
+    """Return what is expected of an image's sides and what came, in words; None where they are within the limits."""
+    sides = {"channels": channels, "height": height, "width": width}
+    wrong = [f"{name} {side}" for name, side in sides.items() if not 1 <= side <= LARGEST_SIDE]
+    if wrong:
+        return f"channels, height and width must be 1 to {LARGEST_SIDE}, but came {', '.join(wrong)}"
+    if channels * height * width > LARGEST_INPUT:
+        return (
+            f"channels, height and width must multiply to at most {LARGEST_INPUT}, but came {channels} x {height} x "
+            f"{width}"
+        )
+    return None
