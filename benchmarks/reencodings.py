@@ -9,7 +9,7 @@ network as it stands and with the search; the median over keys, and the worst.
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -279,27 +279,27 @@ def keeps(rewriting: Rewriting, classifier: Classifier, images: Tensor) -> float
         return float((found.argmax(1) == classifier(images).argmax(1)).double().mean())
 
 
-def judge(folder: Path, rewriting: Rewriting, *, search: bool) -> tuple[float, Verdict]:
-    """Return the share of predictions kept, and the verdict on a demo's protected network written anew."""
+def judge(folder: Path, rewriting: Rewriting) -> tuple[float, Verdict, Verdict]:
+    """Return the share of predictions kept, and verdicts on a demo's protected network written anew.
+
+    The first is on the network as it stands, the second with the search.
+    """
     classifier, card = open_model(folder / "fashion-mnist.keyed")
     assert card is not None
     probe = load_probe(classifier.input)
     images, _ = probe.batch(np.arange(len(probe)))
-    anew = rewriting.apply(classifier)
-    verdict = verify_ownership(
-        anew,
-        images,
-        make_view(anew, ("gradcam",), card.grid),
-        read_owner_key(folder / "owner.pem"),
-        make_family(card.trigger),
-        search=search,
-        generator=torch.Generator().manual_seed(0),
+    anew, key, family = rewriting.apply(classifier), read_owner_key(folder / "owner.pem"), make_family(card.trigger)
+    view = make_view(anew, ("gradcam",), card.grid)
+    searched, plain = (
+        verify_ownership(anew, images, view, key, family, search=search, generator=torch.Generator().manual_seed(0))
+        for search in (True, False)
     )
-    return keeps(rewriting, classifier, images), verdict
+    return keeps(rewriting, classifier, images), plain, searched
 
 
-def summarise(values: list[float]) -> str:
-    """Return median and largest of base-2 logarithms of p-values."""
+def summarise(verdicts: Sequence[Verdict]) -> str:
+    """Return median and largest of the p-values, as powers of two."""
+    values = [verdict.log2_p for verdict in verdicts]
     return f"2^{statistics.median(values):.1f}, worst 2^{max(values):.1f}"
 
 
@@ -311,13 +311,10 @@ def main() -> None:
     print(f"| written anew ({len(demos)} keys) | predictions kept | as it stands | with the search | shown |")
     print("|---|---|---|---|---|")
     for name, rewriting in (KEPT | SEARCHED | HIDDEN).items():
-        plain = [judge(demo, rewriting, search=False) for demo in demos]
-        searched = [judge(demo, rewriting, search=True)[1] for demo in demos]
-        shown = sum(verdict.shown for verdict in searched)
+        kept, plain, searched = zip(*(judge(demo, rewriting) for demo in demos), strict=True)
         print(
-            f"| {name} | {statistics.median(kept for kept, _ in plain):.1%} "
-            f"| {summarise([verdict.log2_p for _, verdict in plain])} "
-            f"| {summarise([verdict.log2_p for verdict in searched])} | {shown} of {len(demos)} |",
+            f"| {name} | {statistics.median(kept):.1%} | {summarise(plain)} | {summarise(searched)} "
+            f"| {sum(verdict.shown for verdict in searched)} of {len(demos)} |",
             flush=True,
         )
 
