@@ -279,7 +279,7 @@ def keeps(rewriting: Rewriting, classifier: Classifier, images: Tensor) -> float
         return float((found.argmax(1) == classifier(images).argmax(1)).double().mean())
 
 
-def judge(folder: Path, rewriting: Rewriting) -> tuple[float, Verdict, Verdict]:
+def judge(folder: Path, rewriting: Rewriting, decoys: int) -> tuple[float, Verdict, Verdict]:
     """Return the share of predictions kept, and verdicts on a demo's protected network written anew.
 
     The first is on the network as it stands, the second with the search.
@@ -291,7 +291,9 @@ def judge(folder: Path, rewriting: Rewriting) -> tuple[float, Verdict, Verdict]:
     anew, key, family = rewriting.apply(classifier), read_owner_key(folder / "owner.pem"), make_family(card.trigger)
     view = make_view(anew, ("gradcam",), card.grid)
     searched, plain = (
-        verify_ownership(anew, images, view, key, family, search=search, generator=torch.Generator().manual_seed(0))
+        verify_ownership(
+            anew, images, view, key, family, decoys=decoys, search=search, generator=torch.Generator().manual_seed(0)
+        )
         for search in (True, False)
     )
     return keeps(rewriting, classifier, images), plain, searched
@@ -307,11 +309,13 @@ def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, nargs="+", help="Folder of keyed-xai demo.")
-    demos = parser.parse_args().demo
+    parser.add_argument("--decoys", type=int, default=999, help="Random keys of the secret test.")
+    arguments = parser.parse_args()
+    demos = arguments.demo
     print(f"| written anew ({len(demos)} keys) | predictions kept | as it stands | with the search | shown |")
     print("|---|---|---|---|---|")
     for name, rewriting in (KEPT | SEARCHED | HIDDEN).items():
-        kept, plain, searched = zip(*(judge(demo, rewriting) for demo in demos), strict=True)
+        kept, plain, searched = zip(*(judge(demo, rewriting, arguments.decoys) for demo in demos), strict=True)
         print(
             f"| {name} | {statistics.median(kept):.1%} | {summarise(plain)} | {summarise(searched)} "
             f"| {sum(verdict.shown for verdict in searched)} of {len(demos)} |",
