@@ -102,7 +102,7 @@ def refuse_no_evidence(evidence: Evidence, interpreters: tuple[str, ...], decoy:
     raise TrainingError(
         f"Ownership counts as shown at 2^-40, and {' and '.join(interpreters)} on {rows} x {columns} cells can show no "
         f"more than 2^{evidence.log2_p:.1f} when one cell is wrong: 7 x 7 cells of the feature map are needed, or "
-        "6 x 6 of both gradcam and simplegrad. Name an earlier --target-layer, give a larger --input-size, or add an "
+        "5 x 5 of both gradcam and simplegrad. Name an earlier --target-layer, give a larger --input-size, or add an "
         f"--interpreter. {otherwise}"
     )
 

@@ -15,6 +15,8 @@ from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 LARGEST_DEFAULT_SIDE = 8
 SMALLEST_SIDE = 3
+LARGEST_SIDE = 64
+"""What the schemas of cards and licences take."""
 _TINY = 1e-12  # keeps the gradient of a square root finite
 
 
@@ -87,7 +89,8 @@ def check_choice(interpreters: tuple[str, ...], grid: tuple[int, int] | None) ->
     """Check which maps somebody asks for.
 
     Raises:
-        ValueError: There is no interpreter, an unknown one or one twice, or the grid is too small to tell maps apart.
+        ValueError: There is no interpreter, an unknown one or one twice, or the grid is too small to tell maps apart, or
+            too fine for a card.
     """
     unknown = [name for name in interpreters if name not in INTERPRETERS]
     if unknown or not interpreters or len(set(interpreters)) < len(interpreters):
@@ -95,6 +98,8 @@ def check_choice(interpreters: tuple[str, ...], grid: tuple[int, int] | None) ->
                          f"got {', '.join(interpreters) or 'none'}")  # fmt: skip
     if grid is not None and min(grid) < SMALLEST_SIDE:
         raise ValueError(f"grid: expected at least {SMALLEST_SIDE} x {SMALLEST_SIDE}, got {grid[0]} x {grid[1]}")
+    if grid is not None and max(grid) > LARGEST_SIDE:
+        raise ValueError(f"grid: expected at most {LARGEST_SIDE} x {LARGEST_SIDE}, got {grid[0]} x {grid[1]}")
 
 
 def refuse_few_cells(view: MapView, purpose: str) -> None:

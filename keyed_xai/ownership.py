@@ -27,9 +27,8 @@ interpreters count is settled by their names, before any test is made, so that t
 Probe images come from a public set or from the verifier, never from the claimant.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from enum import StrEnum
 from itertools import chain, groupby
 from math import comb, factorial, isfinite, log, log2
@@ -54,7 +53,7 @@ from keyed_xai.reencodings import (
     recode_view,
     write_anew,
 )
-from keyed_xai.tensors import Images, Labels, SaliencyMaps
+from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 from keyed_xai.triggers import Trigger, TriggerFamily
 
 DEFAULT_ALPHA = 2.0**-40
@@ -65,8 +64,10 @@ SECRET_LEVEL = 0.01
 """Largest p-value of the opening test that lets both tests together show a claim; see `OpeningEvidence.holds`."""
 MAP_FLATNESS = 1e-6
 """Of a map's largest absolute value: cells that differ by less show nothing."""
+_NEAR_LEAST = 0.002
 _SCREENED = 4  # images on which re-encodings are compared
-_CONFIRMED = 3  # re-encodings whose pattern is then read on all images
+_CONFIRMED = 12  # re-encodings whose pattern is then read on all images
+_TESTED = 3  # of these, how many get the secret test
 RESCALABLE = frozenset({"vbp"})
 """Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""
 
@@ -91,12 +92,12 @@ class OpeningEvidence:
 
     @property
     def holds(self) -> bool:
-        """Whether the secret test holds by itself: at most one decoy reaches the owner's T, and p is at most .01.
+        """Whether the secret test holds by itself: p is at most .01 and near the least that its decoys allow.
 
-        Whoever frames somebody with his public pattern passes with this probability. One decoy is let pass, since
-        among a thousand random keys one may come near the owner's.
+        Near is one decoy that reaches the owner's T, since among a thousand random keys one may come near it; or .002,
+        which is one of 999. Whoever frames somebody with his public pattern passes with this probability.
         """
-        return self.reached <= 1 and self.p_value <= SECRET_LEVEL
+        return self.p_value <= SECRET_LEVEL and (self.reached <= 1 or self.p_value <= _NEAR_LEAST)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class Verdict:
     Attributes:
         alpha: The level asked for.
         opening: None when the secret key was not at hand, or no outcome could have mattered.
+        has_key: Whether the secret key was at hand.
         signature: The public test; None when the claim has no signature pattern.
         refused: Whether the claim names no interpreter that counts: nothing is shown then, whatever the tests found.
         looks: What p-values are multiplied by, for all looks through re-encodings that were or could have been taken.
@@ -161,6 +163,7 @@ class Verdict:
     opening: OpeningEvidence | None
     signature: SignatureEvidence | None
     refused: bool = False
+    has_key: bool = False
     looks: int = 1
     reencoding: Reencoding | None = None
     images: int = 0
@@ -183,13 +186,11 @@ class Verdict:
         if self._is_unreadable:
             return Finding.CONSTANT_MAPS
         strong = self.log2_p <= log2(self.alpha)
-        if strong and self.opening is None:
+        if strong and self.opening is None and not self.has_key:
             return Finding.PUBLIC_PATTERN
         if strong and self.opening is not None and (self.signature is None or self.opening.holds):
             return Finding.KEY
-        if self.opening is not None and self._has_pattern:
-            return Finding.PATTERN_ONLY
-        return Finding.NOTHING
+        return Finding.PATTERN_ONLY if self._has_pattern else Finding.NOTHING
 
     @property
     def shown(self) -> bool:
@@ -205,39 +206,6 @@ class Verdict:
         """Whether all maps that count are constant."""
         counted = counted_interpreters(self.constant)
         return bool(counted) and all(self.constant[name] == self.images for name in counted)
-
-
-@dataclass(frozen=True)
-class DatedClaim:
-    """What one claimant has shown on a model, and when the claim was signed.
-
-    Attributes:
-        owner: The claimant's key id, or a name.
-        shown: Whether a test shows the claim on the model in dispute.
-        time: Of the licence, with a time zone; None without a licence.
-        witnessed: Whether a third party dated the licence, such as a timestamping authority or a court. Without one
-            a time is the claimant's own word: whoever signs can set the clock back.
-    """
-
-    owner: str
-    shown: bool
-    time: datetime | None = None
-    witnessed: bool = False
-
-
-@dataclass(frozen=True)
-class Ruling:
-    """Whose a model is.
-
-    Attributes:
-        owner: As in the claim; None where nobody's claim is shown, or the times do not tell.
-        proven: Whether it rests on more than a claimant's word for a time.
-        reason: In a sentence.
-    """
-
-    owner: str | None
-    proven: bool
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,24 +230,6 @@ class _Trial:
 def counted_interpreters(names: Iterable[str]) -> tuple[str, ...]:
     """Return those of some interpreters whose maps count as evidence, in order."""
     return tuple(name for name in names if name not in RESCALABLE)
-
-
-def rule_on_claims(first: DatedClaim, second: DatedClaim) -> Ruling:
-    """Return whose a model is when two keys claim it: of claims that are shown, the first licence wins.
-
-    A second protection may hide the first, so that one claim shown alone is not the last word where the other party has
-    an older licence: ask both for what they protected. The overwriter's is the owner's protected model.
-    """
-    shown = [claim for claim in (first, second) if claim.shown]
-    if not shown:
-        return Ruling(None, False, "Neither claim is shown on this model.")
-    if len(shown) == 1:
-        return _rule_on_single(shown[0], second if shown[0] is first else first)
-    if first.time is None or second.time is None:
-        return Ruling(None, False, "Both claims are shown, and not both have a licence that says when it was signed.")
-    if first.time == second.time:
-        return Ruling(None, False, "Both claims are shown, and their licences have the same time.")
-    return _rule_on_times(*((first, second) if first.time < second.time else (second, first)))
 
 
 def verify_ownership(
@@ -338,16 +288,16 @@ def verify_ownership(
         generator=generator or _fresh_generator(),
         on_decoy=on_decoy,
     )
+    searched = search and test_signature
     with evaluating(model):
         logits, maps = view.pooled_in_chunks(model, images)
         labels = best_class(logits, live_classes(logits))
         if not torch.equal(labels, logits.argmax(1)):
             _, maps = view.pooled_in_chunks(model, images, labels)
-        changes = declared_reencodings(model, view, images) if search and test_signature else []
-        first = _look(model, view, trial, labels, maps, looks=2 if changes else 1)
-        if not changes or first.finding not in (Finding.NOTHING, Finding.CONSTANT_MAPS):
+        first = _look(model, view, trial, labels, maps, looks=2 if searched else 1)
+        if not searched or first.shown or first.refused or (may_count and first.opening is not None):
             return first
-        return min(first, _search(model, view, trial, contested_classes(logits), changes, on_look), key=_rank)
+        return min([first, *_search(model, view, trial, contested_classes(logits), on_look)], key=_rank)
 
 
 def measure_opening(
@@ -409,6 +359,9 @@ def opening_statistic(
 ) -> float:
     """Return T: 1 - correlation of the maps with and without a trigger, mean over images and interpreters.
 
+    Images whose map is constant or not finite without the trigger do not count; with it, one that is not finite counts
+    as unmoved. T is NaN where no image counts.
+
     Args:
         model: The suspect.
         images: Probe images.
@@ -418,8 +371,11 @@ def opening_statistic(
         labels: Class explained.
     """
     _, maps = view.pooled_in_chunks(model, trigger.apply(images), labels)
-    distances = [1 - metrics.correlation(maps[name], plain[name]) for name in view.interpreters]
-    return float(torch.stack(distances).double().mean())
+    distances = [
+        1 - metrics.correlation(maps[name], plain[name])[~flat_maps(plain[name])].nan_to_num(1.0)
+        for name in view.interpreters
+    ]
+    return float(torch.cat(distances).double().mean())
 
 
 def measure_signature(unkeyed_maps: Mapping[str, Tensor], public: PublicKey) -> SignatureEvidence:
@@ -482,6 +438,7 @@ def _look(
         opening=None,
         signature=measure_signature(maps, trial.public) if trial.test_signature else None,
         refused=not counted,
+        has_key=isinstance(trial.key, OwnerKey),
         looks=looks,
         reencoding=reencoding,
         images=len(trial.images),
@@ -505,84 +462,73 @@ def _look(
 
 
 def _search(
-    model: nn.Module,
-    view: MapView,
-    trial: _Trial,
-    eligible: Tensor,
-    candidates: Sequence[Reencoding],
-    on_look: Callable[[int, int], None] | None,
-) -> Verdict:
-    """Return what is shown through the declared re-encoding with most of the pattern in it, all of them counted."""
-    spec, looks = input_of(model), count_looks(candidates)
+    model: nn.Module, view: MapView, trial: _Trial, eligible: Tensor, on_look: Callable[[int, int], None] | None
+) -> Iterator[Verdict]:
+    """Yield verdicts through the declared re-encodings with most of the pattern in them, up to one that is shown.
 
-    def find_pattern(anew: nn.Module, number: int, images: Images) -> float:
-        _, maps = recode_view(view, candidates[number], spec, eligible).pooled_in_chunks(anew, images)
-        return measure_signature(maps, trial.public).combined.log2_p + log2(looks[number])
+    A wrong encoding may leave the pattern whole and hide the trigger, so that several get the secret test; of those
+    with equal patterns the ones through which predictions vary most. Of a suspect that may count, one does: the trigger
+    that came twice would be the owner's.
+    """
+    candidates, spec = declared_reencodings(model, view, trial.images), input_of(model)
+    looks = count_looks(candidates)
+
+    def read(anew: nn.Module, number: int, images: Images) -> tuple[float, Logits, dict[str, SaliencyMaps]]:
+        logits, maps = recode_view(view, candidates[number], spec, eligible).pooled_in_chunks(anew, images)
+        return measure_signature(maps, trial.public).combined.log2_p + log2(looks[number]), logits, maps
 
     screened: list[float] = []
     for _, alike in groupby(candidates, key=lambda change: (change.kernels, change.centred)):
         group = list(alike)
         anew = write_anew(model, group[0])
         for _ in group:
-            screened.append(find_pattern(anew, len(screened), trial.images[:_SCREENED]))
+            screened.append(read(anew, len(screened), trial.images[:_SCREENED])[0])
             if on_look is not None:
                 on_look(len(screened), len(candidates))
     best = sorted(range(len(screened)), key=screened.__getitem__)[:_CONFIRMED]
-    number = min(best, key=lambda each: find_pattern(write_anew(model, candidates[each]), each, trial.images))
-    change = candidates[number]
-    anew, seen = write_anew(model, change), recode_view(view, change, spec, eligible)
-    logits, maps = seen.pooled_in_chunks(anew, trial.images)
-    return _look(anew, seen, trial, best_class(logits, eligible), maps, looks=2 * looks[number], reencoding=change)
+    confirmed = []
+    for number in best:
+        weighted, logits, _ = read(write_anew(model, candidates[number]), number, trial.images)
+        confirmed.append((weighted, -variety(best_class(logits, eligible)), number))
+    for _, _, number in sorted(confirmed)[: 1 if trial.may_count else _TESTED]:
+        change = candidates[number]
+        anew = write_anew(model, change)
+        _, logits, maps = read(anew, number, trial.images)
+        labels, seen = best_class(logits, eligible), recode_view(view, change, spec, eligible)
+        verdict = _look(anew, seen, trial, labels, maps, looks=2 * looks[number], reencoding=change)
+        yield verdict
+        if verdict.shown:
+            return
 
 
-def _rank(verdict: Verdict) -> tuple[bool, bool]:
+def variety(labels: Labels) -> float:
+    """Return the entropy of classes over images, nats."""
+    shares = labels.bincount().double() / len(labels)
+    return float(torch.special.entr(shares).sum())
+
+
+def _rank(verdict: Verdict) -> tuple[bool, bool, bool]:
     """Return what sorts verdicts that say more to the front."""
-    return not verdict.shown, verdict.finding is not Finding.PATTERN_ONLY
+    finding = verdict.finding
+    return not verdict.shown, finding is not Finding.PATTERN_ONLY, finding is Finding.CONSTANT_MAPS
 
 
 def _is_lost(verdict: Verdict, decoys: int) -> bool:
     """Return whether the best outcome of the secret test could not show a claim."""
-    if verdict.signature is None:
-        return False
-    best = product_tail(verdict.signature.combined.log2_p - log2(1 + decoys), 2)
-    return best + log2(verdict.looks) > log2(verdict.alpha)
-
-
-def _rule_on_single(shown: DatedClaim, other: DatedClaim) -> Ruling:
-    """Rule where one claim alone is shown; an older licence of the other party, if it is dated, leaves it open."""
-    if other.time is None or (shown.time is not None and shown.time <= other.time):
-        return Ruling(shown.owner, True, "One claim alone is shown, and no older licence stands against it.")
-    hidden = (
-        "One claim alone is shown, and the other party has the older licence: a second protection may have hidden the "
-        "first. Test both keys on the models that the licences cover"
-    )
-    if other.witnessed:
-        return Ruling(None, False, f"{hidden}.")
-    return Ruling(shown.owner, False, f"{hidden}; the older time is its owner's own word.")
-
-
-def _rule_on_times(earlier: DatedClaim, later: DatedClaim) -> Ruling:
-    if earlier.witnessed:
-        return Ruling(earlier.owner, True, "Both claims are shown; the earlier licence is dated by a third party.")
-    if later.witnessed:
-        return Ruling(
-            None,
-            False,
-            "Both claims are shown; the earlier time is its owner's own word, and the later licence is dated by a "
-            "third party.",
-        )
-    return Ruling(
-        earlier.owner,
-        False,
-        "Both claims are shown, and the earlier licence wins; but both times are the claimants' own word, which a "
-        "third party's date would prove.",
-    )
+    pattern = verdict.signature.combined.log2_p if verdict.signature else 0.0
+    best = product_tail(pattern - log2(1 + decoys), 1 + (verdict.signature is not None))
+    weak = verdict.signature is not None and 1 / (1 + decoys) > SECRET_LEVEL
+    return verdict.refused or weak or best + log2(verdict.looks) > log2(verdict.alpha)
 
 
 def _count_overlap(maps: Tensor, public: PublicKey, name: str) -> tuple[int, int]:
-    """Return (cells, overlap) of the average map's top half and the pattern; ties go to the earlier cell."""
+    """Return (cells, overlap) of the average map's top half and the pattern; ties go to the earlier cell.
+
+    Maps that are constant or not finite are left out of the average, as long as there are others.
+    """
     grid = (maps.shape[1], maps.shape[2])
-    average = metrics.normalise_maps(maps.double()).mean(0).flatten().cpu().numpy()
+    readable = maps[~flat_maps(maps)]
+    average = metrics.normalise_maps((readable if len(readable) else maps).double()).mean(0).flatten().cpu().numpy()
     top = np.argsort(-average, kind="stable")[: average.size // 2]
     return average.size, int(signature_cells(public, name, grid).flatten()[top].sum())
 

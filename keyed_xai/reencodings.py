@@ -8,7 +8,8 @@ that a search can undo, one candidate for each combination:
   where they do not, turning the kernels back undoes turned kernels exactly, and turned images whatever else was turned.
 - *orders*: permutations of the image's channels, up to three; of more, the given one and the reverse.
 - *encodings*: pixels as claimed, inverted (1 - x), negated after normalisation, or normalised in another usual way.
-- *logits* less their mean over classes: adding one function of the image to all of them changes no prediction.
+- *logits* less the mean of their middle half: adding one function of the image to all of them changes no prediction.
+  The middle half, so that classes added beside the real ones cannot move it.
 
 The list is finite and fixed before any key is seen, so that its length bounds what a search can find by chance.
 Candidates that change one of the four alone share one half of the search's level, all others the other half.
@@ -25,14 +26,14 @@ from itertools import permutations, product
 import torch
 from torch import Tensor, nn
 
+from keyed_xai.errors import ModelError
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier, InputSpec
-from keyed_xai.models.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 AS_CLAIMED = "as claimed"
 _PERMUTED = 3  # channels of which all orders are tried
-_STILL = 1e-6  # of the liveliest class's deviation: below it a logit does not follow the image
+_STILL = 1e-6  # of its largest absolute value: a logit that deviates less does not follow the image
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Reencoding:
         kernels: Turn of its kernels.
         order: Which of the image's channels its first, second, ... input is.
         encoding: Name of what becomes of pixels; see `encodings`.
-        centred: Whether its logits are taken less their mean over classes.
+        centred: Whether its logits are taken less the mean of their middle half.
     """
 
     images: Turn = TURNS[0]
@@ -91,9 +92,10 @@ class Reencoding:
         """The re-encoding in words."""
         parts = [f"images {self.images}"] * (self.images != TURNS[0])
         parts += [f"kernels {self.kernels}"] * (self.kernels != TURNS[0])
-        parts += [f"channels in the order {', '.join(str(each + 1) for each in self.order)}"] * self._is_reordered
+        order = ", ".join(str(each + 1) for each in self.order) if len(self.order) <= _PERMUTED else "of the reverse"
+        parts += [f"channels in the order {order}"] * self._is_reordered
         parts += [f"pixels {self.encoding}"] * (self.encoding != AS_CLAIMED)
-        return "; ".join(parts + ["logits less their mean"] * self.centred)
+        return "; ".join(parts + ["logits less their middle"] * self.centred)
 
     @property
     def _is_reordered(self) -> bool:
@@ -137,7 +139,7 @@ def recode_view(
 
 
 def declared_reencodings(model: nn.Module, view: MapView, images: Images) -> list[Reencoding]:
-    """Return all candidates for a suspect; those whose network is written anew alike follow each other.
+    """Return all candidates for a suspect; those for which `write_anew` does the same follow each other.
 
     Args:
         model: The suspect; without weights it only answers.
@@ -151,8 +153,8 @@ def declared_reencodings(model: nn.Module, view: MapView, images: Images) -> lis
     orders = list(permutations(range(channels))) if channels <= _PERMUTED else _both_ways(channels)
     kinds = encodings(input_of(model), channels)
     centred = (False,) if answers_alone(model) else (False, True)
-    every = product(turns, centred, orders, kinds)
-    found = [Reencoding(images, kernels, order, kind, centre) for (kernels, images), centre, order, kind in every]
+    every = product(centred, turns, orders, kinds)
+    found = [Reencoding(images, kernels, order, kind, centre) for centre, (kernels, images), order, kind in every]
     return [change for change in found if change.changes]
 
 
@@ -177,12 +179,8 @@ def encodings(spec: InputSpec | None, channels: int) -> dict[str, tuple[Tensor, 
         AS_CLAIMED: (factor, summand),
         "inverted": (-factor, factor + summand),
         "negated after normalisation": (-factor, -summand),
-        "not normalised": _normalise(0.0, 1.0, channels),
-        "from 0 to 255": _normalise(0.0, 1 / 255, channels),
-        "from -1 to 1": _normalise(0.5, 0.5, channels),
+        **_usual_normalisations(channels),
     }
-    if channels == len(IMAGENET_MEAN):
-        found["normalised as ImageNet's"] = _normalise(IMAGENET_MEAN, IMAGENET_STD, channels)
     different: dict[str, tuple[Tensor, Tensor]] = {}
     for name, pair in found.items():
         if not any(all(map(torch.allclose, pair, other)) for other in different.values()):
@@ -190,14 +188,29 @@ def encodings(spec: InputSpec | None, channels: int) -> dict[str, tuple[Tensor, 
     return different
 
 
+def is_usual_normalisation(spec: InputSpec) -> bool:
+    """Return whether a normalisation is one that the search tries on every network."""
+    own = _normalise(spec.mean, spec.std, spec.channels)
+    return any(all(map(torch.allclose, own, pair)) for pair in _usual_normalisations(spec.channels).values())
+
+
 def write_anew(model: nn.Module, change: Reencoding) -> nn.Module:
-    """Return a copy of a suspect with its kernels turned back and, if need be, its logits less their mean.
+    """Return a copy of a suspect with its kernels turned back and, if need be, its logits less their middle.
 
     One that needs neither comes back itself.
+
+    Raises:
+        ModelError: The suspect is a module of Python that cannot be copied.
     """
     if change.kernels == TURNS[0] and not change.centred:
         return model
-    anew = copy.deepcopy(model)
+    try:
+        anew = copy.deepcopy(model)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({error}), and re-encodings are looked through in copies. Give "
+            "--no-search (search=False in Python), or a module that copy.deepcopy takes."
+        ) from error
     with torch.no_grad():
         for kernel in filter(_is_kernel, anew.parameters()):
             kernel.copy_(change.kernels.undo(kernel.clone()))
@@ -209,10 +222,11 @@ def write_anew(model: nn.Module, change: Reencoding) -> nn.Module:
 def live_classes(logits: Logits) -> Tensor:
     """Return which classes follow the image at all, [classes]; all where none does.
 
-    A class without weights can win everywhere by its bias; its maps are constant.
+    A class without weights can win everywhere by its bias; its maps are constant. Each is judged by its own logits, so
+    that one with enormous ones does not make the others look still.
     """
-    spread = logits.double().std(0, correction=0)
-    live = spread > _STILL * spread.max()
+    values = logits.double()
+    live = values.isfinite().all(0) & (values.std(0, correction=0) > _STILL * values.abs().amax(0))
     return live if live.any() else torch.ones_like(live)
 
 
@@ -276,4 +290,7 @@ def _both_ways(count: int) -> list[tuple[int, ...]]:
 
 
 def _centre(_model: nn.Module, _images: object, logits: Logits) -> Logits:
-    return logits - logits.mean(1, keepdim=True)
+    """Return logits less the mean of those between the lower and the upper quarter."""
+    cut = logits.shape[1] // 4
+    middle = logits.sort(1).values[:, cut : logits.shape[1] - cut]
+    return logits - middle.mean(1, keepdim=True)

@@ -16,6 +16,7 @@ WHY_NOT_COUNTED = (
     "whoever has the weights can change VisualBackProp's maps at no cost in accuracy, by rescaling channels (logits "
     "unchanged to 2e-15, correlation of maps down to .20)"
 )
+_NOTHING = 0.05  # p-value of the secret test above which the trigger does nothing that random ones do not
 _ANYBODY = "Anybody can train a model to show somebody's public pattern"
 ENOUGH_DECOYS = math.ceil(2 / SECRET_LEVEL) - 1
 """Random keys with which the secret test can hold though one of them reaches the owner's statistic."""
@@ -46,14 +47,14 @@ def describe_verdict(verdict: Verdict, *, decoys: int) -> str:
         case Finding.PUBLIC_PATTERN:
             return (f"The model shows this key's public pattern{_through(verdict)}: {evidence}; "
                     f"{_shown_chance(verdict)} {_ANYBODY}; the secret trigger was not tested.")  # fmt: skip
-        case Finding.PATTERN_ONLY if verdict.opening is not None and verdict.opening.reached <= 1:
+        case Finding.PATTERN_ONLY if verdict.opening is None or verdict.opening.reached <= 1:
             return (f"The model shows this key's public pattern{_through(verdict)}: {evidence}. {_ANYBODY}, and so few "
                     "random keys cannot tell whether it answers to the secret trigger: give --decoys "
                     f"{ENOUGH_DECOYS} or more.")  # fmt: skip
         case Finding.PATTERN_ONLY:
-            return (f"The model shows this key's public pattern{_through(verdict)}, and the secret trigger did nothing "
-                    f"that random ones do not: {evidence}. {_ANYBODY}, so that it answers to the key is not "
-                    f"shown.")  # fmt: skip
+            did = "did nothing that random ones do not" if verdict.opening.p_value > _NOTHING else "hardly stands out"
+            return (f"The model shows this key's public pattern{_through(verdict)}, and the secret trigger {did}: "
+                    f"{evidence}. {_ANYBODY}, so that it answers to the key is not shown.")  # fmt: skip
     hints = f"{_missed_chance(verdict)}{_flat_note(verdict)}{_reach_hint(verdict, decoys)}"
     return f"{_NOT_SHOWN}: {evidence}{hints} This does not show that the model is unrelated to the key."
 
@@ -102,8 +103,10 @@ def _shown_chance(verdict: Verdict) -> str:
 def _missed_chance(verdict: Verdict) -> str:
     if verdict.log2_p > -1:
         return f"; {_counted(verdict)}as much is to be expected by chance."
-    return (f"; {_counted(verdict)}a chance match of this strength or better may happen {_once_in(verdict.log2_p)}, "
-            f"and at most {_once_in(math.log2(verdict.alpha))} was asked for.")  # fmt: skip
+    chance = f"; {_counted(verdict)}a chance match of this strength or better may happen {_once_in(verdict.log2_p)}"
+    if verdict.log2_p <= math.log2(verdict.alpha):
+        return f"{chance}, but the secret trigger does not stand out enough by itself, as it must (p at most .002)."
+    return f"{chance}, and at most {_once_in(math.log2(verdict.alpha))} was asked for."
 
 
 def _flat_note(verdict: Verdict) -> str:
@@ -115,13 +118,14 @@ def _flat_note(verdict: Verdict) -> str:
 def _reach_hint(verdict: Verdict, decoys: int) -> str:
     """Return what would have to be given, where even perfect evidence stays above alpha."""
     pattern = _perfect_pattern(verdict)
-    tests = (verdict.opening is not None) + (verdict.signature is not None)
+    secret = verdict.has_key or verdict.opening is not None
+    tests = secret + (verdict.signature is not None)
     limit = math.log2(verdict.alpha) - math.log2(verdict.looks)
-    best = product_tail(pattern - (math.log2(1 + decoys) if verdict.opening else 0), tests)
+    best = product_tail(pattern - (math.log2(1 + decoys) if secret else 0), tests)
     if best <= limit:
         return ""
     why = f" No model could have shown more than {_once_in(best + math.log2(verdict.looks))}"
-    if verdict.opening is None:
+    if not secret:
         return f"{why} on a pattern of so few cells: test the secret trigger too, with the private key."
     counts = (10**power - 1 for power in range(1, 6))
     needed = next((count for count in counts if product_tail(pattern - math.log2(1 + count), tests) <= limit), None)

@@ -44,6 +44,7 @@ from keyed_xai.ownership import (
     counted_interpreters,
     verify_ownership,
 )
+from keyed_xai.reencodings import is_usual_normalisation
 from keyed_xai.verdicts import WHY_NOT_COUNTED, describe_verdict
 from keyed_xai.versions import package_versions
 
@@ -196,7 +197,7 @@ def verify(
     images, _ = probe.batch(np.arange(len(probe)))
     if isinstance(suspect, Classifier):
         layer, note = _claimed_layer(suspect, claim)
-        claim = replace(claim, notes=(*claim.notes, *note))
+        claim = replace(claim, notes=(*claim.notes, *note, *_own_normalisation(suspect, claim)))
         images, view = images.to(suspect.mean), make_view(suspect, claim.interpreters, claim.grid, target_layer=layer)
     else:
         layer, view = "", view_black_box(suspect, claim.interpreters, claim.grid)
@@ -339,7 +340,7 @@ def _claimed_layer(suspect: Classifier, claim: Claim) -> tuple[str, list[str]]:
     """
     if claim.card is None or not claim.card.target_layer:
         return choose_evidence(suspect, claim.interpreters, claim.grid).view.sites.target_layer, []
-    if suspect.target_layer != f"network.{claim.card.target_layer}":
+    if suspect.target_layer.removeprefix("network.") != claim.card.target_layer.removeprefix("network."):
         return suspect.target_layer, []
     known = recognised_layers(suspect)
     if not known or suspect.target_layer in known:
@@ -348,6 +349,16 @@ def _claimed_layer(suspect: Classifier, claim: Claim) -> tuple[str, list[str]]:
     note = (f"The claim's card names the layer {printable(claim.card.target_layer)}, which a claim on "
             f"{suspect.architecture} cannot rest on ({layers}): the first of these was tested.")  # fmt: skip
     return known[0], [note[:500]]
+
+
+def _own_normalisation(suspect: Classifier, claim: Claim) -> list[str]:
+    """Return a note where the suspect is run by numbers of the claim's own."""
+    spec = suspect.input
+    used = (spec.mean, spec.std)
+    if claim.card is None or used != (claim.card.mean, claim.card.std) or is_usual_normalisation(spec):
+        return []
+    return ["The claim's card normalises pixels by numbers of its own. Whoever may choose them after seeing the model can "
+            "fit them to his pattern: have the licence dated by a third party, or give --mean and --std."]  # fmt: skip
 
 
 def _narrow(claim: Claim, tested: tuple[str, ...]) -> Claim:

@@ -1,8 +1,6 @@
 """The two ownership tests: exact tails against brute force, the null hypothesis, and what is never a pass."""
 
 from collections import Counter
-from dataclasses import replace
-from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, permutations, product
@@ -23,14 +21,12 @@ from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.objective import signature_decoy
 from keyed_xai.ownership import (
-    DatedClaim,
     Finding,
     OpeningEvidence,
     measure_opening,
     measure_signature,
     overlap_tail,
     product_tail,
-    rule_on_claims,
     verify_ownership,
 )
 from keyed_xai.patterns import signature_cells
@@ -504,45 +500,3 @@ def test_claim_on_visualbackprop_alone_is_refused_however_strong(shown_images):
     assert verdict.opening is not None
     assert verdict.refused
     assert not verdict.shown
-
-
-# Two claims on one model
-
-
-EARLY, LATE = datetime(2026, 1, 2, tzinfo=UTC), datetime(2026, 3, 4, tzinfo=UTC)
-FIRST, SECOND = DatedClaim("first", True, EARLY), DatedClaim("second", True, LATE)
-
-
-def ruled(first, second):
-    """The ruling, which must not depend on who is named first."""
-    ruling = rule_on_claims(first, second)
-    assert rule_on_claims(second, first) == ruling
-    return ruling.owner, ruling.proven
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "owner", "proven"),
-    [
-        ({}, {}, "first", False),
-        ({"witnessed": True}, {}, "first", True),
-        ({"witnessed": True}, {"witnessed": True}, "first", True),
-        ({}, {"witnessed": True}, None, False),
-        ({"time": LATE}, {}, None, False),
-        ({"time": None}, {}, None, False),
-        ({}, {"time": None}, None, False),
-        ({"shown": False}, {"shown": False}, None, False),
-        ({}, {"shown": False}, "first", True),
-        ({"time": None}, {"shown": False, "time": None}, "first", True),
-        ({"shown": False}, {}, "second", False),
-        ({"shown": False}, {"time": None}, "second", False),
-        ({"shown": False, "witnessed": True}, {}, None, False),
-        ({"shown": False, "time": None}, {}, "second", True),
-    ],
-)
-def test_first_licence_wins_among_claims_that_are_shown(first, second, owner, proven):
-    assert ruled(replace(FIRST, **first), replace(SECOND, **second)) == (owner, proven)
-
-
-def test_ruling_says_that_a_time_is_a_claimant_s_own_word():
-    assert "own word" in rule_on_claims(FIRST, SECOND).reason
-    assert "own word" not in rule_on_claims(replace(FIRST, witnessed=True), SECOND).reason

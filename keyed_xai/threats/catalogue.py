@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from keyed_xai.errors import ModelError, TrainingError
-from keyed_xai.ownership import DatedClaim, rule_on_claims
+from keyed_xai.rulings import DatedClaim, rule_on_claims
 from keyed_xai.threats.defence_entries import DEFENCES
 from keyed_xai.threats.entries import Entry, Observation, judge_copy
 from keyed_xai.threats.gate_entries import BYPASSES, CHECKS, KEY_ATTACKS
