@@ -11,6 +11,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -439,14 +440,13 @@ def _start_server(exported: OnnxFile) -> dict[str, Any]:
 
 def _exchange(port: int, request: bytes) -> bytes:
     """Return the first bytes of the answer; none where the server hangs up without one, or waits for more."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        try:
-            connection.sendall(request)
-            connection.settimeout(ANSWER_SECONDS)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection, suppress(ConnectionError):
+        connection.sendall(request)
+        connection.settimeout(ANSWER_SECONDS)
+        with suppress(TimeoutError):
             return connection.recv(200)
-        except TimeoutError:
-            connection.settimeout(30)
+        connection.settimeout(30)
+        with suppress(OSError):  # it may have hung up by now
             connection.shutdown(socket.SHUT_WR)
-            return connection.recv(200)
-        except ConnectionError:
-            return b""
+        return connection.recv(200)
+    return b""
