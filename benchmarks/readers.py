@@ -73,6 +73,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     classifier, card = _make_model()
     exported = _export(classifier, card, folder)
     state = {name: tensor.clone() for name, tensor in network_state(classifier).items()}
+    _import_all(state, folder)
     return {
         "pem": Reader(_of_bytes(_pem_files(), _mutate_pem), _read_pem),
         "licence": Reader(_make_licence(card), _read_licence),
@@ -121,6 +122,13 @@ def _export(classifier: Classifier, card: Card, folder: Path) -> OnnxFile:
     settings = ExportSettings(("gradcam", "simplegrad", "vbp"))
     provenance = Provenance(replace(card, interpreters=("gradcam",), thresholds={"gradcam": 0.5}), "0" * 64)
     return export_onnx(classifier, folder / "m.onnx", settings, provenance=provenance).file
+
+
+def _import_all(state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Have weights looked at that are no known network's: what is imported for that is not a case's time."""
+    (folder / "unknown.safetensors").write_bytes(save({f"{name}x": tensor for name, tensor in state.items()}))
+    with suppress(KeyedXAIError):
+        load_classifier(folder / "unknown.safetensors")
 
 
 def _pem_files() -> list[bytes]:
