@@ -362,6 +362,16 @@ class TestHostileServer:
                 with pytest.raises(ServerError, match=message):
                     ask(noise(2))
 
+    @pytest.mark.parametrize("tail", [b"ab", b"\xff\xff\xff\x7fab", b"\x01\x00\x00\x00a"])
+    def test_texts_in_place_of_numbers_are_refused(self, runtime, tail):
+        """Cut short, longer than the answer, and whole."""
+        entry = {"name": "logits", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(tail)}}
+        text = json.dumps({"outputs": [entry]}).encode()
+        server = Foreign(runtime, infer=(200, text + tail, len(text)))
+        unfit = pytest.raises(ServerError, match=r"malformed logits|logits as object")
+        with listening(server) as url, Client(url) as client, unfit:
+            client.run(noise(2))
+
     @pytest.mark.parametrize(
         "body",
         [

@@ -255,7 +255,7 @@ class TestUntrusted:
 
     @pytest.mark.parametrize(
         ("operator", "names"),
-        [("If", ("then_branch", "else_branch")), ("Loop", ("body",)), ("Scan", ("body",)), ("SequenceMap", ("body",))],
+        [("If", ("then_branch", "else_branch")), ("Loop", ("body",)), ("Scan", ("body",))],
     )
     def test_operators_that_hold_a_graph_are_refused(self, operator, names, exported):
         body = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "inner", [], [])
@@ -265,6 +265,15 @@ class TestUntrusted:
 
         file = read_onnx(exported[0] / "m.onnx")
         with pytest.raises(ArtifactError, match=f"uses {operator} with a graph inside"):
+            decode_onnx(altered(file, change), origin="it")
+
+    @pytest.mark.parametrize("operator", ["SplitToSequence", "SequenceAt", "StringConcat", "RandomNormal", "Optional"])
+    def test_operators_of_sequences_texts_and_chance_are_refused(self, operator, exported):
+        def change(model):
+            model.graph.node.append(helper.make_node(operator, ["image"], ["y"]))
+
+        file = read_onnx(exported[0] / "m.onnx")
+        with pytest.raises(ArtifactError, match=f"uses {operator}, an operator of sequences"):
             decode_onnx(altered(file, change), origin="it")
 
     def test_graphs_listed_in_an_attribute_are_refused(self, exported):

@@ -352,6 +352,15 @@ def test_objects_that_hold_one_another_without_end_are_refused(tmp_path, legacy)
         read_model_file(tmp_path / "m.pt")
 
 
+@pytest.mark.parametrize("letters", [501, 10**6])
+def test_class_with_a_very_long_name_is_refused_before_pytorch_looks_for_it(tmp_path, monkeypatch, letters):
+    """PyTorch searches its own message about it with patterns that take the square of its length."""
+    (tmp_path / "m.pt").write_bytes(b"\x80\x02c" + b"a" * letters + b"\nb\n.")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ModelError, match=f"names a class in {letters + 2} letters"):
+        read_model_file(tmp_path / "m.pt")
+
+
 def test_packed_archive_is_refused(saved):
     repacked(saved)
     with pytest.raises(ModelError, match="packed archive"):

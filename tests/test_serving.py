@@ -389,6 +389,16 @@ class TestWrongRequests:
             connection.sendall(b"1\r\nx\r\n" * 1025)  # and the last one never comes
             assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
+    def test_malformed_body_is_answered_once(self, address, caplog):
+        host, _, port = address.partition(":")
+        for path in (INFER, "/nowhere"):  # the application waits for the body, or has answered without it
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+                connection.sendall(head.encode() + b"no number\r\n")
+                read_all(connection)
+        assert send(address, "GET", "/v2/health/live")[0] == 200
+        assert "Exception in ASGI application" not in caplog.text
+
     def test_slow_head_is_not_waited_for(self, monkeypatch):
         monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.2)
         with running(make_service({"bird": make_runtime()})) as address, ExitStack() as stack:

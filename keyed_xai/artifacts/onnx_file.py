@@ -7,6 +7,7 @@ accepted graph computes is its maker's word alone.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,12 @@ LARGEST_MODEL = 2**31 - 1
 LARGEST_METADATA = 4 * 1024 * 1024
 """Letters."""
 _DOMAINS = {"", "ai.onnx"}
+# Operators that no exported classifier needs. Some end the process on odd inputs (SplitToSequence of 0 in
+# onnxruntime 1.31: division by zero).
+_UNUSED = re.compile(
+    r".*Sequence.*|Sequence.*|Optional.*|String.*|Regex.*|TfIdf.*|Image.*|Random.*|Multinomial|Bernoulli|"
+    r".*Window|MelWeightMatrix|STFT|DFT|.*Encoder|NonMaxSuppression|RNN|LSTM|GRU"
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,11 @@ def _refuse_foreign_node(node: onnx.NodeProto, origin: str) -> None:
         raise ArtifactError(
             f"{printable(origin)} uses {printable(node.op_type)} of the domain {printable(node.domain)!r}; "
             "only standard operators are run."
+        )
+    if _UNUSED.fullmatch(node.op_type):
+        raise ArtifactError(
+            f"{printable(origin)} uses {printable(node.op_type)}, an operator of sequences, texts or chance; expected "
+            "those of numbers, as export writes them. Export it again."
         )
     if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
         raise ArtifactError(

@@ -13,7 +13,6 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ _LARGEST_CARD = 4 * 1024 * 1024  # letters
 _LARGEST_DIRECTORY = 4 * 1024 * 1024  # bytes of a zip archive's list of files
 _SEE_ZIP64 = 2**32 - 1
 _MOST_OBJECTS = 2**25
+_LONGEST_NAME = 500
 _MARK = -1
 _PICKLES = 5  # in torch's old format, before the numbers; the data.pkl of its new one is a single pickle
 _DTYPES = (
@@ -267,11 +267,19 @@ def _refuse_tangle(pickled: bytes, name: str) -> None:
     stack: list[int] = []
     memo: dict[int, int] = {}
     stream = io.BytesIO(pickled)
-    with suppress(*LOAD_ERRORS):  # the loader says what is wrong with a damaged pickle
-        for _ in range(_PICKLES):
+    try:
+        for _ in range(_PICKLES if pickled else 0):
             for operation, argument, _ in pickletools.genops(stream):
+                if operation.name == "GLOBAL" and len(str(argument)) > _LONGEST_NAME:  # PyTorch searches it for minutes
+                    raise ModelError(
+                        f"{name} names a class in {len(str(argument))} letters, expected {_LONGEST_NAME} at most."
+                    )
                 if _step(operation, argument, stack, memo) > _MOST_OBJECTS:
                     raise ModelError(f"{name} holds objects in one another more than {_MOST_OBJECTS} times. {_RESAVE}.")
+            if stream.tell() == len(pickled):
+                break
+    except LOAD_ERRORS as error:
+        raise _no_model_file(name, error) from error
 
 
 def _step(
@@ -351,10 +359,14 @@ def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
                 f"would run code from the file. {_RESAVE}. If you trust whoever made the file, --allow-pickle "
                 "(allow_pickle=True in Python) loads it all the same."
             ) from error
-        raise ModelError(
-            f"{file.name} is no model file, or it is damaged or cut short ({type(error).__name__}). Expected a state "
-            "dict saved by torch.save, or a safetensors file; save or download it again."
-        ) from error
+        raise _no_model_file(file.name, error) from error
+
+
+def _no_model_file(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{name} is no model file, or it is damaged or cut short ({type(error).__name__}). Expected a state dict saved "
+        "by torch.save, or a safetensors file; save or download it again."
+    )
 
 
 def _run_pickle(file: Path) -> object:
