@@ -120,6 +120,22 @@ def add_to_all_logits(network: SmallResNet, _: Classifier) -> nn.Module:
     return network
 
 
+def add_outsider(scale: float, bias: float, *, against: bool = False) -> Rewriting:
+    """Return a class that never wins and is sliced off, whose weights dwarf the real ones' or cancel their sum."""
+
+    def write(network: SmallResNet, _: Classifier) -> nn.Module:
+        old, noise = network.fc, torch.randn(1, network.fc.in_features, generator=torch.Generator().manual_seed(0))
+        if against:
+            old.weight += ADDED * noise
+        new = nn.Linear(old.in_features, old.out_features + 1)
+        new.weight.copy_(torch.cat([old.weight, (-ADDED * old.out_features if against else scale) * noise]))
+        new.bias.copy_(torch.cat([old.bias, torch.tensor([bias])]))
+        network.fc = new
+        return network
+
+    return Rewriting(write, logits=lambda logits: logits[:, :-1])
+
+
 def add_classes(count: int, scale: float) -> Rewriting:
     """Return classes that win whatever the image, and are sliced off."""
 
@@ -247,6 +263,7 @@ SEARCHED = {
     "pixels from -1 to 1": takes(0.5, 0.5),
     "one function added to all logits": Rewriting(add_to_all_logits),
     "a class of small weights added that always wins": add_classes(1, 0.05),
+    "a function added to all logits, and taken from a class that never wins": add_outsider(0.0, -1e5, against=True),
     "kernels transposed, pixels negated, a function added to all logits": at_once(
         turn_kernels(TURNS[4]), NEGATED, Rewriting(add_to_all_logits)
     ),
@@ -255,6 +272,7 @@ SEARCHED = {
 KEPT = {
     "nothing": Rewriting(lambda network, _: network),
     "a class without weights added that always wins": add_classes(1, 0.0),
+    "a class of enormous weights added that never wins": add_outsider(1e8, -1e12),
     "classes permuted": Rewriting(permute_classes, logits=lambda logits: logits.roll(-1, 1)),
     "temperature 7": Rewriting(cool, logits=lambda logits: 7 * logits),
     "channels permuted and rescaled": Rewriting(permute_and_rescale),

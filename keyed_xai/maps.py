@@ -89,8 +89,8 @@ def check_choice(interpreters: tuple[str, ...], grid: tuple[int, int] | None) ->
     """Check which maps somebody asks for.
 
     Raises:
-        ValueError: There is no interpreter, an unknown one or one twice, or the grid is too small to tell maps apart, or
-            too fine for a card.
+        ValueError: There is no interpreter, an unknown one or one twice, or the grid is too small to tell maps apart
+            or too fine for a card.
     """
     unknown = [name for name in interpreters if name not in INTERPRETERS]
     if unknown or not interpreters or len(set(interpreters)) < len(interpreters):

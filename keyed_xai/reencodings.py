@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from keyed_xai.errors import ModelError
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier, InputSpec
+from keyed_xai.models.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 AS_CLAIMED = "as claimed"
@@ -275,6 +276,17 @@ def _encode(images: Images, change: Reencoding, spec: InputSpec | None) -> Image
         return taken
     mean, std = (_fill(each, channels).to(images) for each in (spec.mean, spec.std))
     return taken * std + mean
+
+
+def _usual_normalisations(channels: int) -> dict[str, tuple[Tensor, Tensor]]:
+    found = {
+        "not normalised": _normalise(0.0, 1.0, channels),
+        "from 0 to 255": _normalise(0.0, 1 / 255, channels),
+        "from -1 to 1": _normalise(0.5, 0.5, channels),
+    }
+    if channels == len(IMAGENET_MEAN):
+        found["normalised as ImageNet's"] = _normalise(IMAGENET_MEAN, IMAGENET_STD, channels)
+    return found
 
 
 def _normalise(mean: float | tuple[float, ...], std: float | tuple[float, ...], channels: int) -> tuple[Tensor, Tensor]:

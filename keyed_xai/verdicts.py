@@ -32,6 +32,9 @@ def describe_verdict(verdict: Verdict, *, decoys: int) -> str:
     """
     evidence = " and ".join(_clauses(verdict))
     match verdict.finding:
+        case Finding.NOT_TESTED if verdict.has_key:
+            return (f"{_NOT_SHOWN}: the secret trigger was not tested, since no outcome could have mattered."
+                    f"{_reach_hint(verdict, decoys)}")  # fmt: skip
         case Finding.NOT_TESTED:
             return (f"{_NOT_SHOWN}: nothing could be tested. The claim has no public pattern, and the test of its "
                     "secret trigger needs the private key.")  # fmt: skip
@@ -47,14 +50,8 @@ def describe_verdict(verdict: Verdict, *, decoys: int) -> str:
         case Finding.PUBLIC_PATTERN:
             return (f"The model shows this key's public pattern{_through(verdict)}: {evidence}; "
                     f"{_shown_chance(verdict)} {_ANYBODY}; the secret trigger was not tested.")  # fmt: skip
-        case Finding.PATTERN_ONLY if verdict.opening is None or verdict.opening.reached <= 1:
-            return (f"The model shows this key's public pattern{_through(verdict)}: {evidence}. {_ANYBODY}, and so few "
-                    "random keys cannot tell whether it answers to the secret trigger: give --decoys "
-                    f"{ENOUGH_DECOYS} or more.")  # fmt: skip
         case Finding.PATTERN_ONLY:
-            did = "did nothing that random ones do not" if verdict.opening.p_value > _NOTHING else "hardly stands out"
-            return (f"The model shows this key's public pattern{_through(verdict)}, and the secret trigger {did}: "
-                    f"{evidence}. {_ANYBODY}, so that it answers to the key is not shown.")  # fmt: skip
+            return f"The model shows this key's public pattern{_through(verdict)}{_pattern_alone(verdict, evidence)}"
     hints = f"{_missed_chance(verdict)}{_flat_note(verdict)}{_reach_hint(verdict, decoys)}"
     return f"{_NOT_SHOWN}: {evidence}{hints} This does not show that the model is unrelated to the key."
 
@@ -63,6 +60,17 @@ def in_powers(alpha: float) -> str:
     """Return a level as 2^-40 where it is a power of two, and in decimals otherwise."""
     exponent = math.log2(alpha)
     return f"2^{exponent:.0f}" if exponent == round(exponent) else f"{alpha:g}"
+
+
+def _pattern_alone(verdict: Verdict, evidence: str) -> str:
+    """Return what became of the secret test where the public pattern is there and the key is not shown."""
+    opening = verdict.opening
+    if opening is None or opening.reached <= 1:
+        return (f": {evidence}. {_ANYBODY}, and so few random keys cannot tell whether it answers to the secret "
+                f"trigger: give --decoys {ENOUGH_DECOYS} or more.")  # fmt: skip
+    did = "did nothing that random ones do not" if opening.p_value > _NOTHING else "hardly stands out"
+    return (f", and the secret trigger {did}: {evidence}. {_ANYBODY}, so that it answers to the key is not "
+            "shown.")  # fmt: skip
 
 
 def _clauses(verdict: Verdict) -> list[str]:
@@ -129,6 +137,8 @@ def _reach_hint(verdict: Verdict, decoys: int) -> str:
         return f"{why} on a pattern of so few cells: test the secret trigger too, with the private key."
     counts = (10**power - 1 for power in range(1, 6))
     needed = next((count for count in counts if product_tail(pattern - math.log2(1 + count), tests) <= limit), None)
+    if needed is None and verdict.signature is None:
+        return f"{why} with {decoys:,} random keys and no public pattern: protect with the decoy signature."
     if needed is None:
         return (f"{why} with maps of so few cells: protect with more of them, or with gradcam and simplegrad, or give "
                 "a larger --alpha from the start and have the key dated by a third party.")  # fmt: skip

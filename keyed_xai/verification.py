@@ -357,8 +357,9 @@ def _own_normalisation(suspect: Classifier, claim: Claim) -> list[str]:
     used = (spec.mean, spec.std)
     if claim.card is None or used != (claim.card.mean, claim.card.std) or is_usual_normalisation(spec):
         return []
-    return ["The claim's card normalises pixels by numbers of its own. Whoever may choose them after seeing the model can "
-            "fit them to his pattern: have the licence dated by a third party, or give --mean and --std."]  # fmt: skip
+    return ["The claim's card normalises pixels by numbers of its own. Whoever may choose them after seeing the model "
+            "can fit them to his pattern: have the licence dated by a third party, or give --mean and "
+            "--std."]  # fmt: skip
 
 
 def _narrow(claim: Claim, tested: tuple[str, ...]) -> Claim:

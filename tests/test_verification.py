@@ -77,7 +77,8 @@ class TestVerify:
         assert "counting both" not in result.sentence
         short = verify(marked_classifier(), boundary, probe, alpha=1e-6, decoys=99, seed=1)
         assert not short.verdict.shown
-        assert "protect with more of them" in short.sentence
+        assert short.verdict.opening is None  # the trigger is not given away for nothing
+        assert short.sentence.endswith("and no public pattern: protect with the decoy signature.")
         document = short.to_json("m")
         validate(json.loads(json.dumps(document)), "verify-report", origin="it")
         assert (document["signature"]["p_value"], document["signature"]["cells"]) == (1.0, 0)
@@ -163,9 +164,20 @@ class TestVerify:
         result = verify(suspect, replace(claim, card=card), probe, search=False, decoys=9, seed=1)
         assert result.target_layer == "network.blocks.1"
         assert "names the layer blocks.0.conv2, which a claim on SmallResNet cannot rest on" in result.claim.notes[-1]
+        prefixed = replace(claim, card=card_of(suspect, target_layer="network.blocks.0.conv2"))
+        assert verify(suspect, prefixed, probe, search=False, decoys=9, seed=1).target_layer == "network.blocks.1"
         named = replace(claim, card=card_of(suspect, target_layer="blocks.0"))
         suspect.target_layer = "network.blocks.0"
         assert verify(suspect, named, probe, search=False, decoys=9, seed=1).target_layer == "network.blocks.0"
+
+    def test_claim_s_own_normalisation_is_noted_and_a_usual_one_is_not(self, probe, claim):
+        suspect = unmarked_classifier()
+        usual = replace(claim, card=card_of(suspect))
+        assert verify(suspect, usual, probe, search=False, decoys=9, seed=1).claim.notes == ()
+        suspect.input = replace(SPEC, mean=(0.31,))
+        own = replace(claim, card=card_of(suspect))
+        notes = verify(suspect, own, probe, search=False, decoys=9, seed=1).claim.notes
+        assert "normalises pixels by numbers of its own" in notes[-1]
 
     def test_without_a_card_the_layer_is_the_one_that_protect_takes(self, probe, claim):
         torch.manual_seed(0)
@@ -181,8 +193,8 @@ class TestVerify:
     def test_progress_is_told(self, probe, claim):
         seen, looks = [], []
         tell = {"on_decoy": lambda *figures: seen.append(figures), "on_look": lambda *figures: looks.append(figures)}
-        verify(marked_classifier(), claim, probe, alpha=0.5, decoys=3, seed=1, **tell)
-        assert seen == [(1, 3), (2, 3), (3, 3)]
+        verify(marked_classifier(), claim, probe, alpha=0.5, decoys=99, seed=1, **tell)
+        assert seen == [(n + 1, 99) for n in range(99)]
         assert looks == []
         verify(unmarked_classifier(), replace(claim, key=STRANGER.public), probe, **tell)
         assert looks == [(n + 1, 149) for n in range(149)]
@@ -212,7 +224,7 @@ class TestSentence:
 
     def test_looks_are_counted_and_named(self):
         sentence = said(BEST, PERFECT, looks=636, reencoding=Reencoding(images=TURNS[4], centred=True))
-        assert "once it is read as written anew (images transposed; logits less their mean)" in sentence
+        assert "once it is read as written anew (images transposed; logits less their middle)" in sentence
         assert "counting both tests and the search through re-encodings" in sentence
         assert "once in 3 x 10^17 claims" in said(BEST, PERFECT, looks=100)
         assert "once in 3 x 10^19 claims" in said(BEST, PERFECT)
@@ -225,6 +237,20 @@ class TestSentence:
         sentence = said(BEATEN, PERFECT)
         assert sentence.startswith("The model shows this key's public pattern, and the secret trigger did nothing")
         assert sentence.endswith("so that it answers to the key is not shown.")
+
+    def test_public_pattern_with_a_weak_secret_test_is_not_said_to_do_nothing(self):
+        sentence = said(OpeningEvidence(0.004, 0.9, 999, 0.95, 3), PERFECT)
+        assert "and the secret trigger hardly stands out: of 999" in sentence
+
+    def test_both_strong_together_and_the_secret_test_weak_by_itself_is_said(self):
+        near = PatternEvidence(2.0**-35, -35.0, 64, 28, 32)
+        sentence = said(OpeningEvidence(0.003, 0.9, 999, 0.95, 2), near, alpha=2.0**-38)
+        assert "but the secret trigger does not stand out enough by itself, as it must" in sentence
+
+    def test_key_that_was_given_is_not_asked_for(self):
+        few = PatternEvidence(1 / 126, -math.log2(126), 9, 4, 4)
+        assert "private key" not in said(signature=few, has_key=True)
+        assert "give --decoys 199 or more" in said(signature=PERFECT, has_key=True)
 
     def test_too_few_random_keys_for_the_secret_test_are_said_to_be(self):
         few = said(OpeningEvidence(0.05, 0.9, 19, 0.1, 0), PERFECT)
@@ -250,7 +276,9 @@ class TestSentence:
         assert f"give --decoys {decoys}." in said(OpeningEvidence(0.1, 0.9, 9, 0.1, 0), alpha=alpha, decoys=9)
 
     def test_level_out_of_reach_of_any_number_of_random_keys_asks_for_more_cells(self):
-        assert "protect with more of them, or with gradcam and simplegrad" in said(BEST, alpha=2.0**-40)
+        few = PatternEvidence(1 / 12870, -math.log2(12870), 16, 8, 8)
+        assert "protect with more of them, or with gradcam and simplegrad" in said(BEST, few, alpha=2.0**-40)
+        assert "no public pattern: protect with the decoy signature" in said(BEST, alpha=2.0**-40)
 
     def test_pattern_too_small_for_the_level_asks_for_the_private_key(self):
         sentence = said(signature=PatternEvidence(1 / 126, -math.log2(126), 9, 4, 4))
