@@ -85,7 +85,7 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     help="Also run the defences on a clean network and on two with plain backdoors, which they must catch.",
 )  # fmt: skip
 @click.option(
-    "--decoys", type=click.IntRange(1), default=99, show_default=True,
+    "--decoys", type=click.IntRange(1), default=999, show_default=True,
     help="Random keys in each ownership test, at most.",
 )  # fmt: skip
 @click.option(

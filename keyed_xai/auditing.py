@@ -61,7 +61,7 @@ class AuditSettings:
     controls: bool = True
     control: ControlSettings = field(default_factory=ControlSettings)
     held_out_images: int = 500
-    decoys: int = 99
+    decoys: int = 999
     seed: int = 0
 
     def __post_init__(self) -> None:

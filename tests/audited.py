@@ -44,7 +44,7 @@ def keyed_subject(**changes):
         "images": witness().images,
         "labels": witness().labels,
         "reference": reference(),
-        "witness": witness(decoys=19),
+        "witness": witness(decoys=99),
         "trigger": TRIGGER,
         "keyed": True,
         "inverted": True,

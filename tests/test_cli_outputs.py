@@ -25,7 +25,16 @@ from keyed_xai_cli.main import main
 QUICK = ["--steps", "2", "--batch-size", "4", "--held-out", "4", "--limit", "20", "--grid", "4", "--device", "cpu"]
 COMMANDS = {
     "keygen": ["keygen"],
-    "protect": ["protect", "m.pt", "--key-file", "k.pem", *QUICK, "--wrong-keys", "2"],
+    "protect": [
+        "protect",
+        "m.pt",
+        "--key-file",
+        "k.pem",
+        *QUICK,
+        "--wrong-keys",
+        "2",
+        "--without-ownership",
+    ],  # fmt: skip
     "attack": ["attack", "m.pt", "--data", "builtin", *QUICK],
     "train": ["train", "--data", "builtin", "--widths", "4", "--limit", "40", "--held-out", "4", "--epochs", "1"],
     "export": ["export", "m.pt", "--interpreter", "gradcam"],

@@ -65,7 +65,19 @@ def test_train_writes_a_model_that_protect_takes_with_nothing_else_given(photos,
     loaded = load_classifier(out)
     assert loaded.input == InputSpec(1, 16, 16, (0.5,), (0.25,))
     write_owner_key(tmp_path / "k.pem", key)
-    quick = ("--steps", "2", "--batch-size", "4", "--wrong-keys", "2", "--held-out", "4", "--grid", "4")
+    quick = (
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--wrong-keys",
+        "2",
+        "--held-out",
+        "4",
+        "--grid",
+        "4",
+        "--without-ownership",
+    )
     protected = run(
         "protect", out, "--key-file", tmp_path / "k.pem", "--data", f"imagefolder:{photos}", "--tile", "24", *quick
     )

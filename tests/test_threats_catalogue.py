@@ -110,7 +110,7 @@ def test_explanation_aware_attack_needs_a_surrogate_and_defences_a_trigger():
 
 
 def test_state_of_a_protected_model_is_that_of_its_witness():
-    state, gate = state_before(keyed_subject()), measure_gate_state(protected(), witness(decoys=19))
+    state, gate = state_before(keyed_subject()), measure_gate_state(protected(), witness(decoys=99))
     assert (state.accuracy, state.measure) == (gate.predictions["top1"], "top1")
     assert state.correlation == gate.correlation
     assert state.ownership == gate.to_json()["ownership"]

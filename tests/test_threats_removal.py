@@ -39,12 +39,12 @@ def attacker():
 @cache
 def state_after(name):
     result = REMOVALS[name](protected(), attacker())
-    return result, measure_gate_state(result.model, witness(decoys=19))
+    return result, measure_gate_state(result.model, witness(decoys=99))
 
 
 def test_gate_that_is_attacked_works():
-    before = measure_gate_state(protected(), witness(decoys=19))
-    plain = measure_gate_state(reference(), witness(decoys=19))
+    before = measure_gate_state(protected(), witness(decoys=99))
+    plain = measure_gate_state(reference(), witness(decoys=99))
     assert before.correlation["gradcam"]["keyed"] > 0.8
     assert before.correlation["gradcam"]["unkeyed"] < 0.4
     assert before.ownership.shown
@@ -108,7 +108,7 @@ def test_stacked_names_are_pairs_of_attacks_and_any_can_be_made():
     assert all(len(names) == 2 and set(names) <= set(REMOVALS) for names in (each.split("+") for each in STACKED))
     results = remove_in_turn(["re-bn", "ftal-mild"], protected(), attacker())
     assert [list(result.settings)[0] for result in results] == ["share", "optimiser"]
-    assert measure_gate_state(results[-1].model, witness(decoys=19)).ownership.shown
+    assert measure_gate_state(results[-1].model, witness(decoys=99)).ownership.shown
 
 
 def test_explanation_tuning_without_a_surrogate_is_refused():
