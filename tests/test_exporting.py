@@ -276,6 +276,17 @@ class TestUntrusted:
         with pytest.raises(ArtifactError, match=f"uses {operator}, an operator of sequences"):
             decode_onnx(altered(file, change), origin="it")
 
+    @pytest.mark.parametrize("pads", [[0, 0, 128, 0], [2, 2, 2, 2], [0, -1, 0, 9]])
+    def test_padding_that_leaves_fewer_than_no_rows_is_refused(self, pads, exported):
+        """It ended the process inside onnxruntime."""
+
+        def change(model):
+            sizes = {"kernel_shape": [3, 3], "strides": [1, 1], "dilations": [1, 1], "pads": pads}
+            model.graph.node.append(helper.make_node("ConvTranspose", ["image", "weight"], ["y"], **sizes))
+
+        with pytest.raises(ArtifactError, match="pads a transposed convolution"):
+            decode_onnx(altered(read_onnx(exported[0] / "m.onnx"), change), origin="it")
+
     def test_graphs_listed_in_an_attribute_are_refused(self, exported):
         def change(model):
             model.graph.node[0].attribute.add(name="bodies", type=onnx.AttributeProto.GRAPHS).graphs.add(name="inner")

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import gt
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,26 @@ def _refuse_foreign_node(node: onnx.NodeProto, origin: str) -> None:
         raise ArtifactError(
             f"{printable(origin)} uses {printable(node.op_type)} with a graph inside, which may run without end; "
             "expected operators without loops and branches, as export writes them. Export it again."
+        )
+    if node.op_type == "ConvTranspose":
+        _refuse_wide_padding(node, origin)
+
+
+def _refuse_wide_padding(node: onnx.NodeProto, origin: str) -> None:
+    """Refuse a transposed convolution whose padding takes more than its kernel gives.
+
+    The output could have fewer than no rows, at which onnxruntime ends the process (an assertion in Slice).
+    """
+    integers = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+    kernel, pads = integers.get("kernel_shape", []), integers.get("pads", [])
+    dilations = integers.get("dilations") or [1] * len(kernel)
+    extents = [step * (side - 1) + 1 for side, step in zip(kernel, dilations, strict=False)]
+    sides = len(pads) // 2
+    taken = [first + last for first, last in zip(pads[:sides], pads[sides:], strict=False)]
+    if any(pads) and (len(extents) != sides or any(map(gt, taken, extents))):
+        raise ArtifactError(
+            f"{printable(origin)} pads a transposed convolution by {pads} around one of {kernel}: expected at most "
+            "the kernel's own size. Export it again."
         )
 
 
