@@ -203,6 +203,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         readers = make_readers(Path(folder))
         names = given.reader or list(readers)
+        if unknown := [name for name in names if name not in readers]:
+            parser.error(f"no reader {', '.join(unknown)}; there are {', '.join(readers)}.")
         if given.case is not None:
             show_case(names[0], readers[names[0]], given.case, given.seed)
             return 0

@@ -51,6 +51,7 @@ from keyed_xai.reencodings import (
     input_of,
     live_classes,
     recode_view,
+    winning_classes,
     write_anew,
 )
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
@@ -297,7 +298,7 @@ def verify_ownership(
         first = _look(model, view, trial, labels, maps, looks=2 if searched else 1)
         if not searched or first.shown or first.refused or (may_count and first.opening is not None):
             return first
-        return min([first, *_search(model, view, trial, contested_classes(logits), on_look)], key=_rank)
+        return min([first, *_search(model, view, trial, logits, on_look)], key=_rank)
 
 
 def measure_opening(
@@ -462,7 +463,7 @@ def _look(
 
 
 def _search(
-    model: nn.Module, view: MapView, trial: _Trial, eligible: Tensor, on_look: Callable[[int, int], None] | None
+    model: nn.Module, view: MapView, trial: _Trial, logits: Logits, on_look: Callable[[int, int], None] | None
 ) -> Iterator[Verdict]:
     """Yield verdicts through the declared re-encodings with most of the pattern in them, up to one that is shown.
 
@@ -471,7 +472,8 @@ def _search(
     that came twice would be the owner's.
     """
     candidates, spec = declared_reencodings(model, view, trial.images), input_of(model)
-    looks = count_looks(candidates)
+    looks, eligible = count_looks(candidates), contested_classes(logits)
+    winners = winning_classes(logits, eligible)
 
     def read(anew: nn.Module, number: int, images: Images) -> tuple[float, Logits, dict[str, SaliencyMaps]]:
         logits, maps = recode_view(view, candidates[number], spec, eligible).pooled_in_chunks(anew, images)
@@ -480,7 +482,7 @@ def _search(
     screened: list[float] = []
     for _, alike in groupby(candidates, key=lambda change: (change.kernels, change.centred)):
         group = list(alike)
-        anew = write_anew(model, group[0])
+        anew = write_anew(model, group[0], winners)
         for _ in group:
             screened.append(read(anew, len(screened), trial.images[:_SCREENED])[0])
             if on_look is not None:
@@ -488,11 +490,11 @@ def _search(
     best = sorted(range(len(screened)), key=screened.__getitem__)[:_CONFIRMED]
     confirmed = []
     for number in best:
-        weighted, logits, _ = read(write_anew(model, candidates[number]), number, trial.images)
+        weighted, logits, _ = read(write_anew(model, candidates[number], winners), number, trial.images)
         confirmed.append((weighted, -variety(best_class(logits, eligible)), number))
     for _, _, number in sorted(confirmed)[: 1 if trial.may_count else _TESTED]:
         change = candidates[number]
-        anew = write_anew(model, change)
+        anew = write_anew(model, change, winners)
         _, logits, maps = read(anew, number, trial.images)
         labels, seen = best_class(logits, eligible), recode_view(view, change, spec, eligible)
         verdict = _look(anew, seen, trial, labels, maps, looks=2 * looks[number], reencoding=change)

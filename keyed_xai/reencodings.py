@@ -8,8 +8,8 @@ that a search can undo, one candidate for each combination:
   where they do not, turning the kernels back undoes turned kernels exactly, and turned images whatever else was turned.
 - *orders*: permutations of the image's channels, up to three; of more, the given one and the reverse.
 - *encodings*: pixels as claimed, inverted (1 - x), negated after normalisation, or normalised in another usual way.
-- *logits* less the mean of their middle half: adding one function of the image to all of them changes no prediction.
-  The middle half, so that classes added beside the real ones cannot move it.
+- *logits* less their mean, since adding one function of the image to all of them changes no prediction; or less the
+  mean of those classes that win on some image, so that one added beside them that never wins cannot cancel it.
 
 The list is finite and fixed before any key is seen, so that its length bounds what a search can find by chance.
 Candidates that change one of the four alone share one half of the search's level, all others the other half.
@@ -21,6 +21,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import permutations, product
 
 import torch
@@ -74,20 +75,20 @@ class Reencoding:
         kernels: Turn of its kernels.
         order: Which of the image's channels its first, second, ... input is.
         encoding: Name of what becomes of pixels; see `encodings`.
-        centred: Whether its logits are taken less the mean of their middle half.
+        centred: Which classes' mean its logits are taken less: "" for none, "all", or "winners".
     """
 
     images: Turn = TURNS[0]
     kernels: Turn = TURNS[0]
     order: tuple[int, ...] = ()
     encoding: str = AS_CLAIMED
-    centred: bool = False
+    centred: str = ""
 
     @property
     def changes(self) -> int:
         """How many things were changed."""
         turned = self.images != TURNS[0] or self.kernels != TURNS[0]
-        return turned + self._is_reordered + (self.encoding != AS_CLAIMED) + self.centred
+        return turned + self._is_reordered + (self.encoding != AS_CLAIMED) + bool(self.centred)
 
     def __str__(self) -> str:
         """The re-encoding in words."""
@@ -96,7 +97,7 @@ class Reencoding:
         order = ", ".join(str(each + 1) for each in self.order) if len(self.order) <= _PERMUTED else "of the reverse"
         parts += [f"channels in the order {order}"] * self._is_reordered
         parts += [f"pixels {self.encoding}"] * (self.encoding != AS_CLAIMED)
-        return "; ".join(parts + ["logits less their middle"] * self.centred)
+        return "; ".join(parts + [f"logits less the mean of {self.centred}"] * bool(self.centred))
 
     @property
     def _is_reordered(self) -> bool:
@@ -153,7 +154,7 @@ def declared_reencodings(model: nn.Module, view: MapView, images: Images) -> lis
     channels = images.shape[1]
     orders = list(permutations(range(channels))) if channels <= _PERMUTED else _both_ways(channels)
     kinds = encodings(input_of(model), channels)
-    centred = (False,) if answers_alone(model) else (False, True)
+    centred = ("",) if answers_alone(model) else ("", "all", "winners")
     every = product(centred, turns, orders, kinds)
     found = [Reencoding(images, kernels, order, kind, centre) for centre, (kernels, images), order, kind in every]
     return [change for change in found if change.changes]
@@ -195,10 +196,15 @@ def is_usual_normalisation(spec: InputSpec) -> bool:
     return any(all(map(torch.allclose, own, pair)) for pair in _usual_normalisations(spec.channels).values())
 
 
-def write_anew(model: nn.Module, change: Reencoding) -> nn.Module:
-    """Return a copy of a suspect with its kernels turned back and, if need be, its logits less their middle.
+def write_anew(model: nn.Module, change: Reencoding, winners: Tensor) -> nn.Module:
+    """Return a copy of a suspect with its kernels turned back and, if need be, its logits less a mean.
 
     One that needs neither comes back itself.
+
+    Args:
+        model: The suspect.
+        change: How it was re-encoded.
+        winners: Of `winning_classes`, [classes].
 
     Raises:
         ModelError: The suspect is a module of Python that cannot be copied.
@@ -216,7 +222,9 @@ def write_anew(model: nn.Module, change: Reencoding) -> nn.Module:
         for kernel in filter(_is_kernel, anew.parameters()):
             kernel.copy_(change.kernels.undo(kernel.clone()))
     if change.centred:
-        anew.register_forward_hook(_centre)
+        anew.register_forward_hook(
+            partial(_centre, winners if change.centred == "winners" else torch.ones_like(winners))
+        )
     return anew
 
 
@@ -239,6 +247,13 @@ def contested_classes(logits: Logits) -> Tensor:
         eligible[winners[0]] = False
         winners = best_class(logits, eligible)
     return eligible
+
+
+def winning_classes(logits: Logits, eligible: Tensor) -> Tensor:
+    """Return which eligible classes win on some image, [classes]; all eligible ones where it is one alone."""
+    winners = torch.zeros_like(eligible)
+    winners[best_class(logits, eligible)] = True
+    return winners if winners.sum() > 1 else eligible
 
 
 def best_class(logits: Logits, eligible: Tensor) -> Labels:
@@ -301,8 +316,5 @@ def _both_ways(count: int) -> list[tuple[int, ...]]:
     return [tuple(range(count)), tuple(reversed(range(count)))]
 
 
-def _centre(_model: nn.Module, _images: object, logits: Logits) -> Logits:
-    """Return logits less the mean of those between the lower and the upper quarter."""
-    cut = logits.shape[1] // 4
-    middle = logits.sort(1).values[:, cut : logits.shape[1] - cut]
-    return logits - middle.mean(1, keepdim=True)
+def _centre(classes: Tensor, _model: nn.Module, _images: object, logits: Logits) -> Logits:
+    return logits - logits[:, classes].mean(1, keepdim=True)

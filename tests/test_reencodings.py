@@ -24,6 +24,7 @@ from keyed_xai.reencodings import (
     declared_reencodings,
     encodings,
     live_classes,
+    winning_classes,
     write_anew,
 )
 
@@ -165,7 +166,7 @@ def test_turns_are_the_eight_symmetries_and_are_undone():
 @pytest.mark.parametrize("turn", TURNS, ids=str)
 def test_kernels_written_anew_are_the_owner_s(turn):
     turned = SCRIPT["turn_kernels"](turn).apply(protected())
-    anew = write_anew(turned, Reencoding(kernels=turn))
+    anew = write_anew(turned, Reencoding(kernels=turn), torch.ones(3, dtype=torch.bool))
     with torch.no_grad():
         torch.testing.assert_close(anew(grey_images()), marked()(grey_images()))
 
@@ -173,7 +174,7 @@ def test_kernels_written_anew_are_the_owner_s(turn):
 def test_every_combination_is_declared_once_and_none_is_the_suspect_itself():
     classifier = coloured()
     found = declared_reencodings(classifier, make_view(classifier, ("gradcam",), GRID), colour_images())
-    assert len(found) == len(set(found)) == 15 * 2 * 6 * 7 - 1
+    assert len(found) == len(set(found)) == 15 * 3 * 6 * 7 - 1
     assert all(change.changes for change in found)
 
 
@@ -215,6 +216,13 @@ def test_class_that_does_not_follow_the_image_is_never_explained():
     logits = torch.tensor([[1.0, 2.0, 1e4], [2.0, 1.0, 1e4]])
     assert live_classes(logits).tolist() == [True, True, False]
     assert live_classes(torch.ones(2, 3)).all()
+
+
+def test_classes_that_never_win_are_no_winners():
+    logits = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0]])
+    every = torch.ones(3, dtype=torch.bool)
+    assert winning_classes(logits, every).tolist() == [True, True, False]
+    assert winning_classes(logits[:1], every).all()
 
 
 def test_classes_that_win_everywhere_are_left_out_in_the_search():

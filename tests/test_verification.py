@@ -197,7 +197,7 @@ class TestVerify:
         assert seen == [(n + 1, 99) for n in range(99)]
         assert looks == []
         verify(unmarked_classifier(), replace(claim, key=STRANGER.public), probe, **tell)
-        assert looks == [(n + 1, 149) for n in range(149)]
+        assert looks == [(n + 1, 224) for n in range(224)]
 
 
 def said(opening=None, signature=None, *, alpha=1e-6, decoys=999, **fields):
@@ -223,8 +223,8 @@ class TestSentence:
         assert "at most once in 1,000 claims" in said(BEST, alpha=0.01)
 
     def test_looks_are_counted_and_named(self):
-        sentence = said(BEST, PERFECT, looks=636, reencoding=Reencoding(images=TURNS[4], centred=True))
-        assert "once it is read as written anew (images transposed; logits less their middle)" in sentence
+        sentence = said(BEST, PERFECT, looks=636, reencoding=Reencoding(images=TURNS[4], centred="all"))
+        assert "once it is read as written anew (images transposed; logits less the mean of all)" in sentence
         assert "counting both tests and the search through re-encodings" in sentence
         assert "once in 3 x 10^17 claims" in said(BEST, PERFECT, looks=100)
         assert "once in 3 x 10^19 claims" in said(BEST, PERFECT)

@@ -25,7 +25,14 @@ from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier, wrap_network
 from keyed_xai.ownership import counted_interpreters, measure_signature, opening_statistic, product_tail
 from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
-from keyed_xai.reencodings import contested_classes, count_looks, declared_reencodings, recode_view, write_anew
+from keyed_xai.reencodings import (
+    contested_classes,
+    count_looks,
+    declared_reencodings,
+    recode_view,
+    winning_classes,
+    write_anew,
+)
 from keyed_xai.training import Callbacks
 from keyed_xai.triggers import TRIGGERS
 from keyed_xai.verification import Claim, verify
@@ -253,10 +260,13 @@ def _look_through(
 ) -> list[tuple[int, dict[str, torch.Tensor]]]:
     """Return, for each declared re-encoding, what its p-value is multiplied by and the maps seen through it."""
     candidates, eligible = declared_reencodings(model, view, images), contested_classes(logits)
+    winners = winning_classes(logits, eligible)
     return [
         (
             2 * looks,
-            recode_view(view, change, model.input, eligible).pooled_in_chunks(write_anew(model, change), images)[1],
+            recode_view(view, change, model.input, eligible).pooled_in_chunks(
+                write_anew(model, change, winners), images
+            )[1],
         )
         for looks, change in zip(count_looks(candidates), candidates, strict=True)
     ]
