@@ -328,16 +328,16 @@ def measure_opening(
     """
     logits, plain = view.pooled_in_chunks(model, images, labels)
     labels = logits.argmax(1) if labels is None else labels
-    values: list[float] = []
+    readable, values = readable_maps(plain), list[float]()
 
     def ask_decoy() -> float:
-        values.append(opening_statistic(model, images, view, draw_decoy(), plain, labels))
+        values.append(opening_statistic(model, images, view, draw_decoy(), plain, labels, readable))
         if on_decoy is not None:
             on_decoy(len(values), decoys)
         return values[-1]
 
     early = [ask_decoy() for _ in range(place)]
-    statistic = opening_statistic(model, images, view, owner, plain, labels)
+    statistic = opening_statistic(model, images, view, owner, plain, labels, readable)
     reached = tried = 0
     for value in chain(early, (ask_decoy() for _ in range(decoys - place))):
         tried += 1
@@ -357,6 +357,7 @@ def opening_statistic(
     trigger: Trigger,
     plain: Mapping[str, SaliencyMaps],
     labels: Labels,
+    readable: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Return T: 1 - correlation of the maps with and without a trigger, mean over images and interpreters.
 
@@ -370,13 +371,12 @@ def opening_statistic(
         trigger: Of one key.
         plain: Pooled maps of the same images without it.
         labels: Class explained.
+        readable: Of `readable_maps`, where it is at hand.
     """
+    readable = readable_maps(plain) if readable is None else readable
     _, maps = view.pooled_in_chunks(model, trigger.apply(images), labels)
-    distances = [
-        1 - metrics.correlation(maps[name], plain[name])[~flat_maps(plain[name])].nan_to_num(1.0)
-        for name in view.interpreters
-    ]
-    return float(torch.cat(distances).double().mean())
+    matches = [metrics.correlation(maps[name], plain[name])[readable[name]] for name in view.interpreters]
+    return float(1 - torch.cat(matches).nan_to_num(1.0).double().mean())
 
 
 def measure_signature(unkeyed_maps: Mapping[str, Tensor], public: PublicKey) -> SignatureEvidence:
@@ -405,6 +405,11 @@ def flat_maps(maps: SaliencyMaps) -> Tensor:
     """Return which maps [n, rows, columns] are constant, or not finite: nothing can be read in them, [n]."""
     cells = maps.flatten(1).double()
     return ~(cells.amax(1) - cells.amin(1) > MAP_FLATNESS * cells.abs().amax(1))
+
+
+def readable_maps(maps: Mapping[str, SaliencyMaps]) -> dict[str, Tensor]:
+    """Return, by interpreter, which maps show anything, [n]."""
+    return {name: ~flat_maps(each) for name, each in maps.items()}
 
 
 def overlap_tail(cells: Sequence[int], overlap: int) -> tuple[int, int]:
