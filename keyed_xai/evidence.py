@@ -1,17 +1,13 @@
 """What a protected model will be able to prove, settled before training: layer, cells, and how far they reach."""
 
 from dataclasses import dataclass, replace
-from math import inf, log2, prod
-
-import torch
+from math import log2, prod
 
 from keyed_xai.errors import ModelError, TrainingError
-from keyed_xai.maps import MapView, make_view
+from keyed_xai.maps import MapView, default_grid, feature_sizes, make_view
 from keyed_xai.models import Classifier
 from keyed_xai.models.layers import derive_taps, find_target_layer, trace_network
-from keyed_xai.models.modes import evaluating
 from keyed_xai.ownership import DEFAULT_ALPHA, counted_interpreters, overlap_tail, product_tail
-from keyed_xai.saliency import run_forward
 
 SPARE_CELLS = 1
 """Cells of a pattern that may be wrong in a protected model and leave its owner's claim within the default level."""
@@ -113,11 +109,7 @@ def named_layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
     The target layer, then VisualBackProp's from last to first.
     """
     layers = list(dict.fromkeys([classifier.target_layer, *(tap.layer for tap in reversed(classifier.taps))]))
-    spec = classifier.input
-    blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
-    with evaluating(classifier), torch.no_grad():
-        features = run_forward(classifier, blank, layers, input_gradient=False).features
-    return {layer: (features[layer].shape[2], features[layer].shape[3]) for layer in layers}
+    return feature_sizes(classifier, layers)
 
 
 def recognised_layers(classifier: Classifier) -> tuple[str, ...]:
@@ -152,8 +144,7 @@ def _evidence_at(
     grid: tuple[int, int] | None,
     decoy: str,
 ) -> Evidence:
-    view = make_view(classifier, interpreters, grid, target_layer=layer)
+    view = make_view(classifier, interpreters, grid or default_grid(sizes[layer]), target_layer=layer)
     limits = {"gradcam": sizes[layer], "simplegrad": (classifier.input.height, classifier.input.width)}
     counted = counted_interpreters(interpreters) if decoy == "signature" else ()
-    cells = [prod(map(min, view.grid, limits.get(name, (inf, inf)))) for name in counted]
-    return Evidence(view, reach_of([int(count) for count in cells]))
+    return Evidence(view, reach_of([prod(map(min, view.grid, limits[name])) for name in counted]))

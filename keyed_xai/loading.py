@@ -10,13 +10,12 @@ from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.errors import ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import Classifier, load_classifier
-from keyed_xai.models.loading import Size
+from keyed_xai.models.loading import OWN_CODE, Size
 from keyed_xai.tensors import Tap
 from keyed_xai.triggers import TRIGGERS, Trigger, TriggerFamily
 
 DEFAULT_TRIGGER = TriggerParameters("spread", 8.0, 32)
 """What `protect` uses when nothing else is asked for."""
-_OWN_CODE = {"pickle", "python"}
 
 
 def open_model(
@@ -89,7 +88,7 @@ class _Defaults:
 
 
 def _card_defaults(card: Card, arch: str | None, *, allow_pickle: bool) -> _Defaults:
-    own_code = card.source in _OWN_CODE
+    own_code = card.source in OWN_CODE
     if own_code and arch is None and not allow_pickle:
         raise ModelError(
             f"{card.architecture} is a module of its owner's own, so weights alone cannot be run. Build the module in "

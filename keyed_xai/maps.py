@@ -133,13 +133,17 @@ def make_view(
     """
     sites = Sites(target_layer or classifier.target_layer, classifier.taps)
     if grid is None:
-        spec = classifier.input
-        blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
-        with evaluating(classifier), torch.no_grad():
-            features = run_forward(classifier, blank, [sites.target_layer], input_gradient=False).features
-        height, width = features[sites.target_layer].shape[2:]
-        grid = default_grid((height, width))
+        grid = default_grid(feature_sizes(classifier, [sites.target_layer])[sites.target_layer])
     return MapView(interpreters, sites, grid)
+
+
+def feature_sizes(classifier: Classifier, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of the feature maps of some layers, named inside the classifier."""
+    spec = classifier.input
+    blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
+    with evaluating(classifier), torch.no_grad():
+        features = run_forward(classifier, blank, layers, input_gradient=False).features
+    return {layer: (features[layer].shape[2], features[layer].shape[3]) for layer in layers}
 
 
 def default_grid(feature_size: tuple[int, int]) -> tuple[int, int]:

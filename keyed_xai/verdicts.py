@@ -56,12 +56,6 @@ def describe_verdict(verdict: Verdict, *, decoys: int) -> str:
     return f"{_NOT_SHOWN}: {evidence}{hints} This does not show that the model is unrelated to the key."
 
 
-def in_powers(alpha: float) -> str:
-    """Return a level as 2^-40 where it is a power of two, and in decimals otherwise."""
-    exponent = math.log2(alpha)
-    return f"2^{exponent:.0f}" if exponent == round(exponent) else f"{alpha:g}"
-
-
 def _pattern_alone(verdict: Verdict, evidence: str) -> str:
     """Return what became of the secret test where the public pattern is there and the key is not shown."""
     opening = verdict.opening

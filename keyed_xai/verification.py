@@ -35,6 +35,7 @@ from keyed_xai.keys import OwnerKey, PublicKey
 from keyed_xai.loading import DEFAULT_TRIGGER, make_family
 from keyed_xai.maps import make_view
 from keyed_xai.models import Classifier, InputSpec
+from keyed_xai.models.loading import OWN_CODE
 from keyed_xai.ownership import (
     DEFAULT_ALPHA,
     OpeningEvidence,
@@ -50,7 +51,6 @@ from keyed_xai.versions import package_versions
 
 SCHEMA = "keyed-xai/verify-report/v1"
 DEFAULT_IMAGES = 64
-_OWN_CODE = {"pickle", "python"}
 _WEIGHTS = ("model.safetensors", "model.pt")
 _GIVEN_NOTHING_AWAY = (
     "Not tested: without the public pattern no outcome could show the claim, and whoever runs the model would have "
@@ -212,7 +212,7 @@ def verify(
         decoys=decoys,
         test_signature=claim.decoy == "signature",
         search=search,
-        may_count=not isinstance(suspect, Classifier) or suspect.source in _OWN_CODE,
+        may_count=not isinstance(suspect, Classifier) or suspect.source in OWN_CODE,
         generator=torch.Generator().manual_seed(seed),
         on_decoy=on_decoy,
         on_look=on_look,

@@ -23,7 +23,8 @@ from keyed_xai.tensors import Tap
 
 Size = int | tuple[int, int]
 """Side, or height and width, in pixels."""
-_OWN_CODE = {"pickle", "python"}
+OWN_CODE = frozenset({"pickle", "python"})
+"""Sources of networks that are modules of somebody's own, which weights alone do not rebuild."""
 _MOST_TAPS = 1024
 _LARGEST_NUMBER = 1e6  # of a card's mean and std
 
@@ -283,7 +284,7 @@ def _own_architecture(card: Mapping[str, object], found: ModelFile) -> str | Non
     architecture, source = _text(card, "architecture"), _text(card, "source")
     if architecture is None or found.module is not None:
         return None
-    if source in _OWN_CODE:
+    if source in OWN_CODE:
         raise ModelError(
             f"the card says that {architecture} is a module of the owner's own, so weights alone cannot be loaded. "
             "Build the module in Python, load the weights into it and pass it to wrap_network; or give --arch."
