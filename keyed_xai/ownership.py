@@ -493,15 +493,15 @@ def _search(
             if on_look is not None:
                 on_look(len(screened), len(candidates))
     best = sorted(range(len(screened)), key=screened.__getitem__)[:_CONFIRMED]
-    confirmed = []
+    confirmed = {}
     for number in best:
-        weighted, logits, _ = read(write_anew(model, candidates[number], winners), number, trial.images)
-        confirmed.append((weighted, -variety(best_class(logits, eligible)), number))
-    for _, _, number in sorted(confirmed)[: 1 if trial.may_count else _TESTED]:
+        weighted, logits, maps = read(write_anew(model, candidates[number], winners), number, trial.images)
+        labels = best_class(logits, eligible)
+        confirmed[weighted, -variety(labels), number] = labels, maps
+    for order in sorted(confirmed)[: 1 if trial.may_count else _TESTED]:
+        number, (labels, maps) = order[2], confirmed[order]
         change = candidates[number]
-        anew = write_anew(model, change, winners)
-        _, logits, maps = read(anew, number, trial.images)
-        labels, seen = best_class(logits, eligible), recode_view(view, change, spec, eligible)
+        anew, seen = write_anew(model, change, winners), recode_view(view, change, spec, eligible)
         verdict = _look(anew, seen, trial, labels, maps, looks=2 * looks[number], reencoding=change)
         yield verdict
         if verdict.shown:
