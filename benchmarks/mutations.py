@@ -18,6 +18,7 @@ import onnx
 from google.protobuf.message import Message
 
 LONGEST = 2**18
+MOST_PLACES_ADDED = 1000  # in JSON, before it is spoilt once more: copies of copies would fill the memory
 EXTREMES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1)
 VALUES: tuple[Any, ...] = (
     None, True, False, "", "x", "\x00", "\x1b[2J", "\ud7ff\U0010ffff", "../../etc/passwd", "a" * 70_000, "1e999", [],
@@ -76,9 +77,9 @@ def _insert(data: bytearray, random: Random) -> None:
 def mutate_json(document: Any, random: Random) -> bytes:  # noqa: ANN401 - any JSON
     """Return the JSON text of a document with one to three spoilt places."""
     changed = copy.deepcopy(document)
+    most = len(_places(changed)) + MOST_PLACES_ADDED
     for _ in range(random.choice((1, 1, 2, 3))):
-        places = list(_places(changed))
-        if places:
+        if 0 < len(places := _places(changed)) <= most:
             _spoil(*random.choice(places), random)
     text = json.dumps(changed, ensure_ascii=random.random() < 0.5).encode("utf-8", "surrogatepass")
     return mutate_bytes(text, random) if random.random() < 0.2 else text
