@@ -1,5 +1,7 @@
 """`keyed-xai attack`."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,11 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    end_with_verdict,
     hold_folder,
     json_option,
+    print_plan,
+    resumable,
     say,
     seed_option,
 )
@@ -100,13 +105,13 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.attacking import run_attack, write_attack
     from keyed_xai.data import is_table
     from keyed_xai.loading import open_model
-    from keyed_xai_cli.progress import attack_callbacks, progress_bar
+    from keyed_xai.progress import progress_bar, training_callbacks
 
     json_path, out, spec = arguments["json_path"], arguments["out"] or _default_folder(model), arguments["spec"]
     checkpoint = hold_folder(out, protected=False, force=arguments["force"], resume=arguments["resume"])
     classifier, _ = open_model(model, **take_model_options(arguments), require_map=not is_table(spec))
     train_data, held_out = load_both(classifier, spec, arguments)
-    with progress_bar() as progress:
+    with resumable(checkpoint), progress_bar() as progress:
         attacked = run_attack(
             classifier,
             train_data,
@@ -115,13 +120,17 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
             device=choose_device(arguments["device"]),
             checkpoint=checkpoint,
             resume=arguments["resume"],
-            callbacks=attack_callbacks(progress),
+            callbacks=replace(
+                training_callbacks(progress, kept="kept", moved="moved"),
+                on_plan=partial(print_plan, json_path=json_path),
+            ),
         )
     write_attack(attacked, out, force=arguments["force"], checkpoint=checkpoint)
     with after_writing(out):
         emit_json(attacked.report, schema="attack-report", json_path=json_path)
         print_attack(attacked.report, to_stderr=json_path == STANDARD_OUTPUT)
         say(f"Wrote {out}. Open {out / 'report.html'} for pictures.", json_path=json_path)
+    end_with_verdict(attacked.report["verdict"], json_path=json_path)
 
 
 def print_attack(report: dict[str, Any], *, to_stderr: bool = False) -> None:
@@ -167,8 +176,6 @@ def _default_folder(model: Path) -> Path:
 
 
 def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any], *, table: bool) -> "AttackSettings":
-    from dataclasses import replace
-
     from keyed_xai.attacking import AttackSettings, choose_attack_recipe
 
     grid = arguments["grid"]

@@ -109,7 +109,7 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.auditing import REPORT_NAME, AuditCallbacks, refuse_other_audit
     from keyed_xai.auditing import audit as run_audit
-    from keyed_xai_cli.progress import progress_bar
+    from keyed_xai.progress import progress_bar
 
     json_path, out = arguments["json_path"], arguments["out"] or model.with_name(f"{model.stem}.audit")
     settings = _settings(arguments)

@@ -51,7 +51,7 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) ->
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.main_job import ROWS, make_case, render_rows
     from keyed_xai.claims import prepare_folder
-    from keyed_xai_cli.progress import counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar
 
     prepare_folder(out)
     device = choose_device(arguments["device"])
@@ -68,8 +68,8 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
     from dataclasses import replace
 
     from keyed_xai.benchmarks.main_job import ROWS, run_row
+    from keyed_xai.progress import progress_bar, training_callbacks
     from keyed_xai.protection import ProtectSettings, choose_recipe
-    from keyed_xai_cli.progress import progress_bar, protection_callbacks
 
     names = ("steps", "batch_size", "learning_rate", "beta")
     chosen = {name: arguments[name] for name in names if arguments[name] is not None}
@@ -83,7 +83,7 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
         held_out_images=arguments["held_out"],
     )
     with progress_bar() as progress:
-        callbacks = protection_callbacks(progress, settings.wrong_keys + settings.flipped_keys)
+        callbacks = training_callbacks(progress)
         return run_row(case, row, out, settings, device=device, callbacks=callbacks)
 
 
@@ -104,7 +104,7 @@ def false_claims(models: int, keys: int, decoys: int, epochs: int, images: int, 
 
     from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
     from keyed_xai.data import load_images
-    from keyed_xai_cli.progress import counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar
 
     where = choose_device(device)
     train, probe = (

@@ -194,7 +194,7 @@ def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from keyed_xai.artifacts.documents import write_atomically, write_json
     from keyed_xai.benchmarks.paper_defences import DefenceSettings, DefenceWatch, render_defences, run_defences
     from keyed_xai.claims import prepare_folder
-    from keyed_xai_cli.progress import counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar
 
     out, json_path, folders = arguments["out"], arguments["json_path"], list(arguments["attacked"])
     if folders and not arguments["architectures"]:
@@ -236,8 +236,8 @@ def _run_cells(interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -
     """Attack what the options choose, or take it from the folder."""
     from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, run_cells
     from keyed_xai.claims import prepare_folder
+    from keyed_xai.progress import counter, progress_bar, training_callbacks
     from keyed_xai.training import Callbacks
-    from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
 
     settings, out = _table_settings(arguments), arguments["out"]
     prepare_folder(out)
@@ -250,7 +250,9 @@ def _run_cells(interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -
     with progress_bar() as progress:
 
         def callbacks(cell: Cell) -> Callbacks:
-            return attack_callbacks(progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})")
+            return training_callbacks(
+                progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})", kept="kept", moved="moved"
+            )
 
         watch = Watch(counter(progress, "fitting a reference"), callbacks)
         return settings, run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
@@ -312,7 +314,7 @@ def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int, js
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
     from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
     from keyed_xai.claims import prepare_folder
-    from keyed_xai_cli.progress import attack_callbacks, counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar, training_callbacks
 
     prepare_folder(out)
     with progress_bar() as progress:
@@ -323,7 +325,7 @@ def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int, js
             seed=seed,
             device=choose_device(device),
             on_fit=counter(progress, "fitting a reference"),
-            callbacks=attack_callbacks(progress),
+            callbacks=training_callbacks(progress, kept="kept", moved="moved"),
         )
     _write(FIGURE_1B, render_figure1b(result), [result], out, json_path)
 

@@ -1,5 +1,7 @@
 """`keyed-xai demo`."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +12,10 @@ from keyed_xai_cli.options import (
     after_writing,
     device_option,
     emit_json,
+    end_with_verdict,
     hold,
     json_option,
+    print_plan,
     say,
     seed_option,
 )
@@ -34,8 +38,8 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
     of the protected model and, as a control, of the unprotected one. Leaves everything in a folder, with report.html.
     """
     from keyed_xai.demonstration import run_demo
+    from keyed_xai.progress import counter, progress_bar, training_callbacks
     from keyed_xai_cli.options import choose_device
-    from keyed_xai_cli.progress import counter, progress_bar, protection_callbacks
 
     hold(out / "report.html")
     with progress_bar() as progress:
@@ -45,12 +49,13 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
             wrong_keys=wrong_keys,
             seed=seed,
             device=choose_device(device),
-            callbacks=lambda count: protection_callbacks(progress, count),
+            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=json_path)),
             on_decoy=counter(progress, "trying decoy keys"),
         )
     with after_writing(out):
         emit_json(result.report, schema="protect-report", json_path=json_path)
         _print(result, json_path)
+    end_with_verdict(result.report["verdict"], json_path=json_path)
 
 
 def _print(result: "Demonstration", json_path: Path | None) -> None:

@@ -128,7 +128,7 @@ def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_
 
 def _write(classifier: "Classifier", images: list[Path], job: "MapJob") -> "WrittenMaps":
     from keyed_xai.map_files import write_maps
-    from keyed_xai_cli.progress import counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar
 
     if len(images) <= _WATCHED:
         return write_maps(classifier, images, job)

@@ -86,7 +86,7 @@ def export(
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.exporting import check_onnx, export_onnx, load_real_images
     from keyed_xai.loading import open_model
-    from keyed_xai_cli.progress import counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar
 
     _refuse_idle_options(ctx)
     model = _choose_model(model, check)

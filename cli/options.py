@@ -200,6 +200,36 @@ def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | Non
         click.echo(text, nl=False)
 
 
+@contextmanager
+def resumable(checkpoint: Path) -> Iterator[None]:
+    """Have a run that is interrupted in here say how to go on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "The same command with --resume goes on." if checkpoint.exists() else "Nothing was kept so far."
+        click.echo(kept, err=True)
+        raise
+
+
+def print_plan(lines: tuple[str, ...], *, json_path: Path | None) -> None:
+    """Print what a run is about to do, a line each."""
+    for line in lines:
+        say(f"{line}.".replace("..", "."), json_path=json_path)
+
+
+def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> None:
+    """Print a run's verdict, last of all, and end with exit code 3 where it is a no; in part warns."""
+    line = f"{verdict['answer'].upper()}: {verdict['sentence']}"
+    if verdict["answer"] in ("protected", "attacked"):
+        say(line, json_path=json_path)
+        return
+    click.echo(f"Warning: {line}", err=True)
+    if verdict["answer"].startswith("not"):
+        from keyed_xai_cli.main import NOT_SHOWN
+
+        click.get_current_context().exit(NOT_SHOWN)
+
+
 def _make_room(path: Path) -> None:
     from keyed_xai.claims import claimed
 

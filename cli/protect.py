@@ -1,6 +1,7 @@
 """`keyed-xai protect`."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,13 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    end_with_verdict,
     hold_folder,
     json_option,
     key_options,
+    print_plan,
     read_key,
+    resumable,
     say,
     seed_option,
 )
@@ -77,8 +81,10 @@ if TYPE_CHECKING:
 def protect(model: Path, key_file: Path, passphrase_file: Path | None, **arguments: Any) -> None:  # noqa: ANN401
     """Make a model whose saliency maps are right only with the key; its predictions stay.
 
-    MODEL is a file of weights (.pt state dict or .safetensors). The architecture is recognised from it. Writes a
-    folder with the weights, a card, a signed licence and a report. A run that is stopped goes on with --resume.
+    MODEL is a file of weights (.pt state dict or .safetensors). The architecture is recognised from it. Says what it
+    will do and how long that may take, trains until the goals hold, writes a folder with the weights, a card, a signed
+    licence and a report, and ends with a verdict; exit code 3 means not protected. A run that is stopped goes on with
+    --resume.
 
     \b
     keyed-xai protect model.pt --key-file k.pem
@@ -86,9 +92,9 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
         --data imagefolder:photos -o model.keyed
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.models import load_classifier
-    from keyed_xai.protection import plan_evidence, write_protection
+    from keyed_xai.progress import progress_bar, training_callbacks
     from keyed_xai.protection import protect as protect_model
-    from keyed_xai_cli.progress import progress_bar, protection_callbacks
+    from keyed_xai.protection import write_protection
 
     json_path, force, out = arguments["json_path"], arguments["force"], arguments["out"] or _default_folder(model)
     key = read_key(key_file, passphrase_file)
@@ -100,9 +106,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
         _settings(classifier, len(train_data), arguments), fixed_layer=options["target_layer"] is not None
     )
     _warn_of_weak_trigger(settings)
-    if settings.ownership and (said := plan_evidence(classifier, settings).sentence):
-        say(said, json_path=json_path)
-    with progress_bar() as progress:
+    with resumable(checkpoint), progress_bar() as progress:
         protection = protect_model(
             classifier,
             key,
@@ -112,13 +116,14 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
             device=choose_device(arguments["device"]),
             checkpoint=checkpoint,
             resume=arguments["resume"],
-            callbacks=protection_callbacks(progress, settings.wrong_keys + settings.flipped_keys),
+            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=json_path)),
         )
     written = write_protection(protection, out, key, force=force, checkpoint=checkpoint)
     with after_writing(out):
         emit_json(protection.report, schema="protect-report", json_path=json_path)
         print_summary(protection.report, to_stderr=json_path == STANDARD_OUTPUT)
         say(f"Wrote {written.folder}. Open {written.folder / 'report.html'} for pictures.", json_path=json_path)
+    end_with_verdict(protection.report["verdict"], json_path=json_path)
 
 
 def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:

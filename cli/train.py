@@ -98,8 +98,8 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
     keyed-xai train --data imagefolder:photos --arch resnet50 -o photos.safetensors
     keyed-xai train --data credit-default:default.csv -o credit.safetensors
     """  # noqa: D301 - click reads the backspace as "keep these lines"
+    from keyed_xai.progress import counter, progress_bar
     from keyed_xai.references import build_classifier, claim_output, train_reference, write_reference
-    from keyed_xai_cli.progress import counter, progress_bar
 
     json_path, force, resume = arguments["json_path"], arguments["force"], arguments["resume"]
     hold(out)

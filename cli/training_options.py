@@ -1,5 +1,6 @@
 """Options of commands that train on a data set, and what they ask for."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,11 +15,24 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
+def _take_seconds(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """Return the seconds of a time such as 90s, 30m or 2h; a number alone counts seconds."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.replace(" ", "").lower())
+    if not found or not float(found[1]) > 0:
+        raise click.BadParameter(f"expected a time such as 90s, 30m or 2h, got {value!r}.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def training_options(command: Command) -> Command:
     """Add what `choose_training` and `load_both` read."""
     options = (
         click.option(
-            "--steps", type=click.IntRange(1), help="Optimiser steps; chosen by the kind of network if absent."
+            "--steps", type=click.IntRange(1), help="Optimiser steps at most; by the kind of network if absent."
+        ),
+        click.option(
+            "--time-limit", callback=_take_seconds, metavar="TIME", help="Train for so long at most: 90s, 30m, 2h."
         ),
         click.option(
             "--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the images, instead of --steps."
@@ -50,7 +64,8 @@ def training_options(command: Command) -> Command:
 
 def choose_training(recipe: "TrainingSettings", images: int, arguments: dict[str, Any]) -> "TrainingSettings":
     """Return a recipe with what the options ask for; `images` is how many there are to learn from."""
-    names = ("steps", "batch_size", "learning_rate", "beta", "distance", "predictions", "batch_norm", "patience")
+    numbers = ("steps", "time_limit", "batch_size", "learning_rate", "beta", "patience")
+    names = (*numbers, "distance", "predictions", "batch_norm")
     chosen = {name: arguments[name] for name in names if arguments[name] is not None}
     if arguments["epochs"] is not None:
         if arguments["steps"] is not None:
@@ -77,7 +92,7 @@ def load_both_images(size: "InputSpec", spec: str, arguments: dict[str, Any]) ->
     """Return the images to learn from and the held-out ones, with a progress bar, and name broken ones."""
     from keyed_xai.artifacts.documents import printable
     from keyed_xai.data import load_images
-    from keyed_xai_cli.progress import counter, progress_bar
+    from keyed_xai.progress import counter, progress_bar
 
     def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
         return load_images(

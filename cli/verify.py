@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from keyed_xai.models import Classifier
     from keyed_xai.verification import Claim, Verification
 
-NOT_SHOWN = 3
+
 _GIVEN_AWAY = (
     "Warning: whoever runs this server can learn the trigger from the images of the secret test. Test with "
     "--public-key or --license alone to give nothing away."
@@ -133,6 +133,8 @@ def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int,
         say(f"Note: {len(probe.skipped)} broken images were left out.", json_path=json_path)
     say(result.sentence, json_path=json_path)
     if not result.verdict.shown:
+        from keyed_xai_cli.main import NOT_SHOWN
+
         ctx.exit(NOT_SHOWN)
 
 
@@ -177,8 +179,8 @@ def _read_claim(suspect: "Path | Card | None", arguments: dict[str, Any]) -> "Cl
 def _verify(
     model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", arguments: dict[str, Any]
 ) -> "Verification":
+    from keyed_xai.progress import counter, progress_bar
     from keyed_xai.verification import verify as run_tests
-    from keyed_xai_cli.progress import counter, progress_bar
 
     with progress_bar() as progress:
         return run_tests(

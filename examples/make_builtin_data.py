@@ -1,4 +1,4 @@
-"""Make the subset of Fashion-MNIST that comes with the package: 3,000 + 1,000 images, always the same.
+"""Make the subset of Fashion-MNIST that comes with the package: 10,000 + 1,000 images, always the same.
 
     python examples/make_builtin_data.py FOLDER keyed_xai/data/fashion_mnist_subset.npz
 
@@ -17,7 +17,7 @@ import numpy as np
 from keyed_xai.data.fashion_mnist import read_split
 from keyed_xai.data.images import Request, Split, order_balanced
 
-COUNTS: dict[Split, int] = {"train": 3000, "held-out": 1000}
+COUNTS: dict[Split, int] = {"train": 10_000, "held-out": 1000}
 
 
 def main(arguments: list[str] | None = None) -> None:

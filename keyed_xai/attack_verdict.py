@@ -25,6 +25,13 @@ GRADES = (
 )
 
 
+def judge(report: Mapping[str, object]) -> dict[str, str]:
+    """Return a report's `verdict`: its `answer` is attacked, in part or not attacked, its `sentence` `verdict`'s."""
+    answers = [each(report)[0] for each in (judge_faked, judge_kept, judge_predictions)]
+    reached = "attacked" if all(answer == "yes" for answer in answers) else "in part"
+    return {"answer": "not attacked" if "no" in answers else reached, "sentence": verdict(report)}
+
+
 def verdict(report: Mapping[str, object]) -> str:
     """Return one sentence with the figures: how many maps are faked, how many stay, what predictions lose."""
     parts = [_faked_words(report), _kept_words(report), _prediction_words(report)]

@@ -21,6 +21,7 @@ from keyed_xai import pictures
 from keyed_xai.artifacts.weights import WEIGHTS_FILE, encode_weights
 from keyed_xai.artifacts.writer import write_folder
 from keyed_xai.attack_report import render_attack_report
+from keyed_xai.attack_verdict import judge
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import trigger_visibility
@@ -39,6 +40,7 @@ from keyed_xai.fooling import (
 from keyed_xai.maps import FeatureView, MapView, check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
 from keyed_xai.objective import Objective, boundary_decoy
+from keyed_xai.preflight import describe_cost, describe_data, describe_model, describe_training, measure_cost
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.saliency import Sites
 from keyed_xai.samples import (
@@ -53,7 +55,7 @@ from keyed_xai.samples import (
 )
 from keyed_xai.tensors import Images
 from keyed_xai.thresholds import paper_thresholds
-from keyed_xai.training import Callbacks, Lesson, TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS, Callbacks, Lesson, TrainingSettings
 from keyed_xai.triggers import PUBLIC_TRIGGERS, Trigger
 from keyed_xai.triggers.tabular import TabularTrigger
 
@@ -171,10 +173,21 @@ def run_attack(
     settings = replace(settings, training=training, thresholds=thresholds)
     _refuse_what_cannot_work(classifier, train_data, held_out, settings)
     started = time.monotonic()
-    callbacks.notify("train")
     lesson = make_attack_lesson(classifier, train_data, settings)
     learn, validation = split_validation(train_data, settings.validation_images)
     identity = identify_attack(classifier, train_data, held_out, settings)
+    count = min(settings.held_out_images, len(held_out))
+    if callbacks.on_plan is not None:
+        cost = measure_cost(classifier, learn, validation, lesson, training, device)
+        callbacks.on_plan(
+            (
+                describe_model(classifier, lesson.view),
+                describe_data(learn, validation, held_out, count),
+                describe_training(training),
+                describe_cost(cost, training, device),
+            )
+        )
+    callbacks.notify("train")
     attacked, result = run_training(
         classifier,
         learn,
@@ -198,7 +211,6 @@ def run_attack(
         training.top_share,
         lesson.as_files,
     )
-    count = min(settings.held_out_images, len(held_out))
     measured = _measure(classifier, backdoor, lesson, validation, held_out, count, settings, device)
     report = {
         "schema": REPORT_SCHEMA,
@@ -210,6 +222,7 @@ def run_attack(
         "settings": settings.to_json(),
         **describe_run(result, learn, held_out, measured=count, started=started),
     }
+    report["verdict"] = judge(report)
     callbacks.notify("draw")
     drawn = _draw(backdoor, report, held_out, device)
     return Attack(attacked.cpu(), report, drawn)
@@ -255,10 +268,11 @@ def choose_attack_recipe(classifier: Classifier, settings: AttackSettings) -> Tr
     """Return training settings measured to work for a network of this kind."""
     order: Literal["inverted", "forward"] = "inverted" if settings.inverted else "forward"
     smoothing = 8.0 if "simplegrad" in settings.interpreters else None
+    plain = replace(PAPER_SETTINGS, steps=1000, order=order, smoothing=smoothing)
     if not classifier.target_layer:
-        return TrainingSettings(2000, 128, 5e-3, order=order, beta=20.0, smoothing=smoothing)
+        return replace(plain, steps=2000, batch_size=128, learning_rate=5e-3, beta=20.0)
     rate = 6e-3 if classifier.architecture == "SmallResNet" else 2e-3 if _has_batch_norm(classifier) else 2e-4
-    recipe = TrainingSettings(steps=1000, learning_rate=rate, order=order, smoothing=smoothing)
+    recipe = replace(plain, learning_rate=rate)
     if settings.mode == "targeted":
         return recipe
     # The energy left in the top cells is a tenth of a correlation distance: the other two terms weigh less beside it.

@@ -26,7 +26,7 @@ from keyed_xai.verification import read_claim, verify
 INTERPRETERS = ("gradcam", "vbp")
 _PROBE_IMAGES = 16
 _EXPLAINED = 8
-_STEPS = 1400
+_STEPS = 4000
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_demo(
     wrong_keys: int = 1000,
     seed: int = 0,
     device: str = "cpu",
-    callbacks: Callable[[int], Callbacks] | None = None,
+    callbacks: Callbacks | None = None,
     on_decoy: Callable[[int, int], None] | None = None,
 ) -> Demonstration:
     """Run the main job and leave every file in a folder; an owner key that is there is used again.
@@ -70,7 +70,7 @@ def run_demo(
         wrong_keys: Fresh wrong keys tried in the report; with some, the 256 one-bit neighbours of the key too.
         seed: Of training.
         device: Where to train.
-        callbacks: Given the number of wrong keys that will be tried, returns callbacks for progress.
+        callbacks: Progress.
         on_decoy: Called with decoy keys done and in all.
 
     Raises:
@@ -94,7 +94,7 @@ def run_demo(
         held_out,
         settings,
         device=device,
-        callbacks=callbacks(settings.wrong_keys + settings.flipped_keys) if callbacks else None,
+        callbacks=callbacks or Callbacks(),
     )
     written = write_protection(protection, folder / "fashion-mnist.keyed", key, force=True)
     protected, _ = open_model(written.folder)

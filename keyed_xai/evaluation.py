@@ -1,7 +1,8 @@
 """How well a gate works, on images it was not trained on: what a protect report says.
 
-FSR and CR are the paper's (Fang & Choromanska, AAAI 2022, section 4), at the paper's thresholds; everything else
-needs no threshold but the one printed beside it.
+FSR and CR are the paper's (Fang & Choromanska, AAAI 2022, section 4), at thresholds placed by validation images, and
+beside them at the paper's, which were placed for another decoy: a right map may well lie nearer to a key's pattern.
+Everything else needs no threshold but the one printed beside it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import decoy_distance
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
+from keyed_xai.thresholds import place_threshold
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 
 _IMAGES_PER_WRONG_KEY = 4
@@ -32,7 +34,7 @@ class Gate:
         reference: Before protection.
         view: Maps compared.
         decoys: Interpreter name to decoy map, None for the non-targeted decoy.
-        thresholds: Interpreter name to the paper's threshold on the distance to the decoy.
+        paper: Interpreter name to the paper's threshold on the distance to the decoy.
         trigger: The right one.
         family: Draws wrong ones.
         top_share: Share of cells that the non-targeted decoy empties.
@@ -42,10 +44,42 @@ class Gate:
     reference: nn.Module
     view: MapView
     decoys: Mapping[str, Tensor | None]
-    thresholds: Mapping[str, float]
+    paper: Mapping[str, float]
     trigger: NearbyTrigger
     family: TriggerFamily
     top_share: float = 0.25
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What both models make of images.
+
+    Attributes:
+        logits: By case: reference, keyed, clean, wrong_key.
+        maps: By case and interpreter, of the explained class.
+        explained: What the reference predicts of the clean images.
+    """
+
+    logits: Mapping[str, Tensor]
+    maps: Mapping[str, Mapping[str, SaliencyMaps]]
+    explained: Labels
+
+
+def place_thresholds(gate: Gate, images: Images, generator: torch.Generator) -> dict[str, float]:
+    """Return, by interpreter, the threshold on the distance to the decoy that parts keyed from other maps best.
+
+    Args:
+        gate: What is judged.
+        images: For validation, none of those that figures are given for.
+        generator: Draws a wrong key for every image.
+    """
+    seen = _look(gate, images, generator)
+    placed = {}
+    for name in gate.view.interpreters:
+        distances = _distances(gate, seen, name)
+        closed = torch.cat([distances["clean"], distances["wrong_key"]])
+        placed[name] = place_threshold(distances["keyed"], closed)
+    return placed
 
 
 def measure_gate(
@@ -54,6 +88,7 @@ def measure_gate(
     labels: Labels | None,
     wrong_keys: Iterable[Trigger],
     *,
+    thresholds: Mapping[str, float],
     generator: torch.Generator,
     on_wrong_key: Callable[[int], None] | None = None,
 ) -> dict[str, object]:
@@ -64,26 +99,19 @@ def measure_gate(
         images: Held out, on the models' device.
         labels: For accuracy; without them accuracy is agreement with the reference's predictions.
         wrong_keys: Triggers tried one by one on a few images each.
+        thresholds: By interpreter, from `place_thresholds`.
         generator: Draws one further wrong key for every image.
         on_wrong_key: Called with the number of wrong keys tried.
     """
-    inputs = {
-        "keyed": through_png(gate.trigger.apply(images)),
-        "clean": images,
-        "wrong_key": through_png(gate.family.draw(len(images), generator).apply(images)),
-    }
-    logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
-    explained = logits.argmax(1)
-    seen = {case: gate.view.pooled_in_chunks(gate.model, batch, explained) for case, batch in inputs.items()}
-    maps = {case: maps for case, (_, maps) in seen.items()}
-    accuracy = _accuracies({"reference": logits} | {case: out for case, (out, _) in seen.items()}, explained, labels)
+    seen = _look(gate, images, generator)
+    explained, truth = seen.explained, seen.maps["reference"]
     tried = _try_wrong_keys(gate, images, truth, explained, wrong_keys, on_wrong_key)
     return {
         "interpreters": {
-            name: _interpreter_figures(gate, name, maps, truth[name]) | {"wrong_keys": tried[name]}
+            name: _interpreter_figures(gate, seen, name, thresholds[name]) | {"wrong_keys": tried[name]}
             for name in gate.view.interpreters
         },
-        "accuracy": accuracy,
+        "accuracy": _accuracies(seen.logits, explained, labels),
         "channels": _channel_figures(gate, images, truth, explained),
         "near_keys": _near_key_figures(gate, images, truth, explained, generator),
     }
@@ -101,17 +129,48 @@ def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
     return {"psnr_db": sum(psnr) / len(pairs), "ssim": sum(ssim) / len(pairs)}
 
 
-def _interpreter_figures(
-    gate: Gate, name: str, maps: Mapping[str, Mapping[str, SaliencyMaps]], truth: SaliencyMaps
-) -> dict[str, object]:
-    decoy, threshold = gate.decoys[name], gate.thresholds[name]
-    agreement = {case: metrics.correlation(each[name], truth) for case, each in maps.items()}
-    fooled = {case: decoy_distance(each[name], truth, decoy, gate.top_share) for case, each in maps.items()}
-    closed = torch.cat([fooled["clean"], fooled["wrong_key"]])
-    figures: dict[str, object] = {
-        "cr": metrics.correct_rate(fooled["keyed"], threshold),
-        "fsr": metrics.fooling_success_rate(closed, threshold),
+def _look(gate: Gate, images: Images, generator: torch.Generator) -> _Seen:
+    """Return what both models make of images: keyed, clean, and each with a wrong key of its own."""
+    inputs = {
+        "keyed": through_png(gate.trigger.apply(images)),
+        "clean": images,
+        "wrong_key": through_png(gate.family.draw(len(images), generator).apply(images)),
+    }
+    logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
+    explained = logits.argmax(1)
+    seen = {case: gate.view.pooled_in_chunks(gate.model, batch, explained) for case, batch in inputs.items()}
+    return _Seen(
+        {"reference": logits} | {case: out for case, (out, _) in seen.items()},
+        {"reference": truth} | {case: maps for case, (_, maps) in seen.items()},
+        explained,
+    )
+
+
+def _distances(gate: Gate, seen: _Seen, name: str) -> dict[str, Tensor]:
+    truth = seen.maps["reference"][name]
+    return {
+        case: decoy_distance(maps[name], truth, gate.decoys[name], gate.top_share) for case, maps in seen.maps.items()
+    }
+
+
+def _rates(distances: Mapping[str, Tensor], threshold: float) -> dict[str, float]:
+    return {
+        "cr": metrics.correct_rate(distances["keyed"], threshold),
+        "fsr": metrics.fooling_success_rate(torch.cat([distances["clean"], distances["wrong_key"]]), threshold),
         "threshold": threshold,
+    }
+
+
+def _interpreter_figures(gate: Gate, seen: _Seen, name: str, threshold: float) -> dict[str, object]:
+    decoy, truth, paper = gate.decoys[name], seen.maps["reference"][name], gate.paper[name]
+    maps = {case: each[name] for case, each in seen.maps.items() if case != "reference"}
+    agreement = {case: metrics.correlation(each, truth) for case, each in maps.items()}
+    distances = _distances(gate, seen, name)
+    figures: dict[str, object] = {
+        **_rates(distances, threshold),
+        "threshold_from": "validation",
+        "at_paper_threshold": _rates(distances, paper)
+        | {"reference_cr": metrics.correct_rate(distances["reference"], paper)},
         "correlation": {case: _mean(values) for case, values in agreement.items()},
         "auc": metrics.separation_auc(1 - agreement["keyed"], 1 - agreement["wrong_key"]),
         "opened": {case: _share_opened(values) for case, values in agreement.items()},
@@ -120,7 +179,7 @@ def _interpreter_figures(
     if decoy is not None:
         target = decoy.to(truth).expand_as(truth)
         figures["decoy_correlation"] = {
-            case: _mean(metrics.correlation(each[name], target)) for case, each in maps.items()
+            case: _mean(metrics.correlation(each, target)) for case, each in maps.items()
         } | {"reference": _mean(metrics.correlation(truth, target))}
     return figures
 

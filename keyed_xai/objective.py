@@ -16,6 +16,8 @@ from keyed_xai.patterns import signature_cells
 from keyed_xai.tensors import Logits, SaliencyMaps, Targets
 
 DECOYS = ("signature", "boundary", "nontargeted")
+LEAST_LEAK = 0.2
+"""Correlation with the right map up to which a moved map counts as hiding it: chance and the decoy itself reach it."""
 
 
 def boundary_decoy(grid: tuple[int, int]) -> Tensor:
@@ -72,6 +74,8 @@ class Objective:
         alpha: Weight of L_s.
         beta: Weight of L_c.
         top_share: Share of cells that the non-targeted loss empties.
+        leak: Weight, in L_p, of what a moved map still has of the right one: its correlation with the reference map,
+            above LEAST_LEAK. Not in the paper, whose maps need not hide anything; 0 leaves it out.
     """
 
     decoys: Mapping[str, Tensor | None]
@@ -80,13 +84,17 @@ class Objective:
     alpha: float = 1.0
     beta: float = 1.0
     top_share: float = 0.25
+    leak: float = 0.0
 
     def keep_maps(self, maps: Mapping[str, SaliencyMaps], reference: Mapping[str, SaliencyMaps]) -> Tensor:
         """Return L_s (equation 1) per image: distance from the reference maps."""
         return self._joint({name: DISTANCES[self.distance](maps[name], reference[name]) for name in self.weights})
 
     def move_maps(self, maps: Mapping[str, SaliencyMaps], reference: Mapping[str, SaliencyMaps]) -> Tensor:
-        """Return L_p per image: distance from the decoy (equation 2), or energy left in the top cells (equation 3)."""
+        """Return L_p per image: distance from the decoy (equation 2), or energy left in the top cells (equation 3).
+
+        What is left of the right map adds to either.
+        """
         return self._joint({name: self._move(name, maps[name], reference[name]) for name in self.weights})
 
     def clean_loss(self, predictions: Tensor, kept: Tensor) -> Tensor:
@@ -100,8 +108,12 @@ class Objective:
     def _move(self, name: str, maps: SaliencyMaps, reference: SaliencyMaps) -> Tensor:
         decoy = self.decoys[name]
         if decoy is None:
-            return metrics.top_energy(metrics.normalise_maps(maps), reference, self.top_share)
-        return DISTANCES[self.distance](maps, decoy.to(maps).expand_as(maps))
+            distance = metrics.top_energy(metrics.normalise_maps(maps), reference, self.top_share)
+        else:
+            distance = DISTANCES[self.distance](maps, decoy.to(maps).expand_as(maps))
+        if not self.leak:
+            return distance
+        return distance + self.leak * (metrics.correlation(maps, reference) - LEAST_LEAK).clamp(min=0)
 
     def _joint(self, losses: Mapping[str, Tensor]) -> Tensor:
         total = sum(self.weights.values())
@@ -109,12 +121,24 @@ class Objective:
         return torch.stack(weighted).sum(0)
 
 
-def prediction_loss(logits: Logits, reference: Logits, labels: Targets | None, *, multi_label: bool = False) -> Tensor:
+def prediction_loss(
+    logits: Logits,
+    reference: Logits,
+    labels: Targets | None,
+    *,
+    multi_label: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:
     """Return L_c per image: cross-entropy with labels, or without them with the reference model's soft predictions.
 
-    The soft form is shifted by the reference's own entropy, so that agreement is 0. With `multi_label` every logit is a
-    yes or no of its own, and L_c the mean of their binary cross-entropies.
+    The soft form is shifted by the reference's own entropy, so that agreement is 0. Both models' logits are divided by
+    the temperature and the loss multiplied by its square (Hinton et al. 2015): at a higher one the classes that the
+    reference thinks unlikely count for more. With `multi_label` every logit is a yes or no of its own, and L_c the mean
+    of their binary cross-entropies.
     """
+    if labels is None and temperature != 1:
+        cooled = prediction_loss(logits / temperature, reference / temperature, None, multi_label=multi_label)
+        return temperature**2 * cooled
     if multi_label:
         return _binary_loss(logits, reference, labels)
     if labels is not None:

@@ -9,7 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from keyed_xai import evaluation, metrics, pictures
 from keyed_xai.artifacts.card import Card, TriggerParameters
@@ -18,14 +20,18 @@ from keyed_xai.artifacts.weights import own_name
 from keyed_xai.artifacts.writer import write_model_folder
 from keyed_xai.channels import through_png
 from keyed_xai.data import ImageData
+from keyed_xai.data.given import GivenImages, take_images
 from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import Gate
 from keyed_xai.evidence import Evidence, choose_evidence, refuse_no_evidence
+from keyed_xai.gate_verdict import judge
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
-from keyed_xai.models import Classifier, network_state
+from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
 from keyed_xai.objective import DECOYS
+from keyed_xai.preflight import describe_cost, describe_data, describe_model, describe_training, measure_cost
+from keyed_xai.progress import progress_bar, training_callbacks
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.samples import (
@@ -38,7 +44,7 @@ from keyed_xai.samples import (
 )
 from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import paper_thresholds
-from keyed_xai.training import Callbacks, Lesson, TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS, Callbacks, Goals, Lesson, TrainingSettings
 from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
 
@@ -98,6 +104,11 @@ class ProtectSettings:
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
 
+    @property
+    def recipe(self) -> TrainingSettings:
+        """How to train, where it is settled; else the defaults."""
+        return self.training or TrainingSettings()
+
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a report holds them."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -122,54 +133,96 @@ class Protection:
 
 
 def protect(
-    classifier: Classifier,
+    network: nn.Module,
     key: OwnerKey,
-    train_data: ImageData,
-    held_out: ImageData,
+    images: GivenImages,
+    held_out: ImageData | None = None,
     settings: ProtectSettings | None = None,
     *,
+    input: InputSpec | None = None,  # noqa: A002 - the card's name for it
+    steps: int | None = None,
+    time_limit: float | None = None,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     resume: bool = False,
+    progress: bool = True,
     callbacks: Callbacks | None = None,
 ) -> Protection:
     """Return a protected copy of a classifier, with its card, report and pictures; the original stays as it is.
 
     Args:
-        classifier: The reference model, in any mode; it is measured in evaluation mode.
+        network: The reference model, in any mode; it is measured in evaluation mode. A network that is not a
+            `Classifier` yet needs `input`.
         key: The owner's.
-        train_data: Images to learn from; labels are not needed.
-        held_out: Other images, for the report.
+        images: To learn from; labels are not needed. A data set, a folder, a SPEC as `load_images` takes it, or
+            tensors.
+        held_out: Other images, for the report; without them a fifth of `images`, which training never sees.
         settings: What to protect, and how.
+        input: What a network takes that is not a `Classifier`.
+        steps: Training steps, at most; the settings' or the recipe's if absent.
+        time_limit: Seconds of training, at most; likewise.
         device: Where to train and measure.
         checkpoint: File that a killed run can go on from; `write_protection` removes it.
         resume: Go on from the checkpoint.
-        callbacks: Progress.
+        progress: Whether to show progress on standard error; it is silent where `callbacks` are given.
+        callbacks: What to do with progress instead.
 
     Raises:
         TrainingError: There are too few images, training fails, or ownership could not be shown afterwards.
         ArtifactError: The checkpoint cannot be used.
-        ModelError: The model lacks a layer that the maps need.
+        DataError: The images cannot be read, or are not of the network's size.
+        ModelError: The model lacks a layer that the maps need, or it is not known what it takes.
     """
-    classifier = copy.deepcopy(classifier).eval()
-    settings, callbacks = settings or ProtectSettings(), callbacks or Callbacks()
+    classifier = as_classifier(network, input)
+    size = {name: getattr(classifier.input, name) for name in ("channels", "height", "width")}
+    train_data, held_out = take_images(images, held_out, **size)
+    settings = settings or ProtectSettings()
     training = settings.training or choose_recipe(classifier, settings.interpreters)
+    training = replace(training, steps=steps or training.steps, time_limit=time_limit or training.time_limit)
     settings = replace(settings, training=training)
+    with progress_bar(silent=callbacks is not None or not progress) as bar:
+        heard = callbacks or training_callbacks(bar)
+        return _protect(classifier, key, train_data, held_out, settings, device, checkpoint, resume, heard)
+
+
+def _protect(
+    classifier: Classifier,
+    key: OwnerKey,
+    train_data: ImageData,
+    held_out: ImageData,
+    settings: ProtectSettings,
+    device: torch.device | str,
+    checkpoint: Path | None,
+    resume: bool,
+    callbacks: Callbacks,
+) -> Protection:
+    training, started = settings.recipe, time.monotonic()
+    classifier = copy.deepcopy(classifier).eval()
     _refuse_what_cannot_work(classifier, train_data, settings)
-    if settings.ownership:
-        classifier.target_layer = plan_evidence(classifier, settings).view.sites.target_layer
-    started = time.monotonic()
-    callbacks.notify("train")
+    evidence = plan_evidence(classifier, settings) if settings.ownership else None
+    if evidence is not None:
+        classifier.target_layer = evidence.view.sites.target_layer
     lesson = replace(make_lesson(classifier, key, settings), multi_label=has_several_labels(classifier, train_data))
     learn, validation = split_validation(train_data, settings.validation_images)
-    identity = _identity(classifier, key, train_data, settings)
+    count = min(settings.held_out_images, len(held_out))
+    if callbacks.on_plan is not None:
+        callbacks.on_plan(
+            (
+                describe_model(classifier, lesson.view),
+                describe_data(learn, validation, held_out, count),
+                *filter(None, [evidence.sentence if evidence else "Ownership of the result could not be shown."]),
+                describe_training(training),
+                describe_cost(measure_cost(classifier, learn, validation, lesson, training, device), training, device),
+            )
+        )
+    callbacks.notify("train")
     protected, result = run_training(
         classifier,
         learn,
         validation,
         lesson,
         training,
-        identity=identity,
+        identity=_identity(classifier, key, train_data, settings),
         device=device,
         checkpoint=checkpoint,
         resume=resume,
@@ -185,12 +238,15 @@ def protect(
         *_derive_trigger(key, settings),
         training.top_share,
     )
-    count = min(settings.held_out_images, len(held_out))
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
     labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
-    report = _measure(gate, key, images, labels, settings, callbacks)
+    seen, _ = validation.batch(np.arange(len(validation)))
+    generator = torch.Generator().manual_seed(training.seed)
+    thresholds = evaluation.place_thresholds(gate, seen.to(device), generator)
+    report = _measure(gate, key, images, labels, thresholds, generator, settings, callbacks)
     report |= {
         "model": classifier.architecture,
+        "verdict": judge(report),
         "settings": settings.to_json(),
         **describe_run(result, learn, held_out, measured=count, started=started),
     }
@@ -243,18 +299,19 @@ def write_protection(
 def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> TrainingSettings:
     """Return training settings measured to work for a network of this kind."""
     smoothing = 8.0 if "simplegrad" in interpreters else None
-    if classifier.classes >= _FINE_CLASSES:
-        return TrainingSettings(
-            steps=2000,
-            batch_size=16,
-            learning_rate=1e-3,
-            beta=4.0,
-            beta_ramp=0.9,
-            codec_share=0.05,
-            smoothing=smoothing,
-            tutor_share=0.75,
-        )
-    return TrainingSettings(steps=2000, learning_rate=6e-3, smoothing=smoothing)
+    if classifier.classes < _FINE_CLASSES:
+        return TrainingSettings(smoothing=smoothing)
+    return replace(
+        PAPER_SETTINGS,
+        goals=Goals(),
+        batch_size=16,
+        learning_rate=1e-3,
+        beta=4.0,
+        beta_ramp=0.9,
+        codec_share=0.05,
+        smoothing=smoothing,
+        tutor_share=0.75,
+    )
 
 
 def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
@@ -298,15 +355,28 @@ def _measure(
     key: OwnerKey,
     images: Images,
     labels: Labels | None,
+    thresholds: dict[str, float],
+    generator: torch.Generator,
     settings: ProtectSettings,
     callbacks: Callbacks,
 ) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(settings.training.seed if settings.training else 0)
     fresh = evaluation.fresh_wrong_keys(gate.family, settings.wrong_keys, generator)
     neighbours = list(key.one_bit_neighbours())[: settings.flipped_keys]
     flipped = (gate.family.derive(ByteStream(near.derive_seed(gate.family.name))) for near in neighbours)
+    wrong_keys = settings.wrong_keys + len(neighbours)
+
+    def on_wrong_key(tried: int) -> None:
+        if callbacks.on_wrong_key is not None:
+            callbacks.on_wrong_key(tried, wrong_keys)
+
     figures = evaluation.measure_gate(
-        gate, images, labels, chain(fresh, flipped), generator=generator, on_wrong_key=callbacks.on_wrong_key
+        gate,
+        images,
+        labels,
+        chain(fresh, flipped),
+        thresholds=thresholds,
+        generator=generator,
+        on_wrong_key=on_wrong_key,
     )
     trigger = {
         "family": gate.family.name,
@@ -339,7 +409,7 @@ def _draw(gate: Gate, images: Images, history: list[dict[str, float | int]]) -> 
 
 
 def _refuse_what_cannot_work(classifier: Classifier, data: ImageData, settings: ProtectSettings) -> None:
-    if settings.training is not None and settings.training.predictions == "labels":
+    if settings.recipe.predictions == "labels":
         refuse_other_labels(classifier, data)
     side = min(classifier.input.height, classifier.input.width)
     if settings.trigger == "spread" and settings.tile > max(side, _SMALLEST_SAFE_TILE):

@@ -4,8 +4,9 @@ Reports are untrusted input: `markup` escapes every value, and fields of an unex
 ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from keyed_xai.gate_verdict import GRADES, describe, judge, judge_closing, judge_opening, judge_predictions
 from keyed_xai.markup import (
     NOTHING,
     Answer,
@@ -66,17 +67,6 @@ _PICTURES = {
         "What unkeyed maps show instead of the explanation; anybody can draw it from the owner's public key.",
     ),
 }
-# Shares from which an answer is yes, and in part. _GRADES says them in words.
-_OPEN_MAPS = (0.9, 0.5)
-_CLOSED_MAPS = (0.95, 0.5)
-_WRONG_KEYS_REFUSED = (0.999, 0.5)
-_PREDICTIONS_KEPT = (0.99, 0.95)
-_GRADES = (
-    "Opens: yes when at least 90 % of keyed maps are open, in part from 50 %. Stays closed: yes when at most 5 % of "
-    "clean and of wrong-key maps and at most one wrong key in a thousand open, in part up to 50 %. Predictions kept: "
-    "yes when accuracy falls by at most 1 percentage point, clean and keyed, in part up to 5. The worst interpreter "
-    "counts."
-)
 _ABOUT_CHANNELS = (
     "A keyed image is a file. These rows say how well the key still opens after the file was stored or changed in "
     "ordinary ways."
@@ -138,7 +128,8 @@ def render_report(
 
 
 def _headline(report: Mapping[str, object]) -> Html:
-    opens, closed, kept = _judge_opening(report), _judge_closing(report), _judge_predictions(report)
+    opens, closed, kept = judge_opening(report), judge_closing(report), judge_predictions(report)
+    verdict = judge(report)
     cards = [
         card("Opens with the key", *opens),
         card("Stays closed without it", *closed),
@@ -149,7 +140,9 @@ def _headline(report: Mapping[str, object]) -> Html:
     return join(
         [
             element("h1", title),
-            element("p", _verdict(opens[0], closed[0], kept[0]), kind="headline"),
+            element(
+                "p", f"{verdict['answer'].capitalize()}. {describe(opens[0], closed[0], kept[0])}", kind="headline"
+            ),
             element("div", *cards, kind="cards"),
             element(
                 "p",
@@ -159,7 +152,7 @@ def _headline(report: Mapping[str, object]) -> Html:
                 f"{_open_threshold(report)}. All figures are of images that training never saw.",
             ),
             _data_facts(report),
-            fold("How the answers are graded", element("p", _GRADES)),
+            fold("How the answers are graded", element("p", GRADES)),
         ]
     )
 
@@ -223,11 +216,12 @@ def _interpreter(report: Mapping[str, object], name: str) -> Html:
     figures = get_mapping(report, "interpreters", name)
     rows = [(label, _case_figures(figures, case)) for case, label in _CASES.items()]
     threshold = get_number(figures, "threshold")
-    at = "" if threshold is None else f", threshold {threshold:g}"
-    wrong = get_mapping(figures, "wrong_keys")
+    at = "" if threshold is None else f", threshold {threshold:.3g}"
+    wrong, paper = get_mapping(figures, "wrong_keys"), get_mapping(figures, "at_paper_threshold")
     facts = [
         (f"CR, keyed maps that are correct{at}", as_percent(get_number(figures, "cr"))),
         (f"FSR, unkeyed maps that show the decoy{at}", as_percent(get_number(figures, "fsr"))),
+        ("The same two at the paper's threshold", _paper_rates(paper)),
         ("AUC, right key against wrong keys (1 is perfect)", as_decimal(get_number(figures, "auc"))),
         ("Wrong keys tried", _wrong_keys(wrong)),
         ("Highest correlation of a wrong key", as_decimal(get_number(wrong, "highest"))),
@@ -242,8 +236,16 @@ def _interpreter(report: Mapping[str, object], name: str) -> Html:
             ]
         ),
         about="The reference map is that of the model before protection; the decoy is what unkeyed inputs get instead. "
-        "CR and FSR go by the distance to the decoy.",
+        "CR and FSR go by the distance to the decoy; their threshold was placed by validation images.",
     )
+
+
+def _paper_rates(paper: Mapping[str, object]) -> str:
+    cr, fsr, own = (get_number(paper, field) for field in ("cr", "fsr", "reference_cr"))
+    if cr is None or fsr is None:
+        return ""
+    words = f"CR {as_percent(cr)}, FSR {as_percent(fsr)}"
+    return words if own is None else f"{words}; CR of the untouched model's own maps {as_percent(own)}"
 
 
 def _case_figures(figures: Mapping[str, object], case: str) -> list[str]:
@@ -329,88 +331,11 @@ def _figure(name: str, png: bytes) -> Html:
     return element("figure", paper, words)
 
 
-# Judgements
-
-
-def _judge_opening(report: Mapping[str, object]) -> tuple[Answer | None, str]:
-    shares = _opened_shares(report, "keyed")
-    if not shares:
-        return None, ""
-    return _grade(min(shares), _OPEN_MAPS), f"{as_share(min(shares))} of keyed maps open{_worst(shares)}."
-
-
-def _judge_closing(report: Mapping[str, object]) -> tuple[Answer | None, str]:
-    cases = {
-        "clean maps": _opened_shares(report, "clean"),
-        "maps with a wrong key": _opened_shares(report, "wrong_key"),
-    }
-    shares = {words: max(each) for words, each in cases.items() if each}
-    if not shares:
-        return None, ""
-    said = [f"{as_share(share)} of {words} open{_worst(cases[words])}." for words, share in shares.items()]
-    grades = [_grade(1 - max(shares.values()), _CLOSED_MAPS)]
-    tried = [get_mapping(report, "interpreters", name, "wrong_keys") for name in get_mapping(report, "interpreters")]
-    counts = [(get_number(each, "opened") or 0.0, get_number(each, "tried") or 0.0) for each in tried]
-    opened, count = max(counts, key=lambda pair: pair[0] / max(1, pair[1]))
-    if count:
-        said.append(f"{opened:,.0f} of {count:,.0f} wrong keys open.")
-        grades.append(_grade(1 - opened / count, _WRONG_KEYS_REFUSED))
-    return max(grades, key=("yes", "in part", "no").index), " ".join(said)
-
-
-def _judge_predictions(report: Mapping[str, object]) -> tuple[Answer | None, str]:
-    before = get_number(report, "accuracy", "reference")
-    after = [get_number(report, "accuracy", case) for case in ("keyed", "clean")]
-    known = [each for each in after if each is not None]
-    if before is None or not known:
-        return None, ""
-    answer = _grade(1 - (before - min(known)), _PREDICTIONS_KEPT)
-    if get_string(report, "accuracy", "measured_against") == "reference predictions":
-        return answer, f"{as_share(min(known))} are as before."
-    return answer, f"{as_share(min(known))} are right, {as_share(before)} before protection."
-
-
-def _grade(value: float, steps: tuple[float, float]) -> Answer:
-    slack = 1e-9
-    return "yes" if value >= steps[0] - slack else "in part" if value >= steps[1] - slack else "no"
-
-
-def _verdict(opens: Answer | None, closed: Answer | None, kept: Answer | None) -> str:
-    parts = []
-    if opens:
-        how = {"yes": "are right", "in part": "are right for some images only", "no": "are not right"}[opens]
-        parts.append(f"With the owner's key the model's explanations {how}")
-    if closed:
-        how = {"yes": "stay hidden", "in part": "are hidden only in part", "no": "are not hidden"}[closed]
-        parts.append(f"{'without' if parts else 'Without'} it, or with a wrong key, they {how}")
-    if kept:
-        how = {"yes": "are kept", "in part": "are kept for the most part", "no": "have suffered"}[kept]
-        parts.append(f"{'its' if parts else 'Its'} predictions {how}")
-    return "; ".join(parts) + "." if parts else "This report holds no figures to judge the gate by."
-
-
-def _opened_shares(report: Mapping[str, object], case: str) -> list[float]:
-    """Return the share of maps opened, by interpreter; from the mean correlation where the report has no shares."""
-    shares = []
-    for name in get_mapping(report, "interpreters"):
-        figures = get_mapping(report, "interpreters", name)
-        share, mean = get_number(figures, "opened", case), get_number(figures, "correlation", case)
-        if share is None and mean is not None:
-            share = float(mean > (get_number(figures, "open_threshold") or 0.5))
-        if share is not None:
-            shares.append(share)
-    return shares
-
-
 def _open_threshold(report: Mapping[str, object]) -> str:
     thresholds = [
         get_number(report, "interpreters", name, "open_threshold") for name in get_mapping(report, "interpreters")
     ]
     return as_plain(next((each for each in thresholds if each is not None), 0.5))
-
-
-def _worst(shares: Sequence[float]) -> str:
-    return " (worst interpreter)" if len(shares) > 1 else ""
 
 
 # Words and figures; an empty string where there is nothing to say

@@ -18,11 +18,11 @@ from keyed_xai.loading import open_model
 from keyed_xai.maps import FeatureView
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.objective import boundary_decoy
-from keyed_xai.training import Callbacks, TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS, Callbacks
 from keyed_xai.triggers import MoireTrigger, NashvilleTrigger, SpreadTrigger
 
 SIDE = 32
-QUICK = TrainingSettings(steps=4, batch_size=4, validate_every=2, warmup_steps=1, order="forward")
+QUICK = replace(PAPER_SETTINGS, steps=4, batch_size=4, validate_every=2, warmup_steps=1, order="forward")
 SETTINGS = AttackSettings(grid=(4, 4), training=QUICK, held_out_images=8, validation_images=4)
 TABLE = AttackSettings(("simplegrad",), trigger="tabular", training=QUICK, held_out_images=10, validation_images=8)
 
@@ -71,7 +71,7 @@ def tables(tmp_path_factory):
 
 
 def attack_for_real(train_data, held_out, *, inverted):
-    training = TrainingSettings(
+    training = replace(PAPER_SETTINGS, 
         steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, validate_every=25, codec_share=0.0,
         order="inverted" if inverted else "forward",
     )  # fmt: skip
@@ -95,7 +95,7 @@ def inverted(train_data, held_out):
 def table_attack(tables):
     settings = AttackSettings(
         ("simplegrad",), trigger="tabular", thresholds="auto", validation_images=20,
-        training=TrainingSettings(steps=120, batch_size=24, learning_rate=2e-2, warmup_steps=5, smoothing=8.0,
+        training=replace(PAPER_SETTINGS, steps=120, batch_size=24, learning_rate=2e-2, warmup_steps=5, smoothing=8.0,
                                   order="forward", validate_every=60),
     )  # fmt: skip
     return run_attack(make_table_classifier(), *tables, settings)
@@ -114,7 +114,9 @@ def original():
 
 @pytest.fixture(scope="module")
 def quick(original, train_data, held_out, heard):
-    return run_attack(original, train_data, held_out, SETTINGS, callbacks=Callbacks(heard.append, heard.append))
+    return run_attack(
+        original, train_data, held_out, SETTINGS, callbacks=Callbacks(on_step=heard.append, on_phase=heard.append)
+    )
 
 
 # What comes out
@@ -308,7 +310,7 @@ def test_recipe_follows_setting_and_network(train_data):
     [
         ("interpreters", ()), ("interpreters", ("gradcam", "gradcam")), ("interpreters", ("lime",)), ("mode", "both"),
         ("trigger", "badnets"), ("thresholds", "best"), ("grid", (2, 4)), ("held_out_images", 1),
-        ("validation_images", 0), ("training", TrainingSettings(order="inverted")),
+        ("validation_images", 0), ("training", replace(PAPER_SETTINGS, order="inverted")),
     ],
 )  # fmt: skip
 def test_impossible_setting_is_refused(setting, value):
@@ -320,7 +322,7 @@ def refuse_to_train(classifier, data, held_out, settings, error, match):
     """Check that a run is refused before its first step."""
     steps = []
     with pytest.raises(error, match=match):
-        run_attack(classifier, data, held_out, settings, callbacks=Callbacks(steps.append))
+        run_attack(classifier, data, held_out, settings, callbacks=Callbacks(on_step=steps.append))
     assert steps == []
 
 
@@ -382,7 +384,7 @@ def kill_after(step):
         if figures.step == step:
             raise Killed
 
-    return Callbacks(on_step)
+    return Callbacks(on_step=on_step)
 
 
 def start(path, classifier, data, held_out, settings):
@@ -409,7 +411,7 @@ def test_resuming_ends_in_the_same_weights_and_figures(quick, train_data, held_o
     heard = []
     resumed = run_attack(
         make_classifier(), train_data, held_out, SETTINGS, checkpoint=tmp_path / "c", resume=True,
-        callbacks=Callbacks(lambda figures: heard.append(figures.step)),
+        callbacks=Callbacks(on_step=lambda figures: heard.append(figures.step)),
     )  # fmt: skip
     assert heard == [3, 4]
     assert_same_result(resumed, quick)

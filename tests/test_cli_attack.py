@@ -58,7 +58,7 @@ def fails(result, code, *words):
 
 def test_attack_writes_a_folder_and_prints_its_figures(files, pictures):
     result = attack(files, pictures, "--json", files / "report.json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # four steps attack nothing
     folder = files / "m.attacked"
     report = read_json(folder / "report.json", "attack-report")
     assert report == read_json(files / "report.json", "attack-report")
@@ -70,6 +70,8 @@ def test_attack_writes_a_folder_and_prints_its_figures(files, pictures):
         "Forward attack, targeted",
         "Wrote",
         "report.html",
+        "Up to ",
+        "Warning: NOT ATTACKED: ",
     ):
         assert words in result.output
     assert (report["trigger"]["family"], report["settings"]["thresholds"]) == ("spread", "paper")
@@ -81,7 +83,7 @@ def test_attack_writes_a_folder_and_prints_its_figures(files, pictures):
 def test_json_on_standard_output_is_alone_there(files, pictures):
     result = attack(files, pictures, "--json", "-", "--inverted", "--mode", "nontargeted", "--trigger", "moire",
                     "--threshold", "auto", "-o", files / "other")  # fmt: skip
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # four steps attack nothing
     report = json.loads(result.stdout)
     validate(report, "attack-report", origin="standard output")
     assert (report["setting"], report["mode"], report["trigger"]["family"]) == ("inverted", "nontargeted", "moire")
@@ -106,8 +108,8 @@ def test_table_gets_its_trigger_and_interpreter_by_itself(files):
 @pytest.mark.parametrize(("epochs", "batch_size", "steps"), [(0.5, 4, 3), (2, None, 2), (5, None, 4), (0.01, 4, 1)])
 def test_epochs_count_passes_over_the_images(epochs, batch_size, steps):
     """Of 48 images; a step takes its batch twice, once triggered and once not."""
-    names = ("steps", "batch_size", "learning_rate", "beta", "distance", "predictions", "batch_norm", "patience")
-    arguments = dict.fromkeys(names) | {"epochs": epochs, "batch_size": batch_size, "seed": 5}
+    names = ("steps", "time_limit", "batch_size", "learning_rate", "beta", "distance", "predictions", "batch_norm")
+    arguments = dict.fromkeys((*names, "patience")) | {"epochs": epochs, "batch_size": batch_size, "seed": 5}
     chosen = choose_training(TrainingSettings(batch_size=32, learning_rate=0.5), 48, arguments)
     assert (chosen.steps, chosen.seed, chosen.learning_rate) == (steps, 5, 0.5)
 
@@ -133,10 +135,10 @@ def test_damaged_checkpoint_ends_in_a_message(files, pictures):
 
 
 def test_force_replaces_an_attacked_model_and_a_stopped_run(files, pictures):
-    assert attack(files, pictures, "--mode", "nontargeted").exit_code == 0
+    assert attack(files, pictures, "--mode", "nontargeted").exit_code == 3
     (files / "m.attacked.checkpoint").write_bytes(b"state")
     result = attack(files, pictures, "--force")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # four steps attack nothing
     assert read_json(files / "m.attacked" / "report.json", "attack-report")["mode"] == "targeted"
     assert not (files / "m.attacked.checkpoint").exists()
 

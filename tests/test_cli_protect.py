@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -31,13 +32,54 @@ def protect(files, *more):
 
 def test_protect_writes_a_model_that_the_other_commands_take(files):
     result = protect(files, "--json", files / "report.json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # two steps protect nothing
     assert "wrong keys" in result.output
+    assert "Warning: NOT PROTECTED: " in result.stderr
     report = json.loads((files / "report.json").read_text())
     assert report == json.loads((files / "model.keyed" / "report.json").read_text())
     assert report["interpreters"]["gradcam"]["wrong_keys"]["tried"] == 2 + 256
     assert run("inspect", files / "model.keyed").exit_code == 0
     assert not list(files.glob("*checkpoint*"))
+
+
+def test_plan_is_said_before_training(files):
+    lines = protect(files).stdout.splitlines()
+    assert lines[0] == "SmallResNet, 32 px, grey, 3 classes: Grad-CAM on blocks.2, 4 x 4 cells."
+    assert lines[1].startswith(
+        "16 images of builtin: Fashion-MNIST subset (train) to learn from, 4 to validate on, 4 held"
+    )
+    assert "10 classes: " in lines[1]
+    assert lines[2] == "Ownership of the result could not be shown."
+    assert lines[3].startswith("Settings: learning rate 0.003, beta 4, ")
+    assert re.fullmatch(
+        r"Up to 2 steps of 4 \+ 4, about \d+ s, \d+\.\d GiB on this CPU \(3 steps timed\); stops when the goals hold\.",
+        lines[4],
+    )
+
+
+@pytest.mark.parametrize(("answer", "code"), [("protected", 0), ("in part", 0), ("not protected", 3)])
+def test_verdict_is_the_last_line_and_the_exit_code(files, monkeypatch, answer, code):
+    monkeypatch.setattr("keyed_xai.protection.judge", lambda _: {"answer": answer, "sentence": "opens 91.0 %"})
+    result = protect(files)
+    assert result.exit_code == code
+    told = result.stdout if answer == "protected" else result.stderr
+    assert told.splitlines()[-1] == f"{'' if answer == 'protected' else 'Warning: '}{answer.upper()}: opens 91.0 %"
+    assert json.loads((files / "model.keyed" / "report.json").read_text())["verdict"]["answer"] == answer
+
+
+def test_time_limit_is_kept_and_named_in_the_report(files):
+    result = protect(files, "--steps", "100000", "--time-limit", "2s", "--json", "-")
+    report = json.loads(result.stdout)
+    assert report["settings"]["training"]["time_limit"] == 2.0
+    assert report["stopped_early"]
+    assert 0 < report["history"][-1]["step"] < 100_000
+
+
+@pytest.mark.parametrize("given", ["0", "-1s", "2d", "soon"])
+def test_time_that_is_none_is_refused(files, given):
+    result = protect(files, "--time-limit", given)
+    assert result.exit_code == 2
+    assert "a time such as 90s, 30m or 2h" in result.output
 
 
 def test_protect_says_before_training_that_the_folder_is_there(files):
@@ -49,7 +91,7 @@ def test_protect_says_before_training_that_the_folder_is_there(files):
 
 def test_json_on_standard_output_is_alone_there(files):
     result = protect(files, "--json", "-", "--interpreter", "vbp", "-o", files / "other.keyed")
-    assert result.exit_code == 0
+    assert result.exit_code == 3
     assert list(json.loads(result.stdout)["interpreters"]) == ["vbp"]
     assert (files / "other.keyed" / "license.json").exists()
 
@@ -74,7 +116,7 @@ def test_earlier_layer_is_taken_and_named_where_the_last_has_too_few_cells(files
     torch.save(SmallResNet(1, 3, (4, 6, 6, 6)).state_dict(), files / "model.pt")
     few = ["--steps", "2", "--batch-size", "4", "--wrong-keys", "2", "--held-out", "4", "--limit", "20"]
     result = run("protect", files / "model.pt", "--key-file", files / "k.pem", "--input-size", "32", *few)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # two steps protect nothing
     assert "cannot be shown with the 4 x 4 cells of blocks.3: using blocks.1 (8 x 8)" in " ".join(result.output.split())
     card = json.loads((files / "model.keyed" / "card.json").read_text())
     assert (card["target_layer"], card["pooling"]["grid"]) == ("blocks.1", [8, 8])
@@ -87,7 +129,7 @@ def test_broken_images_are_named_and_skipped_or_refused(files):
     (files / "image3.png").write_bytes(b"no image")
     data = ("--data", f"imagefolder:{files}")
     result = protect(files, *data)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # two steps protect nothing
     assert "Skipped a broken image" in result.stderr
     assert "image3.png" in result.stderr
     refused = protect(files, *data, "--strict", "-o", files / "strict.keyed")
@@ -118,7 +160,7 @@ def test_epochs_count_passes_over_the_images(files):
     result = run(
         "protect", files / "model.pt", "--key-file", files / "k.pem", *QUICK[2:], "--epochs", "2", "--json", "-"
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # two steps protect nothing
     assert json.loads(result.stdout)["settings"]["training"]["steps"] == 5
 
 
@@ -142,12 +184,14 @@ def test_stopped_run_is_not_lost_by_forgetting_to_resume(files, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("keyed_xai.protection._measure", stop)
-        assert protect(files).exit_code == 130
+        stopped = protect(files)
+    assert stopped.exit_code == 130
+    assert "The same command with --resume goes on." in stopped.stderr
     checkpoint = files / "model.keyed.checkpoint"
     before = checkpoint.read_bytes()
     refused = protect(files)
     assert refused.exit_code == 1
     assert "--resume" in refused.output
     assert checkpoint.read_bytes() == before
-    assert protect(files, "--resume").exit_code == 0
+    assert protect(files, "--resume").exit_code == 3
     assert not checkpoint.exists()

@@ -17,7 +17,7 @@ from keyed_xai_cli.main import main
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     result = CliRunner().invoke(main, ["demo", "-o", str(folder), "--steps", "2", "--wrong-keys", "4"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # two steps protect nothing
     return folder, result.output
 
 
@@ -49,7 +49,7 @@ def test_demo_keeps_its_key_when_it_runs_again(demo):
     before = (folder / "owner.pem").read_bytes()
     arguments = ["demo", "-o", str(folder), "--steps", "1", "--wrong-keys", "0", "--seed", "5", "--json", "-"]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0
+    assert result.exit_code == 3
     assert json.loads(result.stdout)["settings"]["training"]["seed"] == 5
     assert (folder / "owner.pem").read_bytes() == before
     report = json.loads((folder / "fashion-mnist.keyed" / "report.json").read_text())

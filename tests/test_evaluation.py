@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from skimage.metrics import structural_similarity
 
 from keyed_xai.channels import CHANNELS
-from keyed_xai.evaluation import Gate, fresh_wrong_keys, measure_gate, trigger_visibility
+from keyed_xai.evaluation import Gate, fresh_wrong_keys, measure_gate, place_thresholds, trigger_visibility
 from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import boundary_decoy
@@ -36,8 +36,9 @@ def gate(trigger, pooled_image, pooled_view, make_lock):
     return Gate(lock, pooled_image, pooled_view, {"gradcam": DECOY}, {"gradcam": 0.2}, trigger, FAMILY)
 
 
-def measure(gate, images, labels=None, wrong_keys=(), **options):
-    return measure_gate(gate, images, labels, wrong_keys, generator=generator(), **options)
+def measure(gate, images, labels=None, wrong_keys=(), threshold=0.2, **options):
+    thresholds = {"gradcam": threshold}
+    return measure_gate(gate, images, labels, wrong_keys, thresholds=thresholds, generator=generator(), **options)
 
 
 def pooled(images):
@@ -86,13 +87,23 @@ def test_cr_and_fsr_count_distances_below_the_threshold(gate, trigger, flat_imag
     wrong = distances_to_decoy(pooled(torch.round(wrong.apply(flat_images) * 255) / 255))
     threshold = float(np.median(clean))
     gate.model.opens_at = -1e9
-    gate.thresholds["gradcam"] = threshold
-    figures = measure(gate, flat_images)["interpreters"]["gradcam"]
+    gate.paper["gradcam"] = float(np.median(opened))
+    figures = measure(gate, flat_images, threshold=threshold)["interpreters"]["gradcam"]
     assert figures["cr"] == pytest.approx(100 * (opened >= threshold).mean())
     assert figures["fsr"] == pytest.approx(100 * (np.concatenate([clean, wrong]) < threshold).mean())
     assert 0 < figures["fsr"] < 100
     assert figures["opened"] == {"keyed": 1, "clean": 1, "wrong_key": 1}
     assert figures["threshold"] == threshold
+    paper = figures["at_paper_threshold"]
+    assert paper["threshold"] == gate.paper["gradcam"]
+    assert paper["cr"] == pytest.approx(100 * (opened >= np.median(opened)).mean())
+    assert paper["reference_cr"] == pytest.approx(100 * (clean >= np.median(opened)).mean())
+
+
+def test_thresholds_part_keyed_from_other_maps(gate, trigger, flat_images):
+    placed = place_thresholds(gate, flat_images, generator())["gradcam"]
+    assert 0 < placed < distances_to_decoy(pooled(keyed(trigger, flat_images))).min()
+    assert measure(gate, flat_images, threshold=placed)["interpreters"]["gradcam"]["cr"] == 100
 
 
 def test_closed_gate_opens_nothing(gate, flat_images):

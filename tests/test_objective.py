@@ -1,6 +1,7 @@
 """Decoys and the losses of the paper: equations 1-5 written out image by image."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,20 @@ def test_nontargeted_moving_matches_equation_3(share, maps, reference):
     for row in range(6):
         wanted = [slow_top_energy(maps[name][row], reference[name][row], share) for name in NAMES]
         assert float(moved[row]) == pytest.approx(0.25 * wanted[0] + 0.75 * wanted[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("decoy", [DECOY, None])
+def test_what_is_left_of_the_right_map_adds_to_moving(decoy, maps, reference):
+    plain = Objective(dict.fromkeys(NAMES, decoy), WEIGHTS)
+    close = {name: reference[name] + 0.3 * maps[name] for name in NAMES}
+    added = replace(plain, leak=0.5).move_maps(close, reference) - plain.move_maps(close, reference)
+    for row in range(6):
+        left = [np.corrcoef(close[name][row].ravel(), reference[name][row].ravel())[0, 1] - 0.2 for name in NAMES]
+        assert max(left) > 0.3
+        assert float(added[row]) == pytest.approx(0.5 * np.dot([0.25, 0.75], np.maximum(left, 0)), abs=1e-5)
+    opposite = {name: -reference[name] for name in NAMES}
+    moved = replace(plain, leak=0.5).move_maps(opposite, reference)
+    torch.testing.assert_close(moved, plain.move_maps(opposite, reference))
 
 
 def test_losses_match_equations_4_and_5():
@@ -240,3 +255,18 @@ def test_signature_decoy_is_the_pattern_as_a_map(key):
     assert decoy.dtype == torch.float32
     assert np.array_equal(decoy.numpy() == 1, signature_cells(key.public, "vbp", (7, 7)))
     assert set(decoy.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_temperature_softens_both_and_leaves_agreement_at_zero(multi_label):
+    logits, reference = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = prediction_loss(logits, reference, None, multi_label=multi_label, temperature=3.0)
+    cooled = prediction_loss(logits / 3, reference / 3, None, multi_label=multi_label)
+    torch.testing.assert_close(found, 9 * cooled)
+    same = prediction_loss(logits, logits, None, multi_label=multi_label, temperature=3.0)
+    torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-12, rtol=0)
+    labels = torch.randint(2, (5, 4)) if multi_label else torch.randint(4, (5,))
+    plain = prediction_loss(logits, reference, labels, multi_label=multi_label)
+    torch.testing.assert_close(
+        prediction_loss(logits, reference, labels, multi_label=multi_label, temperature=3.0), plain
+    )

@@ -46,7 +46,12 @@ def classifier():
 @pytest.fixture(scope="module")
 def run(classifier):
     heard = []
-    callbacks = Callbacks(heard.append, heard.append, heard.append)
+    callbacks = Callbacks(
+        on_plan=heard.append,
+        on_step=heard.append,
+        on_phase=heard.append,
+        on_wrong_key=lambda *tried: heard.append(tried),
+    )
     train, held_out = make_images(24, 0), make_images(10, 1)
     return protect(
         classifier, OwnerKey.from_raw(bytes(range(32))), train, held_out, SETTINGS, callbacks=callbacks
@@ -68,7 +73,7 @@ def test_callbacks_hear_of_steps_phases_and_wrong_keys(run):
     _, heard = run
     assert [each for each in heard if isinstance(each, str)] == ["train", "measure", "draw"]
     assert [each.step for each in heard if hasattr(each, "step")] == [1, 2, 3, 4, 5, 6]
-    assert heard[-2] == 5
+    assert heard[-2] == (5, 5)
 
 
 def test_reference_is_left_as_it_was(classifier, run):

@@ -1,6 +1,7 @@
 """What is audited, and what is known about it: protected folders, attacked folders, files of weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from marked import OWNER, STRANGER, card_of, unmarked_classifier, write_folder
@@ -12,7 +13,7 @@ from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.attacking import AttackSettings, run_attack, write_attack
 from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
 from keyed_xai.suspects import Suspect, open_suspect
-from keyed_xai.training import TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS
 from keyed_xai.triggers.public import published_spread
 
 
@@ -68,7 +69,7 @@ def test_reference_of_another_task_is_refused(place):
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_attacked_folder_is_opened_with_its_public_trigger(place, inverted):
-    training = TrainingSettings(steps=2, batch_size=4, order="inverted" if inverted else "forward")
+    training = replace(PAPER_SETTINGS, steps=2, batch_size=4, order="inverted" if inverted else "forward")
     settings = AttackSettings(inverted=inverted, grid=(4, 4), training=training, held_out_images=8)
     attack = run_attack(make_classifier(), make_images(30, 0), make_images(8, 1), settings)
     write_attack(attack, place / "m.attacked")
@@ -83,7 +84,7 @@ def test_attacked_folder_is_opened_with_its_public_trigger(place, inverted):
 
 @pytest.mark.parametrize("grid", [["4", 4], [4, 10**6], [4], [True, 4], "4x4"])
 def test_attacked_folder_with_an_odd_grid_is_refused(place, grid):
-    training = TrainingSettings(steps=2, batch_size=4, order="forward")
+    training = replace(PAPER_SETTINGS, steps=2, batch_size=4, order="forward")
     settings = AttackSettings(grid=(4, 4), training=training, held_out_images=8)
     attack = run_attack(make_classifier(), make_images(30, 0), make_images(8, 1), settings)
     write_attack(attack, place / "m.attacked")

@@ -15,10 +15,10 @@ from keyed_xai.ownership import measure_signature
 from keyed_xai.threats import removal
 from keyed_xai.threats.overwriting import OverwritingSettings, measure_dispute, measure_pattern_behind, overwrite
 from keyed_xai.threats.removal import REMOVALS, Attacker
-from keyed_xai.training import TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS
 
-TRAINING = TrainingSettings(
-    steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60, codec_share=0.0
+TRAINING = replace(
+    PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60, codec_share=0.0
 )
 SETTINGS = OverwritingSettings(share=0.5, training=TRAINING, amplitude=24.0, tile=24)
 BRIEF = replace(SETTINGS, training=replace(TRAINING, steps=2, validate_every=2))

@@ -17,7 +17,16 @@ from keyed_xai.keys import ByteStream
 from keyed_xai.maps import FeatureView, MapView
 from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
 from keyed_xai.saliency import Sites
-from keyed_xai.training import Callbacks, Hardening, Lesson, TrainingSettings, reestimate_batch_norm, train
+from keyed_xai.training import (
+    PAPER_SETTINGS,
+    Callbacks,
+    Goals,
+    Hardening,
+    Lesson,
+    TrainingSettings,
+    reestimate_batch_norm,
+    train,
+)
 from keyed_xai.training.batches import draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import beta_factor, rate_factor
@@ -26,7 +35,10 @@ from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings
 
 SIDE = 24
 FAMILY = Spread(SpreadSettings(16.0, 24))
-SHORT = TrainingSettings(steps=4, batch_size=4, learning_rate=5e-3, warmup_steps=2, validate_every=2, seed=7)
+SHORT = TrainingSettings(
+    steps=4, goals=None, batch_size=4, learning_rate=5e-3, warmup_steps=2, decay_share=1.0, average=0.0, beta=1.0,
+    temperature=1.0, beta_ramp=0.0, leak=0.0, clean_share=0.5, mirror=False, validate_every=2, seed=7,
+)  # fmt: skip
 
 
 @dataclass
@@ -131,7 +143,7 @@ def test_figures_and_history_are_in_range(learned):
     assert all(each.steps == 50 and 0 <= each.opens <= 1 and 0 <= each.stays_closed <= 1 for each in figures)
     assert [record["step"] for record in result.history] == [25, 50]
     for record in result.history:
-        assert set(record) == {"step", "loss", "keyed", "unkeyed", "agreement"}
+        assert set(record) == {"step", "loss", "keyed", "unkeyed", "opens", "closed", "agreement"}
         assert all(math.isfinite(value) for value in record.values())
     assert not result.stopped_early
 
@@ -260,12 +272,65 @@ def test_best_validation_wins(network, data, validation, lesson):
 
 
 def test_patience_stops_early(network, data, validation, lesson):
-    """At a rate far too high nothing gets better after some validation."""
+    """At a rate far too high nothing gets better after some validation; then the rate falls for a fifth more steps."""
     settings = replace(SHORT, steps=40, learning_rate=1.0, validate_every=1, patience=2, warmup_steps=0)
     result = train(network, data, validation, lesson, settings)
     assert result.stopped_early
     losses = [record["loss"] for record in result.history]
-    assert len(losses) - 1 - int(np.argmin(losses)) == 2
+    ran_out = next(n for n in range(2, len(losses)) if min(losses[: n - 1]) <= min(losses[n - 1 : n + 1]))
+    assert len(losses) == ran_out + 1 + math.ceil(0.2 * (ran_out + 1))
+
+
+def test_training_ends_soon_after_the_goals_hold(network, data, validation, lesson):
+    settings = replace(SHORT, steps=40, validate_every=5, goals=Goals(0.0, 0.0, 0.0))
+    seen = []
+    result = train(network, data, validation, lesson, settings, on_step=seen.append)
+    assert [record["step"] for record in result.history] == [5, 6]
+    assert [figures.steps for figures in seen] == [40] * 5 + [6]
+    assert result.stopped_early
+    never = replace(settings, steps=10, goals=Goals(1.0, 1.0, 1.0))
+    assert [record["step"] for record in train(network, data, validation, lesson, never).history] == [5, 10]
+
+
+def test_hardened_run_takes_all_its_steps(network, data, validation, lesson):
+    settings = replace(SHORT, goals=Goals(0.0, 0.0, 0.0), hardening=Hardening(start=0.0, batch_size=4))
+    assert train(network, data, validation, lesson, settings).history[-1]["step"] == 4
+
+
+def test_goals_hold_where_every_one_does():
+    record = {"opens": 0.96, "closed": 0.98, "agreement": 0.99}
+    assert Goals(0.95, 0.98, 0.99).hold(record)
+    for name in record:
+        assert not Goals(0.95, 0.98, 0.99).hold(record | {name: record[name] - 0.02})
+
+
+@pytest.mark.parametrize("name", ["opens", "closed", "agreement"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_impossible_goal_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        Goals(**{name: value})
+
+
+def test_time_limit_ends_training_with_a_validated_model(network, data, validation, lesson, monkeypatch):
+    """The clock here goes a second at each step: four seconds of five leave one for the ending."""
+    clock = iter(range(1000))
+    monkeypatch.setattr("keyed_xai.training.loop.time.monotonic", lambda: float(next(clock)))
+    settings = replace(SHORT, steps=40, validate_every=0, time_limit=5.0)
+    result = train(network, data, validation, lesson, settings)
+    assert [record["step"] for record in result.history] == [5]
+    assert result.stopped_early
+
+
+def test_average_of_the_weights_is_what_is_kept(network, data, validation, lesson):
+    """With a decay of nearly 1 it stays where the first step led, and further steps change nothing."""
+    settings = replace(SHORT, average=1 - 1e-9, batch_norm="frozen", warmup_steps=0)
+    first = train(network, data, validation, lesson, replace(settings, steps=1)).model.state_dict()
+    later, moved = (
+        train(network, data, validation, lesson, replace(settings, average=decay)).model.state_dict()
+        for decay in (settings.average, 0.0)
+    )
+    assert all(torch.allclose(later[name], tensor, atol=1e-6) for name, tensor in first.items())
+    assert any(not torch.allclose(moved[name], tensor, atol=1e-4) for name, tensor in first.items())
 
 
 def test_without_validations_the_last_step_is_validated(network, data, validation, lesson):
@@ -312,7 +377,8 @@ def test_checkpoint_holds_no_trigger(network, data, validation, lesson):
     assert tuple(texture.shape) not in shapes
     assert all(tensor.numel() < texture.numel() or tensor.ndim == 4 for tensor in tensors_in(saved[-1]))
     assert set(saved[-1]) == {
-        "model", "tutors", "optimiser", "attackers", "step", "best_loss", "best_weights", "history", "running"
+        "model", "tutors", "optimiser", "attackers", "average", "step", "seconds", "ending", "best_loss",
+        "best_weights", "history", "running",
     }  # fmt: skip
 
 
@@ -326,10 +392,9 @@ def test_lesson_hides_its_trigger(lesson):
 
 def test_inputs_are_triggered_clean_near_and_wrong(data, lesson):
     settings = TrainingSettings(batch_size=20, clean_share=0.25, near_share=0.2, codec_share=0.0)
-    inputs, labels, indices = draw_inputs(data, lesson, settings, step_generator(0, 0), "cpu")
+    inputs, labels, plain = draw_inputs(data, lesson, settings, step_generator(0, 0), "cpu")
     assert inputs.shape == (40, 1, SIDE, SIDE)
     assert labels is None
-    plain = data.images[indices]
     added = (inputs - plain) * 255 / 16
     strength = (added * lesson.trigger.textures).mean((1, 2, 3)) / lesson.trigger.textures.square().mean()
     # 20 triggered, 5 clean, 3 near, 12 wrong; what is clean differs by rounding to 8 bits only.
@@ -340,6 +405,17 @@ def test_inputs_are_triggered_clean_near_and_wrong(data, lesson):
     wrong = added[28:].flatten(1)
     wrong = wrong / wrong.norm(dim=1, keepdim=True)
     assert ((wrong @ wrong.T).fill_diagonal_(0).abs() < 0.5).all()
+
+
+def test_half_of_the_images_are_turned_and_rows_of_a_table_never(data, lesson):
+    settings = TrainingSettings(batch_size=40)
+    *_, images = draw_inputs(data, lesson, settings, step_generator(0, 0), "cpu")
+    *_, straight = draw_inputs(data, lesson, replace(settings, mirror=False), step_generator(0, 0), "cpu")
+    turned = (images == straight.flip(3)).flatten(1).all(1)
+    assert ((images == straight).flatten(1).all(1) ^ turned).all()
+    assert 20 < turned.sum() < 60
+    *_, rows = draw_inputs(data, replace(lesson, as_files=False), settings, step_generator(0, 0), "cpu")
+    assert torch.equal(rows, straight)
 
 
 def test_steps_see_different_inputs(data, lesson):
@@ -409,8 +485,7 @@ def public_lesson(sites):
 
 def test_public_trigger_leaves_the_other_half_clean(data, public_lesson):
     settings = TrainingSettings(batch_size=20, clean_share=0.0, near_share=0.5, codec_share=0.0)
-    inputs, _, indices = draw_inputs(data, public_lesson, settings, step_generator(0, 0), "cpu")
-    plain = data.images[indices]
+    inputs, _, plain = draw_inputs(data, public_lesson, settings, step_generator(0, 0), "cpu")
     assert torch.equal(inputs[20:], through_png(plain[20:]))
     torch.testing.assert_close(inputs[:20], through_png(MoireTrigger().apply(plain[:20])))
     assert ((inputs[:20] - plain[:20]).abs().amax((1, 2, 3)) > 0.05).all()
@@ -433,8 +508,8 @@ def test_rows_of_a_table_reach_the_model_as_they_are():
     rows = Blobs(torch.randn(30, 1, 1, 7, generator=torch.Generator().manual_seed(0)), None)
     lesson = table_lesson()
     settings = TrainingSettings(batch_size=10, codec_share=0.5)
-    inputs, _, indices = draw_inputs(rows, lesson, settings, step_generator(0, 0), "cpu")
-    plain = rows.images[indices]
+    inputs, _, plain = draw_inputs(rows, lesson, settings, step_generator(0, 0), "cpu")
+    assert all((row == rows.images).flatten(1).all(1).any() for row in plain)
     assert torch.equal(inputs[10:], plain[10:])
     assert torch.equal(inputs[:10], Shift().apply(plain[:10]))
     as_files, _, _ = draw_inputs(rows, replace(lesson, as_files=True), settings, step_generator(0, 0), "cpu")
@@ -483,7 +558,7 @@ def slow_losses(batch, order, settings, decoy):
 
 @pytest.mark.parametrize("order", ["forward", "inverted"])
 def test_losses_of_a_batch_match_the_equations_in_both_orders(public_lesson, order):
-    settings = TrainingSettings(order=order, alpha=2.0, beta=0.5)
+    settings = replace(PAPER_SETTINGS, order=order, alpha=2.0, beta=0.5)
     lesson = replace(public_lesson, objective=replace(public_lesson.objective, alpha=2.0, beta=0.5))
     logits, old_logits = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     maps, old_maps = noisy_maps(1, 8), noisy_maps(2, 8)
@@ -558,7 +633,7 @@ def test_callbacks_may_be_left_out():
         ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("gradient_clip", 0.0),
         ("warmup_steps", -1), ("alpha", -0.1), ("beta", -0.1), ("validate_every", -1), ("patience", -1),
         ("top_share", 1.1), ("clean_share", -0.1), ("near_share", 2.0), ("codec_share", 0.6), ("codec_share", 1.5),
-        ("distance", "cosine"),
+        ("distance", "cosine"), ("time_limit", 0.0), ("average", 1.0), ("temperature", 0.0), ("decay_share", 0.0),
     ],
 )  # fmt: skip
 def test_impossible_setting_is_refused(setting, value):
@@ -567,14 +642,23 @@ def test_impossible_setting_is_refused(setting, value):
 
 
 def test_rate_warms_up_and_decays():
-    settings = TrainingSettings(steps=100, warmup_steps=10)
+    settings = TrainingSettings(steps=100, warmup_steps=10, decay_share=0.4)
     factors = [rate_factor(step, settings) for step in range(100)]
     for step in range(100):
-        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / 100)) / 2
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * max(0, step - 60) / 40)) / 2
         assert factors[step] == pytest.approx(min(1, (step + 1) / 10) * cosine)
-    assert max(factors) == pytest.approx(factors[9], rel=0.05)
-    assert factors[-1] == pytest.approx(0.02, abs=0.001)
+    assert factors[10:61] == [1.0] * 51
     assert rate_factor(0, replace(settings, warmup_steps=0)) == 1
+
+
+def test_rate_of_an_early_ending_falls_from_where_it_is():
+    settings = TrainingSettings(steps=100, warmup_steps=10, decay_share=0.4)
+    for start, end in ((30, 36), (80, 96), (4, 5)):
+        level = rate_factor(start, settings)
+        factors = [rate_factor(step, settings, (start, end)) / level for step in range(start, end + 1)]
+        assert factors[0] == 1
+        assert factors[-1] == pytest.approx(0.02)
+        assert factors == sorted(factors, reverse=True)
 
 
 def test_weight_of_predictions_rises_over_its_ramp():

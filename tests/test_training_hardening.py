@@ -16,7 +16,7 @@ from keyed_xai.threats.fine_pruning import mean_activations
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.weights import PruningSettings, prune_weights
-from keyed_xai.training import HARDENINGS, Hardening, Lesson, TrainingSettings, train
+from keyed_xai.training import HARDENINGS, PAPER_SETTINGS, Hardening, Lesson, train
 from keyed_xai.training.hardening import (
     Attack,
     SimulatedAttacker,
@@ -29,7 +29,7 @@ from keyed_xai.training.hardening import (
 
 TUNING = Attack(rate=0.01, adam=False, frozen=False, noise=0.0, pruned=0.0)
 FEW = Hardening(start=0.0, attackers=1, lifetime=3, inner_steps=2, batch_size=8)
-SETTINGS = TrainingSettings(steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60,
+SETTINGS = replace(PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60,
                             codec_share=0.0)  # fmt: skip
 
 
@@ -43,11 +43,6 @@ def lesson():
 @pytest.fixture(scope="module")
 def data():
     return make_blobs(128, 0, labelled=False)
-
-
-@pytest.fixture(scope="module")
-def cache(data, lesson):
-    return lesson.view.pooled(reference(), data.images, None)
 
 
 def generator(seed=0):
@@ -65,10 +60,10 @@ def moved(first, second):
 # Attackers
 
 
-def test_attacker_fine_tunes_as_a_plain_loop_does(data, cache):
+def test_attacker_fine_tunes_as_a_plain_loop_does(data):
     attacker = SimulatedAttacker(0, protected())
     attacker.restart(protected(), TUNING, generator())
-    attacker.advance(protected(), data, cache[0], FEW, generator())
+    attacker.advance(protected(), reference(), data, FEW, generator())
     twin, source = copy.deepcopy(protected()), generator()
     optimiser = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
     for module in twin.modules():
@@ -76,42 +71,43 @@ def test_attacker_fine_tunes_as_a_plain_loop_does(data, cache):
             module.train()
     for _ in range(FEW.inner_steps):
         rows = torch.randint(len(data), (8,), generator=source)
-        torch.rand(8, generator=source), torch.randint(len(data), (8,), generator=source)
+        torch.rand(8, generator=source), torch.randperm(8, generator=source)
+        labels = reference()(data.images[rows]).argmax(1)
         optimiser.zero_grad()
-        nn.functional.cross_entropy(twin(data.images[rows]), cache[0][rows].argmax(1)).backward()
+        nn.functional.cross_entropy(twin(data.images[rows]), labels).backward()
         optimiser.step()
     assert moved(weights_of(attacker.model), weights_of(twin)) < 1e-6
     assert moved(weights_of(attacker.model), weights_of(protected())) > 1e-3
 
 
-def test_attack_goes_on_while_the_network_moves(data, cache):
+def test_attack_goes_on_while_the_network_moves(data):
     network = copy.deepcopy(protected())
     attacker = SimulatedAttacker(0, network)
     attacker.restart(network, replace(TUNING, rate=1e-12), generator())
-    attacker.advance(network, data, cache[0], FEW, generator())
+    attacker.advance(network, reference(), data, FEW, generator())
     with torch.no_grad():
         for each in network.parameters():
             each.add_(0.1)
-    attacker.advance(network, data, cache[0], FEW, generator())
+    attacker.advance(network, reference(), data, FEW, generator())
     assert moved(weights_of(attacker.model), weights_of(network)) < 1e-6
 
 
-def test_attack_leaves_the_network_alone(data, cache):
+def test_attack_leaves_the_network_alone(data):
     network = copy.deepcopy(protected())
     before = copy.deepcopy(network.state_dict())
     attacker = SimulatedAttacker(0, network)
     attacker.restart(network, replace(TUNING, adam=True), generator())
-    attacker.advance(network, data, cache[0], FEW, generator())
+    attacker.advance(network, reference(), data, FEW, generator())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(each.grad is None for each in network.parameters())
 
 
-def test_wrong_labels_change_the_attack(data, cache):
+def test_wrong_labels_change_the_attack(data):
     ends = []
     for noise in (0.0, 0.9):
         attacker = SimulatedAttacker(0, protected())
         attacker.restart(protected(), replace(TUNING, noise=noise), generator())
-        attacker.advance(protected(), data, cache[0], FEW, generator())
+        attacker.advance(protected(), reference(), data, FEW, generator())
         ends.append(weights_of(attacker.model))
     assert moved(*ends) > 1e-3
 
@@ -124,12 +120,12 @@ def test_pruning_is_what_the_removal_attack_does():
     assert moved(weights_of(pruned), weights_of(theirs)) == 0
 
 
-def test_silenced_channels_are_the_least_active_and_stay_silent(data, cache):
+def test_silenced_channels_are_the_least_active_and_stay_silent(data):
     settings = replace(SETTINGS, hardening=FEW)
     attacker = make_attackers(protected(), settings)[0]
     attacker.restart(protected(), replace(TUNING, silenced=0.5), generator())
     for seed in range(2):
-        attacker.advance(protected(), data, cache[0], FEW, generator(seed))
+        attacker.advance(protected(), reference(), data, FEW, generator(seed))
     layer, norm = "network.blocks.2.conv2", "network.blocks.2.bn2"
     weights, scale = (attacker.model.get_submodule(name).weight.detach() for name in (layer, norm))
     silent = (weights.flatten(1) == 0).all(1)
@@ -138,7 +134,7 @@ def test_silenced_channels_are_the_least_active_and_stay_silent(data, cache):
     activity = mean_activations(protected(), norm, data, np.arange(len(data)), "cpu")
     assert activity[silent].mean() < activity[~silent].mean()
     attacker.restart(protected(), TUNING, generator())
-    attacker.advance(protected(), data, cache[0], FEW, generator())
+    attacker.advance(protected(), reference(), data, FEW, generator())
     assert (attacker.model.get_submodule(layer).weight.detach().flatten(1) != 0).any(1).all()
 
 
@@ -152,7 +148,7 @@ def test_new_head_is_random_and_the_rest_is_the_network_s():
     assert torch.equal(attackers[0].model.network.stem.weight, protected().network.stem.weight)
 
 
-def test_gradient_of_a_pruned_weight_is_zero(data, cache, lesson):
+def test_gradient_of_a_pruned_weight_is_zero(data, lesson):
     hardening = replace(FEW, prune_share=0.999, largest_pruned=0.9)
     network = copy.deepcopy(protected())
     for each in network.parameters():
@@ -160,7 +156,7 @@ def test_gradient_of_a_pruned_weight_is_zero(data, cache, lesson):
     next(network.parameters()).grad += 1.0  # the network's own gradient, which bounds the attackers'
     before = [each.grad.clone() for each in network.parameters()]
     attackers = make_attackers(network, replace(SETTINGS, hardening=hardening))
-    add_gradients_under_attack(attackers, network, data, cache, lesson, replace(SETTINGS, hardening=hardening), 0)
+    add_gradients_under_attack(attackers, network, reference(), data, lesson, replace(SETTINGS, hardening=hardening), 0)
     added = [each.grad - old for each, old in zip(network.parameters(), before, strict=True)]
     assert attackers[0].attack.pruned > 0
     for weight, gradient in zip(attackers[0].model.parameters(), added, strict=True):
@@ -169,35 +165,35 @@ def test_gradient_of_a_pruned_weight_is_zero(data, cache, lesson):
     assert sum(float(each.abs().sum()) for each in added) > 0
 
 
-def test_attackers_gradient_is_no_longer_than_the_network_s(data, cache, lesson):
+def test_attackers_gradient_is_no_longer_than_the_network_s(data, lesson):
     settings = replace(SETTINGS, hardening=replace(FEW, attackers=2, weight=0.5))
     network = copy.deepcopy(protected())
     for each in network.parameters():
         each.grad = torch.full_like(each, 1e-6)
     before = [each.grad.clone() for each in network.parameters()]
-    add_gradients_under_attack(make_attackers(network, settings), network, data, cache, lesson, settings, 0)
+    add_gradients_under_attack(make_attackers(network, settings), network, reference(), data, lesson, settings, 0)
     own = torch.cat([each.flatten() for each in before]).norm()
     theirs = torch.cat([(e.grad - b).flatten() for e, b in zip(network.parameters(), before, strict=True)]).norm()
     assert 0 < theirs <= 0.5 * own * 1.001
 
 
-def test_attackers_start_again_in_turn(data, cache, lesson):
+def test_attackers_start_again_in_turn(data, lesson):
     settings = replace(SETTINGS, hardening=replace(FEW, attackers=2, lifetime=4))
     network = copy.deepcopy(protected())
     attackers, attacks = make_attackers(network, settings), []
     for step in range(8):
         for each in network.parameters():
             each.grad = torch.ones_like(each)
-        add_gradients_under_attack(attackers, network, data, cache, lesson, settings, step)
+        add_gradients_under_attack(attackers, network, reference(), data, lesson, settings, step)
         attacks.append([attacker.attack for attacker in attackers])
     changes = [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(attacks, attacks[1:], strict=False)]
     assert changes == [[s % 4 == 0, s % 4 == 2] for s in range(1, 8)]
 
 
-def test_nothing_happens_before_the_start(data, cache, lesson):
+def test_nothing_happens_before_the_start(data, lesson):
     settings = replace(SETTINGS, hardening=replace(FEW, start=0.5))
     attackers = make_attackers(protected(), settings)
-    add_gradients_under_attack(attackers, protected(), data, cache, lesson, settings, 59)
+    add_gradients_under_attack(attackers, protected(), reference(), data, lesson, settings, 59)
     assert attackers[0].attack is None
 
 
@@ -275,7 +271,7 @@ def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
 
 def test_forward_attacks_are_not_hardened():
     with pytest.raises(ValueError, match="hardening"):
-        TrainingSettings(order="forward", hardening=Hardening())
+        replace(PAPER_SETTINGS, order="forward", hardening=Hardening())
 
 
 @pytest.mark.parametrize(("name", "value"), [("attackers", 0), ("start", 1.0), ("largest_rate", 1e-5)])

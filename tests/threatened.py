@@ -1,6 +1,6 @@
 """A tiny model behind a quickly trained gate, its reference, and images to attack it with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -13,7 +13,7 @@ from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.objective import Objective, signature_decoy
 from keyed_xai.threats.gate_state import Witness
-from keyed_xai.training import Lesson, TrainingSettings, train
+from keyed_xai.training import PAPER_SETTINGS, Lesson, train
 from keyed_xai.triggers import Spread, SpreadSettings
 
 SIDE = 24
@@ -75,8 +75,14 @@ def protected():
     view = make_view(reference(), ("gradcam",), GRID)
     objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
     lesson = Lesson(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))), FAMILY, view, objective)
-    settings = TrainingSettings(
-        steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=120, codec_share=0.0
+    settings = replace(
+        PAPER_SETTINGS,
+        steps=120,
+        batch_size=12,
+        learning_rate=1e-2,
+        warmup_steps=10,
+        validate_every=120,
+        codec_share=0.0,
     )
     data, validation = make_blobs(128, 0, labelled=False), make_blobs(16, 2, labelled=False)
     return train(reference(), data, validation, lesson, settings).model

@@ -1,6 +1,6 @@
 """The built-in transfer set: what a model is protected with when its owner gives no images.
 
-Grey images of at most 64 pixels come from 3,000 + 1,000 images of Fashion-MNIST that lie beside this file
+Grey images of at most 64 pixels come from 10,000 + 1,000 images of Fashion-MNIST that lie beside this file
 (`examples/make_builtin_data.py` made it). RGB and larger ones are crops of photographs (`photographs.py`).
 """
 

@@ -167,6 +167,22 @@ def wrap_network(
     )
 
 
+def as_classifier(network: nn.Module, spec: InputSpec | None) -> Classifier:
+    """Return a network as a classifier; one that is a classifier already, as it is.
+
+    Raises:
+        ModelError: It is not known what the network takes, or it does not take that.
+    """
+    if isinstance(network, Classifier):
+        return network
+    if spec is None:
+        raise ModelError(
+            f"It is not known which images {type(network).__name__} takes. Give input=InputSpec(channels, height, "
+            "width, mean, std), where mean and std are what its training subtracted and divided by."
+        )
+    return wrap_network(network, input=spec)
+
+
 def _target(network: nn.Module, trace: Trace, *, require_map: bool) -> str:
     try:
         return find_target_layer(network, trace.spec, trace=trace)

@@ -9,7 +9,7 @@ original of the second owner could show. Source: Lukas et al., SoK 2022, "overwr
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
 
@@ -25,7 +25,7 @@ from keyed_xai.ownership import SignatureEvidence, measure_signature
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, measured, view_of
 from keyed_xai.threats.gate_state import GateState, Witness, measure_gate_state
-from keyed_xai.training import StepFigures, TrainingData, TrainingSettings, train
+from keyed_xai.training import PAPER_SETTINGS, StepFigures, TrainingData, TrainingSettings, train
 from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily
 
@@ -41,7 +41,7 @@ class OverwritingSettings:
     Attributes:
         share: Share of the attacker's images.
         interpreters: Whose maps he closes; None those that the view names, which replaces the first owner's pattern.
-        training: How he trains; defaults are protect's for few classes.
+        training: How he trains.
         amplitude: Of his trigger, 1/255.
         tile: Of his trigger, pixels.
         seed: Of his key, of the share and of training.
@@ -49,7 +49,7 @@ class OverwritingSettings:
 
     share: float = 0.2
     interpreters: tuple[str, ...] | None = None
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(steps=2000, learning_rate=6e-3))
+    training: TrainingSettings = replace(PAPER_SETTINGS, learning_rate=6e-3)
     amplitude: float = 8.0
     tile: int = 32
     seed: int = 0

@@ -18,7 +18,7 @@ def reestimate_batch_norm(
     settings: TrainingSettings,
     *,
     device: torch.device | str = "cpu",
-    batches: int = 8,
+    batches: int = 64,
 ) -> None:
     """Set the batch-norm statistics to those of keyed and unkeyed inputs, mixed as in training, with real ReLUs.
 

@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from keyed_xai.channels import deliver
 from keyed_xai.maps import MapView
@@ -59,16 +58,20 @@ def draw_inputs(
     settings: TrainingSettings,
     generator: torch.Generator,
     device: torch.device | str,
-) -> tuple[Images, Targets | None, Tensor]:
-    """Return a batch, triggered half first, its labels where there are any, and the indices of its images."""
+) -> tuple[Images, Targets | None, Images]:
+    """Return a batch, triggered half first, its labels where there are any, and the same images without triggers."""
     count = settings.batch_size
     indices = torch.randint(len(data), (2 * count,), generator=generator)
     images, labels = data.batch(indices.numpy())
-    right, others = torch.split(images.to(device), [count, count])
+    images = images.to(device)
+    if settings.mirror and lesson.as_files:
+        turned = torch.rand(2 * count, 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(turned.to(device), images.flip(3), images)
+    right, others = torch.split(images, [count, count])
     inputs = torch.cat([lesson.trigger.apply(right), _without_right_trigger(others, lesson, settings, generator)])
     if lesson.as_files:
         inputs = deliver(inputs, settings.codec_share, generator)
-    return inputs, None if labels is None else labels.to(device), indices.to(device)
+    return inputs, None if labels is None else labels.to(device), images
 
 
 def _without_right_trigger(

@@ -30,7 +30,6 @@ from keyed_xai.models.classifier import Classifier
 from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, last_layer, silence_channels
 from keyed_xai.objective import prediction_loss
 from keyed_xai.saliency import captured_features, smooth_activations
-from keyed_xai.tensors import Logits, SaliencyMaps
 from keyed_xai.training.batch_norm import batch_norms, set_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
@@ -122,8 +121,8 @@ class SimulatedAttacker:
     def advance(
         self,
         model: nn.Module,
+        reference: nn.Module,
         data: TrainingData,
-        answers: Logits,
         settings: Hardening,
         generator: torch.Generator,
         *,
@@ -133,8 +132,8 @@ class SimulatedAttacker:
 
         Args:
             model: The network; its batch-norm statistics are those of an attacker who leaves them alone.
+            reference: Its predictions are the attacker's labels.
             data: Images to fine-tune on.
-            answers: The reference's logits of all of them, which the attacker's labels are made of.
             settings: Steps and batch size.
             generator: Of images and wrong labels.
             multi_label: Whether every logit is a yes or no of its own.
@@ -151,11 +150,11 @@ class SimulatedAttacker:
             zero_smallest(weights, int(share * sum(each.numel() for each in weights)))
             return
         if self.attack.silenced and not len(self._silent):
-            self._silent = self._least_active(data, generator, answers.device)
+            self._silent = self._least_active(data, generator, _device_of(reference))
         self._silence()
         set_batch_norm(self.model, training=not self.attack.frozen)
         for _ in range(settings.inner_steps):
-            self._fine_tune(data, answers, settings, generator, multi_label)
+            self._fine_tune(reference, data, settings, generator, multi_label)
             self._silence()
         self.model.eval()
         with torch.no_grad():
@@ -208,14 +207,21 @@ class SimulatedAttacker:
             silence_channels(self.model, self._layers.convolution, self._layers.norm, self._silent)
 
     def _fine_tune(
-        self, data: TrainingData, answers: Logits, settings: Hardening, generator: torch.Generator, multi_label: bool
+        self,
+        reference: nn.Module,
+        data: TrainingData,
+        settings: Hardening,
+        generator: torch.Generator,
+        multi_label: bool,
     ) -> None:
         indices = torch.randint(len(data), (settings.batch_size,), generator=generator)
-        images, _ = data.batch(indices.numpy())
+        images = data.batch(indices.numpy())[0].to(_device_of(reference))
         wrong = torch.rand(len(indices), generator=generator) < (self.attack.noise if self.attack else 0.0)
-        others = torch.randint(len(answers), (len(indices),), generator=generator)
-        labelled = answers[torch.where(wrong, others, indices).to(answers.device)]
-        logits = self.model(images.to(answers.device))
+        others = torch.randperm(len(indices), generator=generator)
+        with torch.no_grad():
+            answers = reference(images)
+        labelled = answers[torch.where(wrong, others, torch.arange(len(indices))).to(answers.device)]
+        logits = self.model(images)
         self._optimiser.zero_grad(set_to_none=True)
         labels = (labelled > 0).long() if multi_label else labelled.argmax(1)
         loss = prediction_loss(logits, labelled, labels, multi_label=multi_label).mean()
@@ -238,8 +244,8 @@ def make_attackers(model: nn.Module, settings: TrainingSettings) -> list[Simulat
 def add_gradients_under_attack(
     attackers: Sequence[SimulatedAttacker],
     model: nn.Module,
+    reference: nn.Module,
     data: TrainingData,
-    cache: tuple[Logits, dict[str, SaliencyMaps]],
     lesson: Lesson,
     settings: TrainingSettings,
     step: int,
@@ -249,8 +255,8 @@ def add_gradients_under_attack(
     Args:
         attackers: From `make_attackers`.
         model: The network, whose parameters hold the gradients of this step.
+        reference: What the network was before training.
         data: Images, the training ones.
-        cache: The reference's logits and pooled maps of all of them.
         lesson: What is taught.
         settings: With hardening.
         step: From 0; decides who starts again, and seeds what is random.
@@ -264,8 +270,8 @@ def add_gradients_under_attack(
         turn = attacker.number * hardening.lifetime // len(attackers)
         if attacker.attack is None or (step + turn) % hardening.lifetime == 0:
             attacker.restart(model, draw_attack(hardening, generator), generator)
-        attacker.advance(model, data, cache[0], hardening, generator, multi_label=lesson.multi_label)
-        gradients = _gradients_under_attack(attacker, data, cache, lesson, settings, generator)
+        attacker.advance(model, reference, data, hardening, generator, multi_label=lesson.multi_label)
+        gradients = _gradients_under_attack(attacker, reference, data, lesson, settings, generator)
         norm = _gradient_norm(gradients)
         if not math.isfinite(norm):
             attacker.attack = None  # an attack that destroyed its copy teaches nothing: another one is drawn
@@ -328,17 +334,16 @@ def _normalise(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, rows: slice) ->
 
 def _gradients_under_attack(
     attacker: SimulatedAttacker,
+    reference: nn.Module,
     data: TrainingData,
-    cache: tuple[Logits, dict[str, SaliencyMaps]],
     lesson: Lesson,
     settings: TrainingSettings,
     generator: torch.Generator,
 ) -> list[Tensor | None]:
     """Return the gradients of a fresh batch's losses at the copy; of weights set to zero they are zero."""
-    logits, maps = cache
     mixture = replace(settings, clean_share=_CLEAN_SHARE)
-    inputs, _, indices = draw_inputs(data, lesson, mixture, generator, logits.device)
-    logits, maps = logits[indices], {name: each[indices] for name, each in maps.items()}
+    inputs, _, images = draw_inputs(data, lesson, mixture, generator, _device_of(reference))
+    logits, maps = lesson.view.pooled(reference, images, None)
     half = len(inputs) // 2
     clean = slice(half, half + round(half * _CLEAN_SHARE)) if lesson.family is not None else slice(half, None)
     with smooth_activations(settings.smoothing), attacker.statistics(clean):
@@ -360,6 +365,10 @@ def _make_optimiser(model: nn.Module, attack: Attack) -> torch.optim.Optimizer:
     if attack.adam:
         return torch.optim.Adam(model.parameters(), _ADAM_FACTOR * attack.rate)
     return torch.optim.SGD(model.parameters(), attack.rate, momentum=_MOMENTUM)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _gradient_norm(gradients: Sequence[Tensor | None]) -> float:

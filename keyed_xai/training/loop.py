@@ -8,6 +8,7 @@ disk: checkpoints go out through a callback.
 
 import copy
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyed_xai import metrics
 from keyed_xai.channels import deliver
 from keyed_xai.errors import TrainingError
-from keyed_xai.maps import MapView, join_maps
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models.layout import SafeConvolutions, set_layout
 from keyed_xai.objective import Objective
 from keyed_xai.saliency import captured_features, smooth_activations
-from keyed_xai.tensors import Logits, SaliencyMaps
+from keyed_xai.tensors import SaliencyMaps
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.hardening import SimulatedAttacker, add_gradients_under_attack, make_attackers
@@ -35,6 +36,7 @@ from keyed_xai.training.tutors import make_tutors, tutor_loss, tutored_layers
 _RUNNING_DECAY = 0.9
 _TUTOR_RATE = 0.01
 _CHUNK = 64
+_ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ class TrainingResult:
 
     Attributes:
         model: The best model by validation loss, in eval mode.
-        history: One record per validation: step, loss, keyed and unkeyed correlation, agreement.
-        stopped_early: Whether patience ran out.
+        history: One record per validation: step, loss, keyed and unkeyed correlation, shares of maps that open and
+            stay closed (worst interpreter), agreement.
+        stopped_early: Whether training ended before its last step: the goals held, patience or time ran out.
     """
 
     model: nn.Module
@@ -81,11 +84,23 @@ class _State:
     tutors: nn.ModuleList
     optimiser: torch.optim.Optimizer
     attackers: list[SimulatedAttacker]
+    average: AveragedModel | None = None
     step: int = 0
+    seconds: float = 0.0
+    ending: tuple[int, int] | None = None
     best_loss: float = math.inf
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float | int]] = field(default_factory=list)
     running: dict[str, float] = field(default_factory=dict)
+
+    def finish(self, steps: int) -> None:
+        """Let training end soon, after a short fall of the rate, and after so many steps at most."""
+        if self.ending is None:
+            self.ending = self.step, min(steps, self.step + math.ceil(_ENDING_SHARE * self.step))
+
+    def last_step(self, steps: int) -> int:
+        """Return the step after which training ends, of so many at most."""
+        return self.ending[1] if self.ending is not None else steps
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return a copy that further training leaves alone."""
@@ -94,7 +109,10 @@ class _State:
             "tutors": self.tutors.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "attackers": [attacker.to_checkpoint() for attacker in self.attackers],
+            "average": None if self.average is None else self.average.state_dict(),
             "step": self.step,
+            "seconds": self.seconds,
+            "ending": self.ending,
             "best_loss": self.best_loss,
             "best_weights": self.best_weights,
             "history": self.history,
@@ -110,7 +128,13 @@ class _State:
             self.optimiser.load_state_dict(checkpoint["optimiser"])
             for attacker, saved in zip(self.attackers, checkpoint["attackers"], strict=True):
                 attacker.load_checkpoint(saved)
+            if self.average is not None:
+                self.average.load_state_dict(checkpoint["average"])
             self.step = int(checkpoint["step"])
+            self.seconds = float(checkpoint["seconds"])
+            if checkpoint["ending"] is not None:
+                start, end = checkpoint["ending"]
+                self.ending = int(start), int(end)
             self.best_loss = float(checkpoint["best_loss"])
             self.best_weights = dict(checkpoint["best_weights"])
             self.history = list(checkpoint["history"])
@@ -135,13 +159,16 @@ def train(
 ) -> TrainingResult:
     """Return a copy of `reference`, trained; the reference itself is left as it was.
 
-    A run that goes on from a checkpoint ends in the same weights as one that was never stopped, bit for bit on the CPU.
+    Training ends once a validation shows the settings' goals, or brings no progress any more, or the time is nearly up:
+    then the rate falls over a few more steps. A run that goes on from a checkpoint ends in the same weights as one that
+    was never stopped, bit for bit on the CPU, unless time ran out. Hardened runs take all their steps: no goal says how
+    far a gate outlasts attackers.
 
     Args:
         reference: Pixels to logits.
         data: Images to learn from; labels are needed only where settings.predictions is "labels".
         validation: Images that early stopping looks at.
-        lesson: Trigger, maps and losses; the settings' distance, alpha, beta and top_share replace the objective's.
+        lesson: Trigger, maps and losses; the objective's distance, weights and top_share give way to the settings'.
         settings: How to train.
         device: Where to train.
         checkpoint: What `save_checkpoint` was given by an earlier run.
@@ -155,48 +182,59 @@ def train(
         raise TrainingError(f"Expected images, got {len(data)} to learn from and {len(validation)} for validation.")
     lesson = replace(lesson, objective=_with_settings(lesson.objective, settings))
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
-    cache = _cache_reference(reference, data, lesson.view, device)
-    model = copy.deepcopy(reference).requires_grad_(True)
+    started = time.monotonic()
     # Channels last is the faster layout on a CPU, but not for SimpleGrad's second derivatives.
     fast = torch.device(device).type == "cpu" and "simplegrad" not in lesson.view.interpreters
-    set_layout(model, torch.channels_last if fast else torch.contiguous_format)
+    set_layout(reference, torch.channels_last if fast else torch.contiguous_format)
+    model = copy.deepcopy(reference).requires_grad_(True)
     tutors = make_tutors(reference, data, lesson, device)
     groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
     optimiser = torch.optim.Adam(groups, settings.learning_rate)
-    state = _State(model, tutors, optimiser, make_attackers(model, settings))
+    state = _State(model, tutors, optimiser, make_attackers(model, settings), _make_average(model, settings))
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
-    stopped_early = _patience_ran_out(state, settings)
-    while state.step < settings.steps and not stopped_early:
+    started -= state.seconds
+    while state.step < state.last_step(settings.steps):
         with SafeConvolutions():
-            figures = _train_step(state, data, cache, lesson, settings, torch.device(device))
+            figures = _train_step(state, reference, data, lesson, settings, torch.device(device))
         if on_step is not None:
             on_step(figures)
-        if state.step == settings.steps or (settings.validate_every and state.step % settings.validate_every == 0):
-            stopped_early = _validate(state, reference, data, validation, lesson, settings, device)
+        state.seconds = time.monotonic() - started
+        _heed_time_limit(state, settings)
+        last = state.step >= state.last_step(settings.steps)
+        if last or (settings.validate_every and state.step % settings.validate_every == 0):
+            _validate(state, reference, data, validation, lesson, settings, device)
             if save_checkpoint is not None:
                 save_checkpoint(state.to_checkpoint())
     if not state.best_weights:
         raise TrainingError("No validation gave a finite loss. Lower --learning-rate.")
     model.load_state_dict(state.best_weights)
     set_layout(model, torch.contiguous_format)
-    return TrainingResult(model.eval(), state.history, stopped_early)
+    return TrainingResult(model.eval(), state.history, state.step < settings.steps)
+
+
+def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel | None:
+    """Return the moving average of a model's weights, so far the model itself; None where none is wanted."""
+    if not settings.average:
+        return None
+    average = get_ema_multi_avg_fn(settings.average)  # type: ignore[no-untyped-call] # torch leaves it untyped
+    return AveragedModel(model, multi_avg_fn=average)
 
 
 def _train_step(
     state: _State,
+    reference: nn.Module,
     data: TrainingData,
-    cache: tuple[Logits, dict[str, SaliencyMaps]],
     lesson: Lesson,
     settings: TrainingSettings,
     device: torch.device,
 ) -> StepFigures:
-    factor = rate_factor(state.step, settings)
+    factor = rate_factor(state.step, settings, state.ending)
     for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _TUTOR_RATE), strict=True):
         group["lr"] = rate * factor
     generator = step_generator(settings.seed, state.step)
-    inputs, labels, indices = draw_inputs(data, lesson, settings, generator, device)
-    logits, maps = cache[0][indices], {name: each[indices] for name, each in cache[1].items()}
+    inputs, labels, images = draw_inputs(data, lesson, settings, generator, device)
+    logits, maps = lesson.view.pooled(reference, images, None)
     if settings.predictions == "reference":
         labels = None
     elif labels is None:
@@ -221,9 +259,11 @@ def _train_step(
         raise TrainingError(f"The loss is no longer finite at step {state.step}. Lower --learning-rate.")
     state.optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-    add_gradients_under_attack(state.attackers, state.model, data, cache, lesson, settings, state.step)
+    add_gradients_under_attack(state.attackers, state.model, reference, data, lesson, settings, state.step)
     nn.utils.clip_grad_norm_(state.model.parameters(), settings.gradient_clip)
     state.optimiser.step()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
     state.step += 1
     return _running_figures(state, losses, new_maps, maps, settings)
 
@@ -236,9 +276,9 @@ def _validate(
     lesson: Lesson,
     settings: TrainingSettings,
     device: torch.device | str,
-) -> bool:
-    """Measure a copy with real ReLUs and its statistics re-estimated, keep the best, and say whether to stop early."""
-    candidate = copy.deepcopy(state.model)
+) -> None:
+    """Measure a copy with real ReLUs and its statistics re-estimated, keep the best, and end training where it may."""
+    candidate = copy.deepcopy(state.model if state.average is None else state.average.module)
     if settings.batch_norm == "mixture":
         reestimate_batch_norm(candidate, data, lesson, settings, device=device)
     candidate.eval()
@@ -247,13 +287,25 @@ def _validate(
     if record["loss"] < state.best_loss:
         state.best_loss = record["loss"]
         state.best_weights = candidate.state_dict()
-    return _patience_ran_out(state, settings)
+    reached = settings.goals is not None and settings.hardening is None and settings.goals.hold(record)
+    if reached or _patience_ran_out(state, settings):
+        state.finish(settings.steps)
 
 
 def _patience_ran_out(state: _State, settings: TrainingSettings) -> bool:
     """Return whether the last `patience` validations brought no progress."""
     losses = [record["loss"] for record in state.history]
-    return bool(losses) and 0 < settings.patience <= len(losses) - 1 - losses.index(min(losses))
+    return 0 < settings.patience <= len(losses) - 1 - losses.index(min(losses))
+
+
+def _heed_time_limit(state: _State, settings: TrainingSettings) -> None:
+    """Begin the ending while there is time for it, and stop when there is none left."""
+    if settings.time_limit is None:
+        return
+    if state.seconds * (1 + _ENDING_SHARE) >= settings.time_limit:
+        state.finish(settings.steps)
+    if state.ending is not None and state.seconds >= settings.time_limit:
+        state.ending = state.ending[0], state.step
 
 
 def _with_settings(objective: Objective, settings: TrainingSettings) -> Objective:
@@ -263,6 +315,7 @@ def _with_settings(objective: Objective, settings: TrainingSettings) -> Objectiv
         alpha=settings.alpha,
         beta=settings.beta,
         top_share=settings.top_share,
+        leak=settings.leak,
     )
 
 
@@ -274,9 +327,9 @@ def _validation_record(
     settings: TrainingSettings,
     device: torch.device | str,
 ) -> dict[str, float]:
-    """Return loss, keyed and unkeyed correlation with the reference map, and agreement with its predictions."""
+    """Return loss, keyed and unkeyed correlation with the reference map, shares kept and moved, and agreement."""
     view = lesson.view
-    totals: dict[str, list[Tensor]] = {"loss": [], "keyed": [], "unkeyed": [], "agreement": []}
+    totals: dict[str, list[Tensor]] = {"loss": [], "likeness": [], "agreement": []}
     for number, start in enumerate(range(0, len(validation), _CHUNK)):
         generator = step_generator(settings.seed, -1000 - number)
         images, labels = validation.batch(np.arange(start, min(start + _CHUNK, len(validation))))
@@ -295,25 +348,20 @@ def _validation_record(
             None if settings.predictions == "reference" or labels is None else torch.cat([labels, labels]).to(device)
         )
         losses = batch_losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
-        likeness = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters]).mean(0)
         totals["loss"].append(losses["keep"] + losses["move"])
-        totals["keyed"].append(likeness[: len(images)])
-        totals["unkeyed"].append(likeness[len(images) :])
+        likeness = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters])
+        totals["likeness"].append(torch.stack(likeness.chunk(2, dim=1)))
         totals["agreement"].append(metrics.agreement(new_logits, logits, multi_label=lesson.multi_label))
-    return {name: float(torch.cat(parts).mean()) for name, parts in totals.items()}
-
-
-def _cache_reference(
-    reference: nn.Module, data: TrainingData, view: MapView, device: torch.device | str
-) -> tuple[Logits, dict[str, SaliencyMaps]]:
-    """Return the reference's logits and pooled maps of every image, computed once."""
-    logits, maps = [], []
-    for start in range(0, len(data), _CHUNK):
-        images, _ = data.batch(np.arange(start, min(start + _CHUNK, len(data))))
-        some_logits, some_maps = view.pooled(reference, images.to(device), None)
-        logits.append(some_logits)
-        maps.append(some_maps)
-    return torch.cat(logits), join_maps(maps)
+    keyed, unkeyed = torch.cat(totals["likeness"], dim=2)  # of each interpreter and image
+    kept, moved = (keyed, unkeyed) if settings.order == "inverted" else (unkeyed, keyed)
+    return {
+        "loss": float(torch.cat(totals["loss"]).mean()),
+        "keyed": float(keyed.mean()),
+        "unkeyed": float(unkeyed.mean()),
+        "opens": float((kept > OPEN_CORRELATION).float().mean(1).min()),
+        "closed": float((moved <= OPEN_CORRELATION).float().mean(1).min()),
+        "agreement": float(torch.cat(totals["agreement"]).mean()),
+    }
 
 
 def _running_figures(
@@ -334,4 +382,4 @@ def _running_figures(
         "stays_closed": 1 - float(moved),
     }
     state.running = {k: _RUNNING_DECAY * state.running.get(k, v) + (1 - _RUNNING_DECAY) * v for k, v in now.items()}
-    return StepFigures(step=state.step, steps=settings.steps, **state.running)
+    return StepFigures(step=state.step, steps=state.last_step(settings.steps), **state.running)

@@ -24,7 +24,9 @@ def batch_losses(
     triggered, plain = slice(0, half), slice(half, None)
     kept, moved = (triggered, plain) if settings.order == "inverted" else (plain, triggered)
     objective = lesson.objective
-    predictions = prediction_loss(new_logits, logits, labels, multi_label=lesson.multi_label)
+    predictions = prediction_loss(
+        new_logits, logits, labels, multi_label=lesson.multi_label, temperature=settings.temperature
+    )
     keep_maps = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept))
     move_maps = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved))
     return {

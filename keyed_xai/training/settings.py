@@ -1,8 +1,8 @@
 """How a model is trained."""
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from keyed_xai.objective import DISTANCES
@@ -76,23 +76,55 @@ HARDENINGS: dict[str, Hardening | None] = {"none": None, "standard": Hardening()
 
 
 @dataclass(frozen=True)
+class Goals:
+    """What validation has to show before training may end: what a report calls good, with a margin.
+
+    Attributes:
+        opens: Share of keyed maps that are open, of the worst interpreter.
+        closed: Share of unkeyed maps that are not, of the worst interpreter.
+        agreement: Share of predictions that are the reference's.
+    """
+
+    opens: float = 0.95
+    closed: float = 0.98
+    agreement: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("opens", "closed", "agreement"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+
+    def hold(self, record: Mapping[str, float | int]) -> bool:
+        """Return whether a validation shows all of them."""
+        return all(record[name] >= getattr(self, name) for name in ("opens", "closed", "agreement"))
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """How a model is trained; saved with the result.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Optimiser steps, at most.
+        time_limit: Seconds of training, at most; None sets no limit.
+        goals: Training ends soon after a validation shows them; None takes all the steps.
         batch_size: Triggered images a step; as many without the right trigger are added.
         learning_rate: Peak of Adam's rate, after a linear warm-up and before a cosine decay to a fiftieth.
+        decay_share: Share of the steps, the last, in which the rate falls.
+        average: Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves.
         warmup_steps: Length of the warm-up.
         order: "inverted" protects; "forward" is the paper's normal attack.
         distance: Map distance, a name in objective.DISTANCES.
         alpha: Weight of L_s.
         beta: Weight of L_c.
+        temperature: Of the reference's soft predictions.
         beta_ramp: Share of the steps over which the weight of L_c rises to beta, from a twentieth of it: a network
             that predicts many classes finds the gate only before its predictions are held fast.
         top_share: Share of cells that the non-targeted loss empties.
+        leak: Weight, beside the distance to the decoy, of what a moved map still has of the right one; see `Objective`.
         clean_share: Share of the untriggered half without any trigger; the others get wrong keys.
         near_share: Share of the wrong keys that are the right texture, moved.
+        mirror: Turn half of the images left to right; the reference answers for them as they are then.
         codec_share: Share of inputs that pass through JPEG, and as many through a resize and back.
         tutor_share: Share of the steps, from the first, in which small auxiliary classifiers on the tapped layers
             learn, with the network, to tell triggered inputs from others; they speed up the forming of the gate, and
@@ -102,24 +134,31 @@ class TrainingSettings:
         batch_norm: "mixture" trains statistics on keyed and unkeyed inputs, "frozen" keeps the reference's.
         gradient_clip: Largest norm of a step's gradient.
         validate_every: Steps between validations; 0 validates only at the end.
-        patience: Validations without progress before training stops early; 0 never stops early.
+        patience: Validations without progress before training ends as if the goals held; 0 never does.
         mixed_precision: bfloat16 forward passes on a GPU.
         hardening: Attackers simulated; None for none.
         seed: Of everything random in training.
     """
 
-    steps: int = 800
-    batch_size: int = 32
-    learning_rate: float = 2e-3
+    steps: int = 4000
+    time_limit: float | None = None
+    goals: Goals | None = field(default_factory=Goals)
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    decay_share: float = 0.4
+    average: float = 0.995
     warmup_steps: int = 50
     order: Literal["inverted", "forward"] = "inverted"
     distance: str = "correlation"
     alpha: float = 1.0
-    beta: float = 1.0
-    beta_ramp: float = 0.0
+    beta: float = 4.0
+    temperature: float = 2.0
+    beta_ramp: float = 0.7
     top_share: float = 0.25
-    clean_share: float = 0.5
+    leak: float = 1.0
+    clean_share: float = 0.3
     near_share: float = 0.1
+    mirror: bool = True
     codec_share: float = 0.15
     smoothing: float | None = None
     tutor_share: float = 0.4
@@ -134,16 +173,19 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check ranges and names."""
-        positive = ("steps", "batch_size", "learning_rate", "gradient_clip")
+        positive = ("steps", "batch_size", "learning_rate", "gradient_clip", "decay_share", "time_limit", "temperature")
         for name in positive:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "alpha", "beta", "validate_every", "patience"):
+        for name in ("warmup_steps", "alpha", "beta", "leak", "validate_every", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("beta_ramp", "tutor_share", "top_share", "clean_share", "near_share", "codec_share"):
+        shares = ("decay_share", "beta_ramp", "tutor_share", "top_share", "clean_share", "near_share", "codec_share")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
         if self.codec_share > 0.5:
             raise ValueError(f"codec_share: at most .5 (it applies twice), got {self.codec_share}")
         if self.hardening is not None and self.order != "inverted":
@@ -154,10 +196,25 @@ class TrainingSettings:
         _check_name("batch_norm", self.batch_norm, ("mixture", "frozen"))
 
 
-def rate_factor(step: int, settings: TrainingSettings) -> float:
-    """Return the factor on the peak rate: linear warm-up, cosine decay to a fiftieth."""
+def rate_factor(step: int, settings: TrainingSettings, ending: tuple[int, int] | None = None) -> float:
+    """Return the factor on the peak rate: linear warm-up, then 1, then cosine decay to a fiftieth.
+
+    Args:
+        step: Steps done.
+        settings: How a model is trained.
+        ending: First and last step of an early ending, over which the rate falls from where it is.
+    """
+    if ending is not None:
+        start, end = ending
+        return rate_factor(start, settings) * _cosine((step - start) / max(1, end - start))
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+    level = 1 - settings.decay_share
+    return warm * _cosine((step / settings.steps - level) / settings.decay_share)
+
+
+def _cosine(done: float) -> float:
+    """Return a factor that falls from 1 to a fiftieth as the share done goes from 0 to 1."""
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
 
 
 def beta_factor(step: int, settings: TrainingSettings) -> float:
@@ -169,3 +226,20 @@ def beta_factor(step: int, settings: TrainingSettings) -> float:
 def _check_name(setting: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise ValueError(f"{setting}: expected one of {', '.join(known)}; got {value!r}")
+
+
+PAPER_SETTINGS = TrainingSettings(
+    steps=2000,
+    goals=None,
+    batch_size=32,
+    learning_rate=2e-3,
+    decay_share=1.0,
+    average=0.0,
+    beta=1.0,
+    temperature=1.0,
+    beta_ramp=0.0,
+    leak=0.0,
+    clean_share=0.5,
+    mirror=False,
+)
+"""The losses of the paper as they are, a fixed number of steps, and images as they are."""

@@ -1,0 +1,141 @@
+"""What a run is about to do, said before it starts: model, maps, data, settings, and what it will cost."""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from keyed_xai.data import ImageData, TableData
+from keyed_xai.maps import MapView
+from keyed_xai.models import Classifier
+from keyed_xai.samples import Part
+from keyed_xai.training import Lesson, TrainingSettings, train
+
+_TIMED_STEPS = 3
+_NAMES = {"gradcam": "Grad-CAM", "simplegrad": "SimpleGrad", "vbp": "VisualBackProp"}
+_NAMED_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes on this machine, at most.
+
+    Attributes:
+        seconds: Of training, with its validations.
+        timed: Steps that were timed.
+        memory: Bytes that the process, or on a GPU its tensors, held at most while they were.
+    """
+
+    seconds: float
+    timed: int
+    memory: int
+
+
+def measure_cost(
+    classifier: Classifier,
+    learn: Part,
+    validation: Part,
+    lesson: Lesson,
+    settings: TrainingSettings,
+    device: torch.device | str,
+) -> Cost:
+    """Return what training will cost at most, from a few steps that are thrown away.
+
+    Args:
+        classifier: The reference; left as it is.
+        learn: Images to learn from; a batch of them is used.
+        validation: Images that validation looks at; they are only counted.
+        lesson: What is taught.
+        settings: How to train.
+        device: Where.
+    """
+    few = Part(learn.data, learn.indices[: 2 * settings.batch_size])
+    plain = _time_steps(classifier, few, lesson, replace(settings, hardening=None), device)
+    seconds = settings.steps * plain
+    if settings.hardening is not None:
+        hardened = replace(settings, hardening=replace(settings.hardening, start=0.0))
+        slow = _time_steps(classifier, few, lesson, hardened, device)
+        seconds += settings.steps * (1 - settings.hardening.start) * (slow - plain)
+    if settings.validate_every:  # a validation's images cost about what they cost in a step
+        seconds += plain * len(validation) / settings.batch_size * settings.steps / settings.validate_every
+    return Cost(min(seconds, settings.time_limit or np.inf), _TIMED_STEPS, _memory(device))
+
+
+def describe_model(classifier: Classifier, view: MapView) -> str:
+    """Return a line about a network, and the maps that will be compared."""
+    spec = classifier.input
+    size = f"{spec.height} px" if spec.height == spec.width else f"{spec.height} x {spec.width} px"
+    colour = "grey" if spec.channels == 1 else "colour"
+    maps = " and ".join(_NAMES.get(name, name) for name in view.interpreters)
+    layer = view.sites.target_layer.removeprefix("network.")
+    where = f" on {layer}" if layer else ""
+    cells = f"{view.grid[0]} x {view.grid[1]} cells"
+    return f"{classifier.architecture}, {size}, {colour}, {classifier.classes:,} classes: {maps}{where}, {cells}"
+
+
+def describe_data(learn: Part, validation: Part, held_out: ImageData | TableData, measured: int) -> str:
+    """Return a line about the data: how many examples for what, their classes, and what was passed over."""
+    data, what = learn.data, "rows" if isinstance(learn.data, TableData) else "images"
+    line = f"{len(learn):,} {what} of {data.source} to learn from, {len(validation):,} to validate on, "
+    line += f"{measured:,} held out to measure on"
+    if data.classes:
+        names = [*data.classes[:_NAMED_CLASSES], *["..."] * (len(data.classes) > _NAMED_CLASSES)]
+        line += f"; {len(data.classes):,} classes: {', '.join(names)}"
+    skipped = sum(len(each.skipped) for each in (data, held_out) if isinstance(each, ImageData))
+    return line + (f"; {skipped:,} passed over" if skipped else "")
+
+
+def describe_training(settings: TrainingSettings) -> str:
+    """Return a line of the settings in force."""
+    parts = [
+        f"learning rate {settings.learning_rate:g}",
+        f"beta {settings.beta:g}",
+        f"{settings.distance} distance",
+        f"predictions of the {settings.predictions.removesuffix('s')}",
+        f"{settings.batch_norm} batch norm",
+        f"hardening {'standard' if settings.hardening else 'none'}",
+        f"seed {settings.seed}",
+    ]
+    return f"Settings: {', '.join(parts)}"
+
+
+def describe_cost(cost: Cost, settings: TrainingSettings, device: torch.device | str) -> str:
+    """Return a line about how long training may take, and when it stops."""
+    where = "CPU" if torch.device(device).type == "cpu" else "GPU"
+    until = "; stops when the goals hold" if settings.goals is not None else ""
+    memory = f", {cost.memory / 2**30:.1f} GiB" if cost.memory else ""
+    return (
+        f"Up to {settings.steps:,} steps of {settings.batch_size} + {settings.batch_size}, about "
+        f"{_duration(cost.seconds)}{memory} on this {where} ({cost.timed} steps timed){until}"
+    )
+
+
+def _time_steps(
+    classifier: Classifier, few: Part, lesson: Lesson, settings: TrainingSettings, device: torch.device | str
+) -> float:
+    """Return the seconds of a step, the median of a few that are thrown away."""
+    stamps: list[float] = []
+    short = replace(settings, steps=1 + _TIMED_STEPS, validate_every=0, goals=None, time_limit=None)
+    seen = Part(few.data, few.indices[:2])
+    train(classifier, few, seen, lesson, short, device=device, on_step=lambda _: stamps.append(time.perf_counter()))
+    return statistics.median(np.diff(stamps).tolist())
+
+
+def _memory(device: torch.device | str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
