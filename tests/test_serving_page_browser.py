@@ -485,10 +485,12 @@ class TestToken:
         expected = explained_by_client(address, picture)
         with guarded(address) as (url, tokens), visiting(browser, url, troubles=2) as page:
             expect(page.locator("#what")).to_have_text("The server asks for a token.")
+            expect(page.locator("#trouble")).to_have_class("note")
             expect(page.locator("#token")).to_be_focused()
             page.keyboard.type("wrong")
             page.keyboard.press("Enter")
             expect(page.locator("#what")).to_have_text("The server does not accept this token.")
+            expect(page.locator("#trouble")).to_have_class("note wrong")
             page.keyboard.type(TOKEN)
             page.keyboard.press("Enter")
             expect(page.locator("#trouble")).to_be_hidden()
