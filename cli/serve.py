@@ -60,13 +60,15 @@ def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) 
     "--ssl-keyfile", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PEM",
     help="The certificate's private key, if it is not in the same file.",
 )  # fmt: skip
+@click.option("--page/--no-page", default=True, show_default=True, help="A page for people at /.")
 @click.option("--access-log", is_flag=True, help="Write a line for each request to standard error.")
 def serve(models: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
     """Serve exported models over HTTP.
 
     MODELS are ONNX files that `keyed-xai export` wrote; each is served under its file's name, with logits and maps by
     the Open Inference Protocol (version 2, as Triton and KServe speak it), and takes whole picture files as well. The
-    server holds no key: a licensee's client applies the trigger before it sends an image.
+    server holds no key: a licensee's client applies the trigger before it sends an image. Opened in a browser, its
+    address shows a page that takes an image, keyed or not, and shows prediction and maps.
 
     There are no accounts: whoever reaches the address may use the models. Beyond this machine, put it behind a proxy
     that knows the clients.
@@ -87,6 +89,7 @@ def serve(models: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
         max_body=arguments["max_body"] * _MEBIBYTE,
         max_queue=arguments["max_queue"],
         grace=arguments["grace"],
+        page=arguments["page"],
     )
     place = Place(arguments["host"], arguments["port"], arguments["ssl_certfile"], arguments["ssl_keyfile"])
     service = open_service(models, settings, device=arguments["device"], threads=arguments["threads"])
@@ -104,4 +107,7 @@ def _in_words(service: "Service", url: str) -> str:
         f"{name} ({', '.join(model.runtime.interpreters)}; {model.runtime.providers[0]})"
         for name, model in service.models.items()
     )
-    return f"Serving {each} at {url}/v2. No key is held here: clients apply their trigger before they send an image."
+    page = f", and a page for people at {url}/" if service.settings.page else ""
+    return (
+        f"Serving {each} at {url}/v2{page}. No key is held here: clients apply their trigger before they send an image."
+    )

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -111,12 +112,22 @@ def test_several_models_and_the_access_log(tmp_path):
     models = [write_model(tmp_path / "bird.onnx"), write_model(tmp_path / "cat.onnx", targeted=False)]
     with serving(*models, "--access-log", "--threads", 1) as (process, line, address):
         assert "cat (vbp; CPUExecutionProvider)" in line
+        assert f"a page for people at http://{address}/." in line
+        with urllib.request.urlopen(f"http://{address}/", timeout=10) as answer:
+            assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
         request = urllib.request.Request(f"http://{address}/v2/repository/index", method="POST")
         with urllib.request.urlopen(request, timeout=10) as answer:
             assert [each["name"] for each in json.load(answer)] == ["bird", "cat"]
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=20)
     assert '"POST /v2/repository/index HTTP/1.1" 200' in error
+
+
+def test_page_is_left_out_on_request(tmp_path):
+    with serving(write_model(tmp_path / "bird.onnx"), "--no-page") as (_, line, address):
+        assert "page" not in line
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://{address}/", timeout=10)
 
 
 def test_wrong_files_and_options_are_named(tmp_path):

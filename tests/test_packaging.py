@@ -18,6 +18,15 @@ def test_every_package_is_installed():
     assert found | {"keyed_xai_cli", "keyed_xai_schemas"} == set(SETTINGS["tool"]["setuptools"]["packages"])
 
 
+def test_every_file_beside_the_code_is_installed():
+    told = SETTINGS["tool"]["setuptools"]["package-data"].items()
+    told = {ROOT.joinpath(*package.split(".")): patterns for package, patterns in told}
+    installed = {file for folder, patterns in told.items() for pattern in patterns for file in folder.glob(pattern)}
+    beside = {file for file in (ROOT / "keyed_xai").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert beside == installed
+    assert {file.name for file in beside} >= {"page.html", "py.typed"}
+
+
 def test_links_for_mypy_lead_to_the_mapped_folders():
     for name in ("keyed_xai_cli", "keyed_xai_schemas"):
         folder = SETTINGS["tool"]["setuptools"]["package-dir"][name]

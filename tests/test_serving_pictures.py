@@ -16,7 +16,7 @@ from keyed_xai.data.decode import read_image
 from keyed_xai.pictures import overlay
 from keyed_xai.serving.refusal import Refused
 from keyed_xai.serving.service import ServeSettings
-from keyed_xai.serving.uploads import Explanation, read_picture
+from keyed_xai.serving.uploads import Explanation, explain_picture, read_picture
 
 GENERATOR = np.random.default_rng(0)
 
@@ -96,6 +96,37 @@ def test_maps_come_as_numbers_when_asked_for(address):
     assert list(maps) == ["gradcam", "vbp"]
     for name, values in maps.items():
         np.testing.assert_allclose(values, expected[f"saliency_{name}"][0], atol=1e-5)
+
+
+def test_picture_itself_comes_as_the_model_saw_it_when_asked_for(address):
+    picture = smooth(61, 50)
+    expected = read_picture(encode(picture), SIZE).transpose(1, 2, 0)
+    assert "image" not in json.loads(ask(address, encode(picture), "?image=false")[2])
+    said = json.loads(ask(address, encode(picture), "?image=true")[2])
+    np.testing.assert_array_equal(pixels_of(base64.b64decode(said["image"], validate=True)), expected)
+
+
+def test_grey_picture_comes_as_a_grey_one():
+    pixels = GENERATOR.integers(0, 256, (1, 4, 6), np.uint8)
+    outputs = {"logits": np.zeros((1, 2), np.float32), "saliency_vbp": np.ones((1, 2, 2), np.float32)}
+    image = explain_picture(pixels, outputs, ("vbp",), None, with_image=True).image
+    np.testing.assert_array_equal(pixels_of(image), pixels[0])
+
+
+def test_most_probable_classes_are_listed(address):
+    said = json.loads(ask(address, encode(smooth(40, 40)), "?target=0")[2])
+    logits = np.array(said["logits"])
+    shares = np.exp(logits) / np.exp(logits).sum()
+    order = sorted(range(len(LABELS)), key=lambda each: -shares[each])[:3]
+    assert [(each["class"], each["label"]) for each in said["top"]] == [(each, LABELS[each]) for each in order]
+    np.testing.assert_allclose([each["probability"] for each in said["top"]], shares[order], atol=1e-6)
+    assert said["top"][0]["class"] == said["predicted"]
+
+
+def test_two_classes_without_names_are_listed_too():
+    said = Explanation(np.array([0, 1], np.float32), 0, {}, {"vbp": np.ones((2, 2), np.float32)})
+    top = json.loads(said.to_json(model="bird", label_names=[]))["top"]
+    assert [(each["class"], each["label"]) for each in top] == [(1, None), (0, None)]
 
 
 def test_text_of_large_maps_is_written_outside_the_event_loop(monkeypatch):
@@ -218,6 +249,7 @@ def test_damaged_and_foreign_files_are_refused(data):
         ("?interpreter=simplegrad", "expected gradcam, vbp"),
         ("?format=jpeg", "expected json or png"),
         ("?maps=1", "maps: expected true or false"),
+        ("?image=yes", "image: expected true or false"),
         ("?targets=3", "no parameters but"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The routes: the Open Inference Protocol, a picture route, and metrics.
+"""The routes: the Open Inference Protocol, a picture route, metrics, and a page for people.
 
 Every error is a JSON object {"error": ...}, but for those that uvicorn answers before a route is reached: broken HTTP,
 and more connections than it takes.
@@ -24,7 +24,7 @@ import orjson
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keyed_xai import __version__
 from keyed_xai.serving.batching import Arrays
+from keyed_xai.serving.page import answer_page, make_page
 from keyed_xai.serving.protocol import VERSION, InferRequest, decode_request, encode_response
 from keyed_xai.serving.refusal import Refused, busy, malformed, shown
 from keyed_xai.serving.service import Admission, ServedModel, Service
@@ -65,6 +66,8 @@ def make_app(service: Service) -> Starlette:
         Route("/v2/repository/index", _index, methods=["POST"]),
         Route("/metrics", _metrics),
     ]
+    if service.settings.page:
+        routes.append(Route("/", partial(answer_page, make_page(service.settings.max_body))))
     for path in (model, version):
         routes += [
             Route(path, _describe_model),
@@ -229,7 +232,7 @@ async def _decode(body: bytes, input_size: tuple[int, int, int], admission: Admi
 def _answer_picture(
     model: ServedModel, pixels: NDArray[np.uint8], outputs: Arrays, options: "_PictureOptions"
 ) -> Response:
-    said = explain_picture(pixels, outputs, options.interpreters, options.target)
+    said = explain_picture(pixels, outputs, options.interpreters, options.target, with_image=options.with_image)
     if options.as_png:
         return Response(said.overlays[options.interpreters[0]], media_type="image/png", headers=_summary(said))
     text = said.to_json(model=model.name, label_names=model.runtime.label_names, with_maps=options.with_maps)
@@ -254,12 +257,14 @@ class _PictureOptions:
         target: The class explained; None for the predicted one.
         as_png: Answer with the overlay alone.
         with_maps: Add the maps as numbers.
+        with_image: Add the picture itself, as the model saw it.
     """
 
     interpreters: tuple[str, ...]
     target: int | None
     as_png: bool
     with_maps: bool
+    with_image: bool
 
 
 def _picture_options(request: Request, model: ServedModel) -> _PictureOptions:
@@ -267,20 +272,26 @@ def _picture_options(request: Request, model: ServedModel) -> _PictureOptions:
     if kind not in PICTURES:
         raise Refused(415, f"Expected a picture file as the body and its type as the Content-Type, got {shown(kind)}.")
     query = request.query_params
-    unknown = set(query) - {"interpreter", "target", "format", "maps"}
+    unknown = set(query) - {"interpreter", "target", "format", "maps", "image"}
     if unknown:
-        raise malformed(f"Expected no parameters but interpreter, target, format and maps, got {shown(min(unknown))}.")
+        known = "interpreter, target, format, maps and image"
+        raise malformed(f"Expected no parameters but {known}, got {shown(min(unknown))}.")
     interpreters = tuple(dict.fromkeys(query.getlist("interpreter"))) or tuple(model.runtime.interpreters)
     if not set(interpreters) <= set(model.runtime.interpreters):
         raise malformed(f"interpreter: expected {', '.join(model.runtime.interpreters)}, got {shown(interpreters)}.")
     as_png = query.get("format", "png" if "image/png" in request.headers.get("accept", "") else "json")
     if as_png not in ("json", "png"):
         raise malformed(f"format: expected json or png, got {shown(as_png)}.")
-    with_maps = query.get("maps", "false")
-    if with_maps not in ("true", "false"):
-        raise malformed(f"maps: expected true or false, got {shown(with_maps)}.")
+    with_maps, with_image = _read_switch(query, "maps"), _read_switch(query, "image")
     drawn = interpreters[:1] if as_png == "png" else interpreters
-    return _PictureOptions(drawn, _read_target(query.get("target"), model), as_png == "png", with_maps == "true")
+    return _PictureOptions(drawn, _read_target(query.get("target"), model), as_png == "png", with_maps, with_image)
+
+
+def _read_switch(query: QueryParams, name: str) -> bool:
+    text = query.get(name, "false")
+    if text not in ("true", "false"):
+        raise malformed(f"{name}: expected true or false, got {shown(text)}.")
+    return text == "true"
 
 
 def _read_target(text: str | None, model: ServedModel) -> int | None:

@@ -35,6 +35,7 @@ class ServeSettings:
         max_body: Bytes of a request's body, at most, packed or unpacked.
         max_queue: Requests of one model that are read, wait, run or are answered at once, at most.
         grace: How long requests may take to finish once the server was told to stop, seconds.
+        page: Whether there is a page for people at /.
     """
 
     max_batch: int = 8
@@ -42,6 +43,7 @@ class ServeSettings:
     max_body: int = 32 * 2**20
     max_queue: int = 1000
     grace: float = 30.0
+    page: bool = True
 
     def __post_init__(self) -> None:
         """Check the numbers.

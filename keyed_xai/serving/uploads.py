@@ -4,9 +4,11 @@ Files are untrusted: only common raster formats are opened, of at most `LARGEST_
 """
 
 import base64
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import orjson
@@ -21,6 +23,7 @@ from keyed_xai.serving.refusal import Refused, malformed
 
 LARGEST_PICTURE = 50_000_000
 """Pixels; checked before any is decoded."""
+_TOP = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +35,14 @@ class Explanation:
         target: The class that the maps explain.
         overlays: PNG files by interpreter: the map over the picture as the model saw it.
         maps: The same as numbers, [rows, columns] by interpreter.
+        image: PNG file: the picture as the model saw it, pixel by pixel. None where it was not asked for.
     """
 
     logits: NDArray[np.float32]
     target: int
     overlays: Mapping[str, bytes]
     maps: Mapping[str, NDArray[np.float32]]
+    image: bytes | None = None
 
     @property
     def predicted(self) -> int:
@@ -47,23 +52,43 @@ class Explanation:
     @property
     def probability(self) -> float:
         """Of the target, by the softmax of the logits."""
-        shares = np.exp(self.logits.astype(np.float64) - self.logits.max())
-        return float(shares[self.target] / shares.sum())
+        return float(self._probabilities()[self.target])
+
+    def _probabilities(self) -> NDArray[np.float64]:
+        shares: NDArray[np.float64] = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        shares /= shares.sum()
+        return shares
 
     def to_json(self, *, model: str, label_names: Sequence[str], with_maps: bool = False) -> bytes:
-        """Return it as the answer's JSON text; `label` is null where the target's name is unknown."""
-        maps = {"maps": {name: np.ascontiguousarray(each) for name, each in self.maps.items()}} if with_maps else {}
-        document = {
+        """Return it as the answer's JSON text; `label` is null where a class's name is unknown."""
+        document: dict[str, Any] = {
             "model": model,
             "predicted": self.predicted,
             "target": self.target,
-            "label": label_names[self.target] if self.target < len(label_names) else None,
+            "label": _name(self.target, label_names),
             "probability": self.probability,
+            "top": self._find_top(label_names),
             "logits": np.ascontiguousarray(self.logits),
             "overlays": {name: base64.b64encode(png).decode() for name, png in self.overlays.items()},
-            **maps,
         }
+        if with_maps:
+            document["maps"] = {name: np.ascontiguousarray(each) for name, each in self.maps.items()}
+        if self.image is not None:
+            document["image"] = base64.b64encode(self.image).decode()
         return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def _find_top(self, label_names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the most probable classes, the predicted one first."""
+        probabilities = self._probabilities()
+        classes = np.argsort(-self.logits, kind="stable")[:_TOP].tolist()
+        return [
+            {"class": each, "label": _name(each, label_names), "probability": float(probabilities[each])}
+            for each in classes
+        ]
+
+
+def _name(label: int, label_names: Sequence[str]) -> str | None:
+    return label_names[label] if label < len(label_names) else None
 
 
 def read_picture(data: bytes, input_size: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -108,6 +133,8 @@ def explain_picture(
     outputs: Mapping[str, NDArray[np.float32]],
     interpreters: Sequence[str],
     target: int | None,
+    *,
+    with_image: bool = False,
 ) -> Explanation:
     """Return what a model's outputs for one picture say.
 
@@ -116,9 +143,18 @@ def explain_picture(
         outputs: Of the graph, [1, ...].
         interpreters: Whose maps are drawn.
         target: The class asked for; the predicted one if None.
+        with_image: Add the picture itself.
     """
     logits = outputs[LOGITS][0]
     image = pixels.astype(np.float32) / 255
     maps = {name: outputs[MAP_PREFIX + name][0] for name in interpreters}
     overlays = {name: overlay(image, each) for name, each in maps.items()}
-    return Explanation(logits, int(logits.argmax()) if target is None else target, overlays, maps)
+    seen = _encode(pixels) if with_image else None
+    return Explanation(logits, int(logits.argmax()) if target is None else target, overlays, maps, seen)
+
+
+def _encode(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels [c, h, w], of one channel or three, as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
