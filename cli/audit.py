@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     ModelPath,
@@ -116,6 +116,8 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     hold(out / REPORT_NAME)
     refuse_other_audit(out, resume=arguments["resume"])
     suspect = _open(model, arguments)
+    if suspect.kind == "plain":
+        tell_notes(suspect.classifier)
     train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
     with progress_bar() as progress:
         result = run_audit(

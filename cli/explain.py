@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     ModelPath,
     after_writing,
@@ -67,6 +67,8 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
 
     json_path, key = arguments["json_path"], _read_key(arguments)
     classifier, card = open_model(model, **take_model_options(arguments))
+    if card is None:
+        tell_notes(classifier)
     classifier.to(choose_device(arguments["device"]))
     if arguments["target"] is not None and arguments["target"] >= classifier.classes:
         raise click.BadParameter(f"the model has classes 0 to {classifier.classes - 1}.", param_hint="--target")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keyed_xai_cli.header_options import header_options
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     choose_device,
@@ -154,6 +154,7 @@ def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier 
         raise click.UsageError("Leave out --header and --header-file: they are for a server's address.")
     claim = _read_claim(Path(suspect), arguments)
     classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **options)
+    tell_notes(classifier)
     return classifier.to(choose_device(arguments["device"])), claim
 
 
