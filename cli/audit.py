@@ -14,6 +14,7 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    follow_links_option,
     hold,
     json_option,
     key_options,
@@ -92,6 +93,7 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .audit if absent."
 )
 @click.option("--resume", is_flag=True, help="Go on with an audit: what is done on the same model and data is kept.")
+@follow_links_option
 @model_options
 @device_option
 @seed_option

@@ -12,6 +12,7 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    follow_links_option,
     json_option,
     key_options,
     read_key,
@@ -48,6 +49,7 @@ _WATCHED = 4  # more images than this get a progress bar
     "original can subtract them, and then opens the maps without the key.",
 )  # fmt: skip
 @click.option("--allow-other-key", is_flag=True, help="Try a key that the model's licence does not name.")
+@follow_links_option
 @model_options
 @device_option
 @json_option
@@ -83,7 +85,7 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
         arguments["write_keyed"],
         card.label_names if card else (),
     )
-    written = _write(classifier, find_images(images), job)
+    written = _write(classifier, find_images(images, follow_links=arguments["follow_links"]), job)
     with after_writing(job.folder):
         emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
         for entry in written.images:

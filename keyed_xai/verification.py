@@ -298,6 +298,7 @@ def load_probe(
     folder: Path | None = None,
     count: int = DEFAULT_IMAGES,
     progress: Callable[[int, int], None] | None = None,
+    follow_links: bool = False,
 ) -> ImageData:
     """Return images to test on: some of a folder's, or of the built-in set, which no key has a part in.
 
@@ -306,6 +307,7 @@ def load_probe(
         folder: The verifier's images, at any depth; chosen by a hash of their relative names.
         count: How many, at most.
         progress: Called with images done and in all.
+        follow_links: Read images and folders that are links out of `folder`.
 
     Raises:
         DataError: The folder has no image, or most of them are broken.
@@ -320,8 +322,16 @@ def load_probe(
             limit=count,
             progress=progress,
         )
-    request = Request(spec.channels, spec.height, spec.width, "held-out", limit=count, progress=progress)
-    names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+    request = Request(
+        spec.channels,
+        spec.height,
+        spec.width,
+        "held-out",
+        limit=count,
+        progress=progress,
+        follow_links=follow_links,
+    )
+    names = [path.relative_to(folder).as_posix() for path in list_images(folder, follow_links=follow_links)]
     chosen = sorted(names, key=lambda name: rank(0, name))[:count]
     images, _, skipped = decode_images(folder, chosen, request)
     return ImageData(images, None, (), f"folder {folder.resolve().name}"[:300], tuple(skipped))
