@@ -51,7 +51,7 @@ from keyed_xai.versions import package_versions
 
 SCHEMA = "keyed-xai/verify-report/v1"
 DEFAULT_IMAGES = 64
-_WEIGHTS = ("model.safetensors", "model.pt")
+_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 _GIVEN_NOTHING_AWAY = (
     "Not tested: without the public pattern no outcome could show the claim, and whoever runs the model would have "
     "seen the trigger."
@@ -275,7 +275,7 @@ def find_weights(suspect: Path) -> Path:
     names = ((card.weights_file,) if card is not None else ()) + _WEIGHTS
     found = next((suspect / name for name in names if (suspect / name).is_file()), None)
     if found is None:
-        raise ModelError(f"{printable(str(suspect))} holds no weights ({' or '.join(_WEIGHTS)}).")
+        raise ModelError(f"{printable(str(suspect))} holds no weights ({', '.join(_WEIGHTS)}).")
     return found
 
 

@@ -341,6 +341,22 @@ def test_last_layer_beside_the_backbone_is_put_in_its_place(head, more, plain, s
     assert computes_as(load(path, arch="shufflenet_v2_x0_5"), plain)
 
 
+@pytest.mark.parametrize("options", [{}, {"arch": "torchvision:shufflenet_v2_x0_5"}])
+def test_what_is_written_back_reads_the_same(plain, average, save, options):
+    """A protected model keeps the file's names, without what was left out."""
+    state = {name.replace("backbone.fc", "head.fc"): tensor for name, tensor in under("backbone.", plain).items()}
+    contents = [
+        {"state_dict": state | {"criterion.weight": torch.ones(3)}},
+        {"model": plain.state_dict(), "model_ema": averaged(average)},
+        under("module.encoder_q.", plain) | under("module.encoder_k.", average),
+    ]
+    for content, wanted, network in zip(contents, (None, "ema", None), (plain, average, plain), strict=True):
+        first = load(save(content), weights=wanted)
+        again = load(save(dict(network_state(first))), **options)
+        assert computes_as(again, network)
+        assert list(network_state(again)) == list(network_state(first))
+
+
 def test_backbone_without_a_last_layer_is_refused_and_says_what_is_missing(plain, save):
     state = {name: tensor for name, tensor in under("module.backbone.", plain).items() if ".fc." not in name}
     state |= {f"module.head.{name}": torch.ones(8, 8) for name in ("mlp.0.weight", "mlp.2.weight")}
