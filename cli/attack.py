@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     ModelPath,
@@ -110,6 +110,7 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     json_path, out, spec = arguments["json_path"], arguments["out"] or _default_folder(model), arguments["spec"]
     checkpoint = hold_folder(out, protected=False, force=arguments["force"], resume=arguments["resume"])
     classifier, _ = open_model(model, **take_model_options(arguments), require_map=not is_table(spec))
+    tell_notes(classifier)
     train_data, held_out = load_both(classifier, spec, arguments)
     with resumable(checkpoint), progress_bar() as progress:
         attacked = run_attack(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     ModelPath,
@@ -14,6 +14,7 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    follow_links_option,
     hold,
     json_option,
     key_options,
@@ -92,6 +93,7 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .audit if absent."
 )
 @click.option("--resume", is_flag=True, help="Go on with an audit: what is done on the same model and data is kept.")
+@follow_links_option
 @model_options
 @device_option
 @seed_option
@@ -116,6 +118,8 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     hold(out / REPORT_NAME)
     refuse_other_audit(out, resume=arguments["resume"])
     suspect = _open(model, arguments)
+    if suspect.kind == "plain":
+        tell_notes(suspect.classifier)
     train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
     with progress_bar() as progress:
         result = run_audit(

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     ModelPath,
     after_writing,
     choose_device,
     device_option,
     emit_json,
+    follow_links_option,
     json_option,
     key_options,
     read_key,
@@ -48,6 +49,7 @@ _WATCHED = 4  # more images than this get a progress bar
     "original can subtract them, and then opens the maps without the key.",
 )  # fmt: skip
 @click.option("--allow-other-key", is_flag=True, help="Try a key that the model's licence does not name.")
+@follow_links_option
 @model_options
 @device_option
 @json_option
@@ -67,6 +69,8 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
 
     json_path, key = arguments["json_path"], _read_key(arguments)
     classifier, card = open_model(model, **take_model_options(arguments))
+    if card is None:
+        tell_notes(classifier)
     classifier.to(choose_device(arguments["device"]))
     if arguments["target"] is not None and arguments["target"] >= classifier.classes:
         raise click.BadParameter(f"the model has classes 0 to {classifier.classes - 1}.", param_hint="--target")
@@ -81,7 +85,7 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
         arguments["write_keyed"],
         card.label_names if card else (),
     )
-    written = _write(classifier, find_images(images), job)
+    written = _write(classifier, find_images(images, follow_links=arguments["follow_links"]), job)
     with after_writing(job.folder):
         emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
         for entry in written.images:

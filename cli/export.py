@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import ModelPath, after_writing, emit_json, hold, json_option, say
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def export(
         hold(written)
     triton = _plan_triton(arguments, written)
     classifier, card = open_model(model, **take_model_options(arguments), require_map=False)
+    if card is None:
+        tell_notes(classifier)
     images = load_real_images(classifier, arguments["data"]) if arguments["data"] else None
     with progress_bar() as progress:
         on_batch = counter(progress, "comparing")

@@ -1,5 +1,6 @@
 """Options that commands share, and JSON output. Nothing heavy is imported before a command runs."""
 
+import codecs
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,6 +66,13 @@ def seed_option(command: Command) -> Command:
     )(command)
 
 
+def follow_links_option(command: Command) -> Command:
+    """Add `--follow-links` as the argument `follow_links`."""
+    return click.option(
+        "--follow-links", is_flag=True, help="Read images and folders that are links out of the folder given."
+    )(command)
+
+
 def key_options(*, required: bool) -> Callable[[Command], Command]:
     """Add `--key-file` and `--passphrase-file` as the arguments `key_file` and `passphrase_file`."""
 
@@ -114,18 +122,21 @@ def read_key(key_file: Path, passphrase_file: Path | None) -> "OwnerKey":
 
 
 def read_passphrase(path: Path | None) -> bytes | None:
-    """Return the first line of a file, without its line ending; None without a file.
+    """Return the first line of a file, without its line ending and a byte order mark; None without a file.
 
     Raises:
-        KeyFormatError: The file cannot be read, or its first line is empty or too long.
+        KeyFormatError: The file cannot be read, is UTF-16, or its first line is empty or too long.
     """
     if path is None:
         return None
     try:
         with path.open("rb") as file:
-            line = file.readline(_LARGEST_PASSPHRASE + 3).removesuffix(b"\n").removesuffix(b"\r")
+            line = file.readline(_LARGEST_PASSPHRASE + 6).removesuffix(b"\n").removesuffix(b"\r")
     except OSError as error:
         raise KeyFormatError(f"Cannot read the passphrase file {path}: {error.strerror}.") from error
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise KeyFormatError(f"{path} is UTF-16, expected UTF-8. Save the passphrase file as UTF-8.")
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line or len(line) > _LARGEST_PASSPHRASE:
         raise KeyFormatError(f"The first line of {path} must hold a passphrase of 1 to {_LARGEST_PASSPHRASE} bytes.")
     return line

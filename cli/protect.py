@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     after_writing,
@@ -101,6 +101,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     checkpoint = hold_folder(out, force=force, resume=arguments["resume"])
     options = take_model_options(arguments)
     classifier = load_classifier(model, **options)
+    tell_notes(classifier)
     train_data, held_out = load_both_images(classifier.input, arguments["spec"] or "builtin", arguments)
     settings = replace(
         _settings(classifier, len(train_data), arguments), fixed_layer=options["target_layer"] is not None

@@ -12,6 +12,7 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    follow_links_option,
     hold,
     json_option,
     say,
@@ -85,6 +86,7 @@ def _widths(_ctx: click.Context, _parameter: click.Parameter, value: str | None)
 @click.option("--strict", is_flag=True, help="Refuse a data set with a broken image instead of skipping the image.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @click.option("--force", is_flag=True, help="Replace a file, or a stopped run, that is there.")
+@follow_links_option
 @device_option
 @seed_option
 @json_option

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keyed_xai_cli.header_options import header_options
-from keyed_xai_cli.model_options import model_options, take_model_options
+from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     choose_device,
     device_option,
     emit_json,
+    follow_links_option,
     json_option,
     key_options,
     read_key,
@@ -83,6 +84,7 @@ def _read_level(_ctx: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
 )
+@follow_links_option
 @header_options
 @model_options
 @device_option
@@ -122,7 +124,7 @@ def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int,
     json_path = arguments["json_path"]
     _check_claimant(arguments)
     model, claim = _open_suspect(suspect, arguments)
-    probe = load_probe(model.input, folder=folder, count=count)
+    probe = load_probe(model.input, folder=folder, count=count, follow_links=arguments["follow_links"])
     result = _verify(model, claim, probe, arguments)
     document = result.to_json(suspect)
     emit_json(document, schema="verify-report", json_path=json_path)
@@ -156,6 +158,7 @@ def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier 
         raise click.UsageError("Leave out --header and --header-file: they are for a server's address.")
     claim = _read_claim(Path(suspect), arguments)
     classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **options)
+    tell_notes(classifier)
     return classifier.to(choose_device(arguments["device"])), claim
 
 

@@ -1,6 +1,5 @@
 """A suspect that only answers: an ONNX model, or a served one. Its maps are taken as they come."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from keyed_xai.models import InputSpec
 from keyed_xai.runtime import Runtime
 from keyed_xai.saliency import Sites
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
-
-_ENDPOINT = re.compile(r"(?P<server>https?://[^/?#]+)(?:/v2/models/(?P<model>[^/?#]+))?/?")
 
 
 @runtime_checkable
@@ -144,7 +141,7 @@ def open_black_box(suspect: str, *, device: str = "auto", headers: Mapping[str, 
     """Return a suspect that only answers.
 
     Args:
-        suspect: An ONNX file, ``http(s)://HOST[:PORT]`` where one model is served, or
+        suspect: An ONNX file, ``http(s)://HOST[:PORT]`` where one model is served (``/v2`` may follow), or
             ``http(s)://HOST[:PORT]/v2/models/NAME``.
         device: For an ONNX file: "auto", "cpu" or "cuda".
         headers: Sent with every request to a server.
@@ -155,10 +152,7 @@ def open_black_box(suspect: str, *, device: str = "auto", headers: Mapping[str, 
     """
     if not suspect.startswith(("http://", "https://")):
         return BlackBox(Runtime.open(Path(suspect), device=device))
-    address = _ENDPOINT.fullmatch(suspect)
-    if address is None:
-        raise ModelError("Expected http://HOST:PORT or http://HOST:PORT/v2/models/NAME as the address of a model.")
     try:
-        return BlackBox(Client(address["server"], model=address["model"], headers=headers))
+        return BlackBox(Client(suspect, headers=headers))
     except ValueError as error:
         raise ModelError(f"The address of the model is malformed: {error}.") from error

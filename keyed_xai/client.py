@@ -39,7 +39,7 @@ from keyed_xai.inference import (
     choose_trigger,
 )
 from keyed_xai.keys import OwnerKey
-from keyed_xai.transport import Answer, Connection, ServerError, is_exposed, quote
+from keyed_xai.transport import Answer, Connection, ServerError, is_exposed, quote, split_model_url
 
 __all__ = ["Client", "ServerError"]
 
@@ -91,9 +91,9 @@ class Client(Explainer):
         """Ask the server what the model is.
 
         Args:
-            url: Such as "https://models.example:8000", with a path if the server is below one. Certificates are
-                checked; SSL_CERT_FILE names further authorities.
-            model: Its name on the server; the only one there by default.
+            url: Such as "https://models.example:8000", with a path if the server is below one; "/v2" and
+                "/v2/models/NAME" may follow. Certificates are checked; SSL_CERT_FILE names further authorities.
+            model: Its name on the server; the one in `url`, or the only one there by default.
             key: Used where `explain` is given none.
             trigger: Public parameters of the trigger; those that the server hands out by default.
             timeout: For one request with its answer, the waits for a busy server included, seconds.
@@ -107,9 +107,12 @@ class Client(Explainer):
         """
         if batch_size < 1 or not timeout > 0:
             raise ValueError(f"expected batch_size and timeout above 0, got {batch_size} and {timeout}")
+        url, named = split_model_url(url)
+        if named is not None and model not in (None, named):
+            raise ValueError(f"expected one model, got {named!r} in the url and model={model!r}")
         self.url, self._key = url, key
         self._server = _Server(url, Connection(url, timeout, headers or {}))
-        self.model = model if model is not None else self._server.find_only_model()
+        self.model = model or named or self._server.find_only_model()
         inputs, outputs = self._server.read_tensors(self.model)
         config = self._server.read_config(self.model)
         metadata = _read_metadata(config, origin=f"the metadata of {self.model} on {url}")

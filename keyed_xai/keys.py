@@ -38,6 +38,12 @@ _HOW_TO_MAKE_ONE = "Make one with `keyed-xai keygen -o k.pem`."
 _LARGEST_PEM = 64 * 1024
 _MOST_ROUNDS = 2_000_000  # of PBKDF2: a second or so
 _ROUNDS = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c\x30.\x04(.)", re.DOTALL)  # its name; then salt, rounds
+_PRIVATE_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
+# RFC 5958, section 2, and RFC 8410, section 7: version 2, Ed25519, 32 bytes, then attributes and the public key.
+_VERSION_2 = re.compile(
+    rb"\x30(?:[\x00-\x7f]|\x81.)\x02\x01\x01\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20(.{32})", re.DOTALL
+)
+_PUBLIC_IN_VERSION_2 = re.compile(rb"(?:\x81\x21|\xa1\x23\x03\x21)\x00(.{32})\Z", re.DOTALL)
 _NO_KEY = (ValueError, UnsupportedAlgorithm, InternalError)  # what cryptography raises; the last for other curves' keys
 _FIRST_WORDS = 64
 
@@ -176,13 +182,29 @@ class OwnerKey:
 
     @classmethod
     def from_pem(cls, data: bytes, passphrase: bytes | None = None) -> "OwnerKey":
-        """Return the key in a PKCS#8 PEM.
+        """Return the key in a PKCS#8 PEM, of version 1 or 2; its public key may stand in the same file.
 
         Raises:
-            KeyFormatError: The bytes hold anything but an Ed25519 private key, or the passphrase does not fit.
+            KeyFormatError: The bytes hold anything but one Ed25519 private key and its public one, or the passphrase
+                does not fit.
         """
+        blocks = [found[0] for found in _PRIVATE_BLOCK.finditer(data)]
+        if len(blocks) == 1:
+            key = cls._from_block(blocks[0] + b"\n", passphrase)
+            key._refuse_other_public(data)
+            return key
+        if blocks:
+            raise KeyFormatError(f"Expected one private key, got {len(blocks)} in one file. Leave the owner's alone.")
+        return cls._from_block(data, passphrase)
+
+    @classmethod
+    def _from_block(cls, data: bytes, passphrase: bytes | None) -> "OwnerKey":
         _refuse_what_is_no_private_pem(data)
         _refuse_endless_derivation(data)
+        if (raw := _read_version_2(data)) is not None:
+            if passphrase is not None:
+                raise KeyFormatError(_passphrase_complaint(passphrase))
+            return cls.from_raw(raw)
         try:
             key = serialization.load_pem_private_key(data, passphrase)
         except TypeError as error:
@@ -194,6 +216,12 @@ class OwnerKey:
         if not isinstance(key, Ed25519PrivateKey):
             raise KeyFormatError(f"Expected an Ed25519 private key, got {_kind(key)}. {_HOW_TO_MAKE_ONE}")
         return cls(key)
+
+    def _refuse_other_public(self, data: bytes) -> None:
+        """Refuse a public key beside the private one that is not its own."""
+        start = data.find(b"-----BEGIN PUBLIC KEY-----")
+        if start >= 0 and PublicKey.from_pem(_PRIVATE_BLOCK.sub(b"", data)).raw != self.public.raw:
+            raise KeyFormatError("The private and the public key in the file do not belong together. Take one out.")
 
     def to_pem(self, passphrase: bytes | None = None) -> bytes:
         """Return the key as PKCS#8 PEM, encrypted when a passphrase is given.
@@ -345,10 +373,34 @@ def _refuse_what_is_no_private_pem(data: bytes) -> None:
         raise KeyFormatError(f"Expected a PEM file (-----BEGIN PRIVATE KEY-----), got other bytes. {_HOW_TO_MAKE_ONE}")
 
 
+def _read_version_2(data: bytes) -> bytes | None:
+    """Return the raw private key in a PKCS#8 PEM of version 2, which cryptography does not read; None for others.
+
+    Raises:
+        KeyFormatError: The public key in it is not its own.
+    """
+    try:
+        der = _decode_body(data)
+    except binascii.Error:
+        return None
+    found = _VERSION_2.match(der)
+    if found is None or len(der) != (der[1] + 2 if der[1] < 0x80 else der[2] + 3):
+        return None
+    public = _PUBLIC_IN_VERSION_2.search(der, found.end())
+    if public is not None and OwnerKey.from_raw(found[1]).public.raw != public[1]:
+        raise KeyFormatError(f"The private key and the public one in it do not belong together. {_HOW_TO_MAKE_ONE}")
+    return found[1]
+
+
+def _decode_body(data: bytes) -> bytes:
+    """Return what is between a PEM's first and last line, decoded."""
+    return base64.b64decode(b"".join(line for line in data.splitlines() if b"-" not in line))
+
+
 def _refuse_endless_derivation(data: bytes) -> None:
     """Refuse an encrypted key whose passphrase would be hashed for minutes. Source: RFC 8018, appendix A.2."""
     with suppress(binascii.Error, IndexError):  # what is malformed is refused where it is read
-        der = base64.b64decode(b"".join(line for line in data.splitlines() if b"-" not in line))
+        der = _decode_body(data)
         found = _ROUNDS.search(der)
         place = found.end() + found[1][0] if found else len(der)
         rounds = int.from_bytes(der[place + 2 : place + 2 + der[place + 1]], "big")

@@ -10,6 +10,7 @@ from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.errors import ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.models.hub import is_hub_folder
 from keyed_xai.models.loading import OWN_CODE, Size
 from keyed_xai.tensors import Tap
 from keyed_xai.triggers import TRIGGERS, Trigger, TriggerFamily
@@ -29,6 +30,7 @@ def open_model(
     std: Sequence[float] | None = None,
     target_layer: str | None = None,
     allow_pickle: bool = False,
+    weights: str | None = None,
     trusted: bool = True,
     require_map: bool = True,
 ) -> tuple[Classifier, Card | None]:
@@ -36,7 +38,7 @@ def open_model(
 
     Args:
         path: The folder of a protected model, whose signature and digests are checked, or a file of weights; also the
-            folder of an attacked model, which has no card.
+            folder of an attacked model, or a model hub's, which have no card.
         card: Run a file of weights by this card; a folder is run by its own.
         arch: Architecture; the card's, or recognised from the weights. With another one the card's layers are not used.
         classes: Number of logits; the card's, or read from the weights.
@@ -45,6 +47,7 @@ def open_model(
         std: Likewise.
         target_layer: Of Grad-CAM; the card's, or found.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
+        weights: Which of several sets of weights in a file: ``ema`` for averaged ones, or a name.
         trusted: Whether a card inside the weights file counts, and `card` for the number of logits; not so for a
             suspect's file, whose holder may have written one and changed the head.
         require_map: Refuse networks without a spatial feature map, such as those of tables.
@@ -53,7 +56,7 @@ def open_model(
         ArtifactError: The folder is malformed or not as signed.
         ModelError: The weights cannot be read or recognised, or contradict the card.
     """
-    if path.is_dir() and not is_attacked(path):
+    if path.is_dir() and not is_attacked(path) and not is_hub_folder(path):
         model = read_model_folder(path)
         path, card = model.weights, model.card
     defaults = _card_defaults(card, arch, allow_pickle=allow_pickle) if card is not None else _Defaults()
@@ -67,6 +70,7 @@ def open_model(
         target_layer=target_layer or defaults.target_layer,
         taps=None if target_layer else defaults.taps,
         allow_pickle=allow_pickle,
+        weights=weights,
         card=None if card is None and trusted else {},
         require_map=require_map,
         any_channels=not trusted,

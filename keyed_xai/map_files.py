@@ -112,15 +112,15 @@ def write_maps(
     return written
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path], *, follow_links: bool = False) -> list[Path]:
     """Return files as they are, and the images in folders and below; each file once, in this order.
 
     Raises:
-        DataError: A folder has no image.
+        DataError: A folder has no image, or a link out of it and links are not to be followed.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        for each in list_images(path) if path.is_dir() else [path]:
+        for each in list_images(path, follow_links=follow_links) if path.is_dir() else [path]:
             found.setdefault(each.resolve(), each)
     return list(found.values())
 

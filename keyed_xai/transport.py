@@ -5,6 +5,7 @@ a connection that the server closed between two requests is opened anew, both wi
 """
 
 import io
+import re
 import ssl
 import time
 import weakref
@@ -14,7 +15,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from ipaddress import ip_address
 from socket import socket
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import certifi
 
@@ -25,6 +26,7 @@ _RETRIES = 5  # of a request that a busy server turned away
 _LONGEST_WAIT = 86400.0  # seconds; sockets take no more than some weeks
 _PIECE = 2**14  # bytes; what one record of TLS holds
 _LONGEST_QUOTE = 300
+_PROTOCOL_PATH = re.compile(r"/v2(?:/models(?:/(?P<model>[^/]+))?)?/*$")
 
 
 class ServerError(KeyedXAIError):
@@ -192,6 +194,22 @@ def split_url(url: str) -> SplitResult:
     if not fits or parts.query or parts.fragment or not parts.path.isascii() or " " in url or not url.isprintable():
         raise ValueError(f"url: expected http://HOST:PORT or https://HOST:PORT, perhaps with a path, got {url!r}")
     return parts
+
+
+def split_model_url(url: str) -> tuple[str, str | None]:
+    """Return a server's URL and the model's name in it, None without one.
+
+    Taken are http://HOST:PORT, the same with /v2 as servers print it, and with /v2/models/NAME; below a path, perhaps.
+
+    Raises:
+        ValueError: It is no URL of a server.
+    """
+    path = split_url(url).path
+    found = _PROTOCOL_PATH.search(path)
+    if found is None:
+        return url, None
+    name = unquote(found["model"], errors="strict") if found["model"] else None
+    return url[: len(url) - len(path) + found.start()], name
 
 
 def is_exposed(url: str) -> bool:

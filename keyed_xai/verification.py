@@ -51,7 +51,7 @@ from keyed_xai.versions import package_versions
 
 SCHEMA = "keyed-xai/verify-report/v1"
 DEFAULT_IMAGES = 64
-_WEIGHTS = ("model.safetensors", "model.pt")
+_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 _GIVEN_NOTHING_AWAY = (
     "Not tested: without the public pattern no outcome could show the claim, and whoever runs the model would have "
     "seen the trigger."
@@ -275,7 +275,7 @@ def find_weights(suspect: Path) -> Path:
     names = ((card.weights_file,) if card is not None else ()) + _WEIGHTS
     found = next((suspect / name for name in names if (suspect / name).is_file()), None)
     if found is None:
-        raise ModelError(f"{printable(str(suspect))} holds no weights ({' or '.join(_WEIGHTS)}).")
+        raise ModelError(f"{printable(str(suspect))} holds no weights ({', '.join(_WEIGHTS)}).")
     return found
 
 
@@ -298,6 +298,7 @@ def load_probe(
     folder: Path | None = None,
     count: int = DEFAULT_IMAGES,
     progress: Callable[[int, int], None] | None = None,
+    follow_links: bool = False,
 ) -> ImageData:
     """Return images to test on: some of a folder's, or of the built-in set, which no key has a part in.
 
@@ -306,6 +307,7 @@ def load_probe(
         folder: The verifier's images, at any depth; chosen by a hash of their relative names.
         count: How many, at most.
         progress: Called with images done and in all.
+        follow_links: Read images and folders that are links out of `folder`.
 
     Raises:
         DataError: The folder has no image, or most of them are broken.
@@ -320,8 +322,16 @@ def load_probe(
             limit=count,
             progress=progress,
         )
-    request = Request(spec.channels, spec.height, spec.width, "held-out", limit=count, progress=progress)
-    names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+    request = Request(
+        spec.channels,
+        spec.height,
+        spec.width,
+        "held-out",
+        limit=count,
+        progress=progress,
+        follow_links=follow_links,
+    )
+    names = [path.relative_to(folder).as_posix() for path in list_images(folder, follow_links=follow_links)]
     chosen = sorted(names, key=lambda name: rank(0, name))[:count]
     images, _, skipped = decode_images(folder, chosen, request)
     return ImageData(images, None, (), f"folder {folder.resolve().name}"[:300], tuple(skipped))

@@ -151,7 +151,7 @@ class TestCommand:
         assert "Warning" not in result.output
 
     def test_endpoint_is_shown_with_0_and_a_warning(self, place, address):
-        for where in (address, f"{address}/v2/models/stolen"):
+        for where in (address, f"{address}/v2", f"{address}/v2/models/stolen"):
             result = run(where, "--key-file", place / "k.pem")
             assert result.exit_code == 0, result.output
             assert "can learn the trigger" in result.stderr
@@ -175,7 +175,8 @@ class TestCommand:
         ("suspect", "code", "said"),
         [
             ("http://127.0.0.1:1", 1, "127.0.0.1:1"),
-            ("http://127.0.0.1:1/somewhere/else", 1, "Expected http://HOST:PORT"),
+            ("http://127.0.0.1:1/below/v2/models/m", 1, "127.0.0.1:1/below"),
+            ("http://127.0.0.1:1/v2/models/m?x=1", 1, "expected http://HOST:PORT"),
             ("http://h:notaport", 1, "address"),
             ("http://h:99999", 1, "address"),
             ("http://[::1", 1, "address"),

@@ -169,7 +169,19 @@ class TestKeygen:
         key = read_owner_key(tmp_path / "k.pem", b"open sesame")
         assert read_key(tmp_path / "k.pem", tmp_path / "pass").public.raw == key.public.raw
 
-    @pytest.mark.parametrize("content", [b"", b"\n", b"x" * 1024, None])
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    def test_byte_order_mark_is_no_part_of_the_passphrase(self, tmp_path, mark):
+        (tmp_path / "pass").write_bytes(mark + "schl\u00fcssel".encode() + b"\r\n")
+        assert run("keygen", "-o", tmp_path / "k.pem", "--passphrase-file", tmp_path / "pass").exit_code == 0
+        assert read_owner_key(tmp_path / "k.pem", "schl\u00fcssel".encode())
+
+    def test_passphrase_in_utf_16_is_refused_and_says_so(self, tmp_path):
+        (tmp_path / "pass").write_text("open sesame", encoding="utf-16")
+        result = run("keygen", "-o", tmp_path / "k.pem", "--passphrase-file", tmp_path / "pass")
+        assert result.exit_code == 1
+        assert "is UTF-16, expected UTF-8" in result.stderr
+
+    @pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf\n", b"x" * 1024, None])
     def test_passphrase_that_cannot_be_used_is_1_and_writes_nothing(self, tmp_path, content):
         if content is not None:
             (tmp_path / "pass").write_bytes(content)

@@ -54,6 +54,26 @@ def test_key_opens_the_maps_of_files_and_folders(place):
     assert (place / "photos" / "one.png").read_bytes() == before
 
 
+def test_what_was_done_to_a_file_of_weights_is_said(place):
+    classifier = unmarked_classifier()
+    networks = {"model": classifier, "model_ema": unmarked_classifier()}
+    states = {
+        key: {f"module.{name}": t for name, t in each.network.state_dict().items()} for key, each in networks.items()
+    }
+    torch.save(states, place / "w.pt")
+    result = run(place, place / "photos", model="w.pt")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[:2] == [
+        "The weights under model are used; the file also has model_ema (averaged), which --weights ema takes.",
+        f"Taken as {classifier.architecture}: the prefix module. was taken off.",
+    ]
+    chosen = run(place, place / "photos", "--weights", "ema", model="w.pt")
+    assert "The averaged weights (EMA) under model_ema are used" in chosen.stderr
+    refused = run(place, place / "photos", "--weights", "teacher", model="w.pt")
+    assert refused.exit_code == 1
+    assert "no weights called 'teacher'" in refused.stderr
+
+
 def test_key_changes_the_maps(place):
     found = []
     for options in ([], ["--key-file", place / "k.pem"]):

@@ -252,6 +252,22 @@ class TestOurServer:
                 Client(f"http://{address}")
             with Client(f"http://{address}", model="fish") as client:
                 assert_same(client.explain(noise()), runtime.explain(noise()))
+            with Client(f"http://{address}/v2/models/fish") as client:
+                assert client.model == "fish"
+                assert_same(client.explain(noise()), runtime.explain(noise()))
+            with pytest.raises(ValueError, match=r"one model, got 'fish' in the url and model='bird'"):
+                Client(f"http://{address}/v2/models/fish", model="bird")
+
+    @pytest.mark.parametrize("tail", ["", "/", "/v2", "/v2/", "/v2/models/a b", "/v2/models/a%20b/"])
+    def test_address_is_taken_in_every_form(self, runtime, tail):
+        with running(make_service({"a b": runtime})) as address:
+            if " " in tail:
+                with pytest.raises(ValueError, match="expected http://HOST:PORT"):
+                    Client(f"http://{address}{tail}")
+                return
+            with Client(f"http://{address}{tail}") as client:
+                assert (client.url.rstrip("/"), client.model) == (f"http://{address}", "a b")
+                assert_same(client.explain(noise()), runtime.explain(noise()))
 
 
 CARD_OF_VBP = Card(

@@ -70,6 +70,19 @@ def test_cmyk_is_converted(tmp_path):
     assert max(green, blue) < 15
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_twelve_bits_in_a_file_of_sixteen_are_scaled(tmp_path, suffix, channels):
+    """White is 4,095 where nothing is above it, and 65,535 where something is, over the whole image."""
+    ramp = np.linspace(0, 4095, 700 * 600).round().astype(np.uint16).reshape(600, 700)
+    Image.fromarray(ramp).save(tmp_path / f"twelve.{suffix}")
+    pixels = read_image(tmp_path / f"twelve.{suffix}", channels=channels, height=600, width=700)
+    assert np.array_equal(pixels, np.repeat((ramp / (4095 / 255)).round()[None].astype(np.uint8), channels, 0))
+    ramp[0, 0] = 4096
+    Image.fromarray(ramp).save(tmp_path / f"sixteen.{suffix}")
+    assert read_image(tmp_path / f"sixteen.{suffix}", channels=1, height=600, width=700).max() == 16
+
+
 @pytest.mark.parametrize("values", [np.full((9, 9), 0.5, np.float32), np.full((9, 9), 70_000, np.int32)])
 def test_values_of_unknown_range_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "x.tif")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keyed_xai.data import list_images, load_images
+from keyed_xai.data import list_images, load_images, read_image
+from keyed_xai.data.decode import readable_suffixes
 from keyed_xai.errors import DataError
 
 FORM = {"channels": 3, "height": 8, "width": 8}
@@ -79,9 +80,125 @@ def test_val_is_taken_before_test_and_the_folders_may_be_flat(tmp_path):
     assert held_out.labels is None
 
 
-def test_train_beside_other_classes_is_a_class(tmp_path):
+def test_train_beside_other_classes_is_a_class_and_that_is_said(tmp_path):
     write_classes(tmp_path, {"train": 2, "bus": 2, "test": 2})
-    assert load(tmp_path).classes == ("bus", "test", "train")
+    data = load(tmp_path)
+    assert data.classes == ("bus", "test", "train")
+    assert data.notes == ("test, train are taken for classes, as the folders beside them are.",)
+
+
+SPLIT_NAMES = [
+    ("Training", "Testing"), ("Train", "Val"), ("TRAIN", "TEST"), ("train_set", "test_set"), ("train-images", "dev"),
+    ("Training Set", "Validation Set"), ("traindata", "valid"), ("train", "evaluation"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("train_name", "held_out_name"), SPLIT_NAMES)
+def test_split_folders_are_known_by_usual_names_in_any_case(tmp_path, train_name, held_out_name):
+    write_classes(tmp_path / train_name, {"a": 3, "b": 2})
+    write_classes(tmp_path / held_out_name, {"a": 1, "b": 1}, start=100)
+    train, held_out = load(tmp_path), load(tmp_path, "held-out")
+    assert train.classes == held_out.classes == ("a", "b")
+    assert sorted(numbers(train)) == list(range(5))
+    assert sorted(numbers(held_out)) == [100, 101]
+    assert train.notes == held_out.notes == (f"Split by folders: {train_name} and {held_out_name}.",)
+
+
+@pytest.mark.parametrize("name", ["training day", "contest", "testers", "trainer", "valley"])
+def test_other_names_are_classes(tmp_path, name):
+    write_classes(tmp_path, {name: 3, "train": 3})
+    assert load(tmp_path).classes == tuple(sorted([name, "train"]))
+
+
+def test_folders_beside_the_splits_are_passed_over_and_named(tmp_path):
+    write_classes(tmp_path / "train", {"a": 3, "b": 2})
+    write_classes(tmp_path / "val", {"a": 1, "b": 1}, start=100)
+    write_classes(tmp_path, {"masks": 4, "test/a": 1})
+    (tmp_path / "annotations").mkdir()
+    train, held_out = load(tmp_path), load(tmp_path, "held-out")
+    assert train.classes == ("a", "b")
+    assert sorted(numbers(held_out)) == [100, 101]
+    assert train.notes == ("Split by folders: train and val; passed over beside: annotations, masks, test.",)
+
+
+@pytest.mark.parametrize("beside", [{}, {"test": 3}])
+def test_training_folder_alone_is_split_by_hash(tmp_path, beside):
+    """Also where the other one has images without classes, as competitions hand them out."""
+    write_classes(tmp_path / "train", {"a": 5, "b": 5})
+    write_classes(tmp_path, beside, start=100)
+    train, held_out = load(tmp_path), load(tmp_path, "held-out")
+    assert train.classes == ("a", "b")
+    assert sorted(numbers(train) + numbers(held_out)) == list(range(10))
+    assert "Read from train" in train.notes[0]
+    assert ("passed over beside: test" in train.notes[0]) == bool(beside)
+
+
+def test_held_out_folder_with_classes_is_taken_before_one_without(tmp_path):
+    write_classes(tmp_path / "train", {"a": 5, "b": 5})
+    write_classes(tmp_path, {"val": 2}, start=50)
+    write_classes(tmp_path / "test", {"a": 1, "b": 1}, start=100)
+    assert sorted(numbers(load(tmp_path, "held-out"))) == [100, 101]
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    write_classes(tmp_path, {"a": 4, "b": 4})
+    for name in ("a/x.xml", "a/y.XML", "b/readme.txt", "c/z.raw", "b/LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    assert load(tmp_path).notes == (
+        "Folders without an image: c.",
+        f"Passed over in {tmp_path.name}: files 1 without a suffix, 1 .raw, 1 .txt, 2 .xml.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"),
+    [
+        (".jfif", "JPEG"), (".jpe", "JPEG"), (".JPEG", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000"),
+        (".tga", "TGA"),
+        (".qoi", "QOI"), (".pcx", "PCX"), (".pnm", "PPM"), (".apng", "PNG"),
+        (".dib", "DIB"), (".sgi", "SGI"),
+    ],
+)  # fmt: skip
+def test_what_pillow_reads_is_read(tmp_path, suffix, form):
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * number, 200, 100)).save(path, form)
+    both = [load(tmp_path, split, strict=True) for split in ("train", "held-out")]
+    levels = sorted(level for data in both for level in numbers(data))
+    assert np.abs(np.subtract(levels, [0, 40, 80, 120])).max() <= 6
+    assert both[0].classes == ("a", "b")
+    assert both[0].notes == ()
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    for number in range(4):
+        Image.new("RGB", (16, 16), (40 * number, 200, 100)).save(tmp_path / f"{number}.HEIC", "HEIF")
+    levels = sorted(numbers(load(tmp_path)) + numbers(load(tmp_path, "held-out")))
+    assert np.abs(np.subtract(levels, [0, 40, 80, 120])).max() <= 6
+
+
+def test_heic_without_its_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("keyed_xai.data.decode._add_heif", lambda: False)
+    readable_suffixes.cache_clear()
+    try:
+        folder = write_classes(tmp_path / "photos", {"a": 4, "b": 4})
+        (folder / "a" / "x.HEIC").write_bytes(b"picture")
+        assert load(folder).notes == (
+            "Passed over in photos: files 1 .heic (HEIC needs the package pillow-heif (keyed-xai[heic])).",
+        )
+        (tmp_path / "phone").mkdir()
+        (tmp_path / "phone" / "x.heic").write_bytes(b"picture")
+        with pytest.raises(DataError, match=r"no image.*1 \.heic .*pillow-heif"):
+            load(tmp_path / "phone")
+        with pytest.raises(DataError, match=r"no image.*pillow-heif"):
+            list_images(tmp_path / "phone")
+        with pytest.raises(DataError, match="pillow-heif"):
+            read_image(tmp_path / "phone" / "x.heic", channels=3, height=8, width=8)
+    finally:
+        readable_suffixes.cache_clear()
 
 
 def test_whole_classes_can_be_held_out(tmp_path):
@@ -240,6 +357,27 @@ def test_folder_that_is_a_link_out_is_refused(tmp_path):
     folder = write_classes(tmp_path / "photos", {"a": 4})
     os.symlink(write_classes(tmp_path / "elsewhere", {"x": 2}), folder / "b")
     with pytest.raises(DataError, match="b is a link out of"):
+        load(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_links_out_are_followed_when_told(tmp_path, workers):
+    folder = write_classes(tmp_path / "photos", {"a": 10})
+    os.symlink(write_classes(tmp_path / "elsewhere", {"x": 10}, start=100) / "x", folder / "b")
+    write_image(tmp_path / "outside.png", 200)
+    os.symlink(tmp_path / "outside.png", folder / "a" / "out.png")
+    os.symlink(folder, folder / "a" / "loop")
+    both = [load(folder, split, follow_links=True, workers=workers) for split in ("train", "held-out")]
+    assert both[0].classes == ("a", "b")
+    assert sorted(level for data in both for level in numbers(data)) == [*range(10), *range(100, 110), 200]
+    assert both[0].skipped == both[1].skipped == ()
+    assert folder / "b" / "0.png" in list_images(folder, follow_links=True)
+
+
+def test_link_out_says_how_to_follow_it(tmp_path):
+    folder = write_classes(tmp_path / "photos", {"a": 4})
+    os.symlink(write_classes(tmp_path / "elsewhere", {"x": 2}), folder / "b")
+    with pytest.raises(DataError, match=r"link out of .*--follow-links, or follow_links=True"):
         load(folder)
 
 

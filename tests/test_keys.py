@@ -250,6 +250,53 @@ class TestPem:
         with pytest.raises(KeyFormatError, match=says.split()[0]):
             PublicKey.from_pem(public)
 
+    def test_key_of_version_2_is_read(self):
+        """The example of RFC 8410, section 10.3: version 2, with an attribute and the public key."""
+        seed = "d4ee72dbf913584ad5b6d8f1f769f8ad3afe7c28cbf1d4fbe097a88f44755842"
+        public = "19bf44096984cdfe8541bac167dc3b96c85086aa30b6b6cb0c5c38ad703166e1"
+        key = OwnerKey.from_pem(RFC_8410)
+        assert key.public.raw.hex() == public
+        assert OwnerKey.from_raw(bytes.fromhex(seed)).public.raw == key.public.raw
+
+    @pytest.mark.parametrize("tail", ["", "8121 00 public", "a123 0321 00 public"])
+    def test_key_of_version_2_is_read_with_a_public_key_or_without(self, tail):
+        """The public key as RFC 5958 tags it, and as the Rust library ring did."""
+        assert OwnerKey.from_pem(version_2(tail, KEY.public.raw)).public.raw == KEY.public.raw
+
+    def test_key_of_version_2_with_somebody_elses_public_key_is_refused(self):
+        pem = version_2("8121 00 public", OwnerKey.generate().public.raw)
+        with pytest.raises(KeyFormatError, match="do not belong together") as caught:
+            OwnerKey.from_pem(pem)
+        assert_no_secret(caught.value, pem)
+
+    def test_key_of_version_2_has_no_passphrase(self):
+        with pytest.raises(KeyFormatError, match="leave the passphrase out"):
+            OwnerKey.from_pem(RFC_8410, PASSPHRASE)
+
+    @given(cut=st.integers(0, 115))
+    @settings(max_examples=40, deadline=None)
+    def test_truncated_key_of_version_2_is_refused(self, cut):
+        der = base64.b64decode(b"".join(RFC_8410.splitlines()[1:-1]))
+        with pytest.raises(KeyFormatError, match="malformed"):
+            OwnerKey.from_pem(as_pem(der[:cut]))
+
+    @pytest.mark.parametrize("passphrase", [None, PASSPHRASE])
+    @pytest.mark.parametrize("private_first", [True, False])
+    def test_private_and_public_key_in_one_file_are_read(self, private_first, passphrase):
+        parts = [KEY.to_pem(passphrase), b"Bag Attributes: none\n", KEY.public.to_pem()]
+        data = b"\xef\xbb\xbf" + b"".join(parts if private_first else parts[::-1])
+        assert OwnerKey.from_pem(data, passphrase).public.raw == KEY.public.raw
+        with pytest.raises(KeyFormatError, match="Never hand out"):
+            PublicKey.from_pem(data)
+
+    def test_public_key_of_another_beside_the_private_one_is_refused(self):
+        with pytest.raises(KeyFormatError, match="do not belong together"):
+            OwnerKey.from_pem(KEY.to_pem() + OwnerKey.generate().public.to_pem())
+
+    def test_two_private_keys_in_one_file_are_refused(self):
+        with pytest.raises(KeyFormatError, match="one private key, got 2"):
+            OwnerKey.from_pem(KEY.to_pem() + OwnerKey.generate().to_pem())
+
     def test_openssh_key_is_refused_by_name(self):
         pem = KEY._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -302,6 +349,26 @@ class TestPem:
         with pytest.raises(KeyFormatError) as caught:
             OwnerKey.from_pem(pem[:cut], passphrase)
         assert_no_secret(caught.value, pem)
+
+
+RFC_8410 = b"""-----BEGIN PRIVATE KEY-----
+MHICAQEwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
+oB8wHQYKKoZIhvcNAQkJFDEPDA1DdXJkbGUgQ2hhaXJzgSEAGb9ECWmEzf6FQbrB
+Z9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PRIVATE KEY-----
+"""
+
+
+def as_pem(der):
+    return b"-----BEGIN PRIVATE KEY-----\n" + base64.b64encode(der) + b"\n-----END PRIVATE KEY-----\n"
+
+
+def version_2(tail, public):
+    """The key of these tests as PKCS#8 of version 2, and more behind it."""
+    inner = bytes.fromhex("020101 3005 06032b6570 0422 0420") + RAW
+    for part in tail.split():
+        inner += public if part == "public" else bytes.fromhex(part)
+    return as_pem(bytes([0x30, len(inner)]) + inner)
 
 
 def assert_no_secret(error, pem):

@@ -11,7 +11,7 @@ from torch import nn
 from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Recognised, catalogue, recognise_architecture
-from keyed_xai.models.recognise import canonical_names
+from keyed_xai.models.naming import current_names
 
 TORCHVISION = [
     "alexnet", "convnext_base", "convnext_small", "convnext_tiny", "densenet121", "densenet161", "efficientnet_b0",
@@ -157,7 +157,7 @@ def test_older_names_of_torchvision_files_are_brought_up_to_date():
         "encoder.layers.encoder_layer_0.mlp.linear_2.bias",
         "features.0.weight",
     ]
-    assert list(canonical_names(names).values()) == [
+    assert list(current_names(names).values()) == [
         "features.denseblock1.denselayer1.norm1.weight",
         "encoder.layers.encoder_layer_0.mlp.0.bias",
         "encoder.layers.encoder_layer_0.mlp.3.bias",

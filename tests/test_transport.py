@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from keyed_xai.transport import Connection, ServerError, is_exposed, split_url
+from keyed_xai.transport import Connection, ServerError, is_exposed, split_model_url, split_url
 
 FINE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 BUSY = b"HTTP/1.1 503 Busy\r\nRetry-After: %s\r\nContent-Length: 4\r\n\r\nbusy"
@@ -180,3 +180,18 @@ class TestUrl:
             with pytest.raises(ValueError, match="no user or password") as caught:
                 split_url(url)
             assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://h/api/v2/models/m", ("https://h/api", "m")),
+        ("https://h/v2/models/v2/models/m", ("https://h/v2/models", "m")),
+        ("https://h/v2/models", ("https://h", None)),
+        ("https://h/v2/models/m/infer", ("https://h/v2/models/m/infer", None)),
+        ("https://h/v22", ("https://h/v22", None)),
+        ("https://h/v2//", ("https://h", None)),
+    ],
+)
+def test_model_is_taken_from_the_end_of_an_address(url, expected):
+    assert split_model_url(url) == expected

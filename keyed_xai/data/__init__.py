@@ -51,6 +51,7 @@ def load_images(
     workers: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    follow_links: bool = False,
 ) -> ImageData:
     """Return the images of a data set at one size; the arguments are those of `Request`.
 
@@ -68,12 +69,13 @@ def load_images(
         workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
         seed: Settles the hold-out, the order and every random crop.
         progress: Called with the number of images done and in all.
+        follow_links: Read files and folders that are links out of the folder of imagefolder:DIR.
 
     Raises:
         DataError: The SPEC is unknown or a table's, or the data set is missing, empty or damaged.
         ValueError: Another argument is outside its range.
     """
-    request = Request(channels, height, width, split, holdout, limit, strict, workers, seed, progress)
+    request = Request(channels, height, width, split, holdout, limit, strict, workers, seed, progress, follow_links)
     name, _, argument = spec.partition(":")
     if is_table(spec):
         raise DataError(

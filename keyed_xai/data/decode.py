@@ -5,6 +5,7 @@ Only common raster formats are opened (never EPS, which would start Ghostscript)
 This module loads neither torch nor the rest of the package: worker processes import it.
 """
 
+import importlib
 import io
 import math
 import multiprocessing
@@ -16,7 +17,8 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +31,16 @@ from keyed_xai.errors import DataError
 LARGEST_IMAGE = 89_478_485
 """Pixels; Pillow's own limit, where it only warns."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+"""What may come as bytes, from anybody."""
+_FILE_FORMATS = (*FORMATS, "DIB", "AVIF", "JPEG2000", "TGA", "PCX", "SGI", "QOI")
+_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".tga", ".pcx", ".sgi", ".qoi",
+})  # fmt: skip
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+"""Photographs of telephones; Pillow reads them where pillow-heif is installed."""
+WITHOUT_HEIF = "HEIC needs the package pillow-heif (keyed-xai[heic])"
+HOW_TO_FOLLOW = "--follow-links, or follow_links=True, follows it"
 _Result = TypeVar("_Result")
 Box = tuple[float, float, float, float]
 """Four edges, or left, top, width and height."""
@@ -51,17 +62,26 @@ _DAMAGED = (
 )  # fmt: skip
 
 
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """Return the suffixes, in small letters, of files that are read."""
+    return _SUFFIXES | HEIF_SUFFIXES if _add_heif() else _SUFFIXES
+
+
 def read_image(path: Path, *, channels: int, height: int, width: int) -> Pixels:
     """Return one image file as uint8 [c, h, w], turned upright, centre-cropped to the aspect ratio and scaled.
 
-    Any mode becomes grey (1 channel) or RGB (3): transparency is flattened on white, 16-bit grey divided by 257. Of
-    animations and multi-page files it is the first page.
+    Any mode becomes grey (1 channel) or RGB (3): transparency is flattened on white, 16-bit grey divided by 257, or by
+    4095 / 255 where no value is above 4,095, as those of 12 bits in a 16-bit file. Of animations and multi-page files
+    it is the first page.
 
     Raises:
         DataError: The file is missing, no image, damaged or too large.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such image file.")
+    if path.suffix.lower() in HEIF_SUFFIXES and not _add_heif():
+        raise DataError(f"{path}: {WITHOUT_HEIF}.")
     return _open_or_refuse(path, str(path), LARGEST_IMAGE, (channels, height, width), _decode)
 
 
@@ -107,7 +127,7 @@ def map_box(path: Path, box: Box, *, height: int, width: int, drawn_on: tuple[in
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=_formats_of(path)) as image:
                 size, turned = image.size, image.getexif().get(_ORIENTATION, 1) != 1
     except _DAMAGED:
         return _NO_BOX
@@ -118,7 +138,7 @@ def decode_images(folder: Path, names: Sequence[str], request: Request) -> tuple
     """Return the readable images, their indices in `names`, and the names of the others.
 
     Args:
-        folder: Where they are; a file that is a link out of it counts as unreadable.
+        folder: Where they are; a file that is a link out of it counts as unreadable, unless links are followed.
         names: Files, relative to the folder, in the order the images shall have.
         request: Size, workers, strictness and progress.
 
@@ -150,15 +170,17 @@ def leads_out(folder: Path, path: Path) -> bool:
     return path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())
 
 
-def decode_chunk(folder: str, names: Sequence[str], shape: tuple[int, int, int]) -> list[Pixels | str]:
+def decode_chunk(
+    folder: str, names: Sequence[str], shape: tuple[int, int, int], *, follow_links: bool = False
+) -> list[Pixels | str]:
     """Return each file's pixels [c, h, w], or what is wrong with it. Runs in worker processes."""
-    return [_decode_or_complain(Path(folder), name, shape) for name in names]
+    return [_decode_or_complain(Path(folder), name, shape, follow_links=follow_links) for name in names]
 
 
-def _decode_or_complain(folder: Path, name: str, shape: tuple[int, int, int]) -> Pixels | str:
+def _decode_or_complain(folder: Path, name: str, shape: tuple[int, int, int], *, follow_links: bool) -> Pixels | str:
     path = folder / name
-    if leads_out(folder, path):
-        return "a link out of the folder"
+    if not follow_links and leads_out(folder, path):
+        return f"a link out of the folder ({HOW_TO_FOLLOW})"
     try:
         return read_image(path, channels=shape[0], height=shape[1], width=shape[2])
     except DataError as error:
@@ -167,7 +189,8 @@ def _decode_or_complain(folder: Path, name: str, shape: tuple[int, int, int]) ->
 
 def _decode_in_order(folder: Path, names: Sequence[str], request: Request) -> Generator[Pixels | str, None, None]:
     """Yield each file's pixels, or what is wrong with it."""
-    decode = partial(decode_chunk, str(folder), shape=(request.channels, request.height, request.width))
+    shape = (request.channels, request.height, request.width)
+    decode = partial(decode_chunk, str(folder), shape=shape, follow_links=request.follow_links)
     workers = _choose_workers(len(names), request)
     chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     if workers < 2:
@@ -205,12 +228,28 @@ def _open_or_refuse(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about odd metadata and sizes; sizes are checked here
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=_formats_of(file)) as image:
                 if image.width * image.height > largest:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} is over {largest} pixels")
                 return work(image, shape)
     except _DAMAGED as error:
         raise DataError(f"{origin}: not a readable image: {_describe(error)}.") from error
+
+
+def _formats_of(file: Path | io.BytesIO) -> tuple[str, ...]:
+    """Return the formats to try: of a file on this machine more than of bytes that anybody sent."""
+    if not isinstance(file, Path):
+        return FORMATS
+    return (*_FILE_FORMATS, "HEIF") if _add_heif() else _FILE_FORMATS
+
+
+@cache
+def _add_heif() -> bool:
+    """Have Pillow read HEIC and HEIF, if the package for it is installed; return whether it is."""
+    if find_spec("pillow_heif") is None:
+        return False
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return True
 
 
 def _decode(image: Image.Image, shape: tuple[int, int, int]) -> Pixels:
@@ -267,20 +306,31 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     """Return an image of any mode as "L" or "RGB", changed strip by strip."""
     if image.mode == mode and not image.has_transparency_data:
         return image
+    full = _full_scale(image) if image.mode in _SIXTEEN_BIT else 0
     flat = Image.new(mode, image.size)
     rows = max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        flat.paste(_flatten_strip(strip, mode), (0, top))
+        flat.paste(_flatten_strip(strip, mode, full), (0, top))
     return flat
 
 
-def _flatten_strip(image: Image.Image, mode: str) -> Image.Image:
+def _full_scale(image: Image.Image) -> int:
+    """Return which value is white in an image of 16-bit numbers: 4,095 where none is above it, as with 12 bits.
+
+    Raises:
+        ValueError: There are numbers of more bits, or below 0.
+    """
+    lowest, highest = image.getextrema()
+    if not (isinstance(lowest, int) and isinstance(highest, int) and lowest >= 0 and highest < 2**16):
+        raise ValueError("32-bit values of unknown range; save it with 8 or 16 bits")
+    return 2**16 - 1 if highest >= 2**12 else 2**12 - 1
+
+
+def _flatten_strip(image: Image.Image, mode: str, full: int) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit values of unknown range; save it with 8 or 16 bits")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
+        image = Image.fromarray((values / (full / 255)).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point values of unknown range; save it with 8 or 16 bits")
     elif image.has_transparency_data:
@@ -319,5 +369,5 @@ def _clip(share: float) -> float:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"not one of {', '.join(FORMATS)}"
+        return f"not one of {', '.join(FORMATS)} and others that Pillow reads"
     return str(error).rstrip(".") or type(error).__name__

@@ -1,22 +1,36 @@
 """A folder of images, as torchvision's ImageFolder reads it and a little more.
 
-Layouts: a folder per class; images only, without labels; and either of them inside `train` and `val` (or `valid`,
-`validation`, `test`) folders, which are then the splits. Otherwise a fifth is held out, chosen by a hash of the
-relative names and the seed, class by class. Hidden files and folders without images are left alone. Links are followed
-inside the folder only: a file that is a link out of it is skipped like a broken one, a folder that is one is refused.
+Layouts: a folder per class; images only, without labels; and either of them inside `train` and `val` folders (or
+`Training` and `Testing`, `valid`, `test_set`, ...: see `_SPLIT`), which are then the splits. Otherwise a fifth is held
+out, chosen by a hash of the relative names and the seed, class by class. Hidden files are left alone; other files, and
+folders without images, are passed over and counted in the notes. Links are followed inside the folder only, unless the
+request says otherwise: a file that is a link out of it is skipped like a broken one, a folder that is one is refused.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from keyed_xai.data.decode import SUFFIXES, decode_images, leads_out
+from keyed_xai.data.decode import (
+    HEIF_SUFFIXES,
+    HOW_TO_FOLLOW,
+    WITHOUT_HEIF,
+    decode_images,
+    leads_out,
+    readable_suffixes,
+)
 from keyed_xai.data.images import ImageData, Request, choose_classes, choose_held_out, order_balanced
 from keyed_xai.errors import DataError
 
-_HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+_SPLIT = re.compile(
+    r"(train|val|dev|eval|test)(?:ing|id|idation|uation)?[ _-]?(?:set|data|images?|split)?", re.IGNORECASE
+)
+_TRAIN, _HELD_OUT = "train", ("val", "dev", "eval", "test")
+_SHOWN = 8
 
 
 class _Listing(NamedTuple):
@@ -25,6 +39,15 @@ class _Listing(NamedTuple):
     names: list[str]
     labels: list[int] | None
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class _Folder(NamedTuple):
+    """A folder of images, how it is read, and the suffixes of the files met that are none."""
+
+    root: Path
+    follow_links: bool
+    others: Counter[str]
 
 
 def load_image_folder(argument: str, request: Request) -> ImageData:
@@ -49,66 +72,113 @@ def load_image_folder(argument: str, request: Request) -> ImageData:
     if listing.labels is not None:
         labels = np.array([listing.labels[order[index]] for index in kept], np.int64)
     source = f"imagefolder:{root.resolve().name} ({request.split})"
-    return ImageData(images, labels, listing.classes, source, tuple(skipped))
+    return ImageData(images, labels, listing.classes, source, tuple(skipped), notes=listing.notes)
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, *, follow_links: bool = False) -> list[Path]:
     """Return the image files in a folder and its sub-folders, sorted by relative name.
 
     Raises:
-        DataError: The folder is missing, has no image, or has a link out of it.
+        DataError: The folder is missing, has no image, or has a link out of it and links are not to be followed.
     """
     _check_folder(folder)
-    found = [folder / name for name in sorted(_walk(folder, folder))]
+    reading = _Folder(folder, follow_links, Counter())
+    found = [folder / name for name in sorted(_walk(reading, folder))]
     if not found:
-        raise DataError(f"{folder} has no image (one of {', '.join(sorted(SUFFIXES))}).")
+        raise DataError(f"{folder} has no image{_describe_others(reading.others)}.")
     for path in found:
-        if leads_out(folder, path):
-            raise DataError(f"{path} is a link out of {folder}: links are followed inside only. Copy the file instead.")
+        if not follow_links and leads_out(folder, path):
+            raise DataError(f"{path} is a link out of {folder}: {HOW_TO_FOLLOW}.")
     return found
 
 
 def _choose_split(root: Path, request: Request) -> _Listing:
     """Return the files of the split asked for: those of its folder where there is one, else by hash."""
     _check_folder(root)
-    halves = _find_split_folders(root)
-    if halves is None:
-        listing = _list_labelled(root, root)
+    folder = _Folder(root, request.follow_links, Counter())
+    train, held_out_half, notes = _list_halves(folder)
+    if held_out_half is None:
         if request.holdout == "images":
-            held_out = _hold_out_images(listing, request.seed)
-            wanted = [(name in held_out) == (request.split == "held-out") for name in listing.names]
-            return _check_some(_keep(listing, wanted), root, request)
-        chosen = listing
+            held_out = _hold_out_images(train, request.seed)
+            wanted = [(name in held_out) == (request.split == "held-out") for name in train.names]
+            train = _keep(train, wanted)
+        chosen = train
     else:
-        train, held_out_half = (_list_labelled(root, half) for half in halves)
         chosen = train if request.split == "train" else held_out_half
         chosen = _relabel(chosen, sorted({*train.classes, *held_out_half.classes}))
     if request.holdout == "classes":
         classes = choose_classes(chosen.classes, request)
         chosen = _keep(chosen, [label in classes for label in chosen.labels or []])
-    return _check_some(chosen, root, request)
+    if folder.others:
+        notes.append(f"Passed over in {root.name}{_describe_others(folder.others)}.")
+    return _check_some(chosen._replace(notes=tuple(notes)), root, request)
 
 
-def _find_split_folders(root: Path) -> tuple[Path, Path] | None:
-    """Return the folders of the two splits, or None where the folder is not laid out so."""
-    names = {folder.name for folder in _sub_folders(root)}
-    held_out = [name for name in _HELD_OUT_FOLDERS if name in names]
-    if "train" in names and held_out and names <= {"train", *_HELD_OUT_FOLDERS}:
-        return root / "train", root / held_out[0]
-    return None
+def _list_halves(folder: _Folder) -> tuple[_Listing, _Listing | None, list[str]]:
+    """Return what is to learn from, what is held out where folders say so, and notes on what was taken for what."""
+    splits = _find_split_folders(folder)
+    if splits is None:
+        listing = _list_labelled(folder, folder.root)
+        empty = [child.name for child in _sub_folders(folder.root) if child.name not in listing.classes]
+        notes = [f"Folders without an image: {_listed(empty)}."] if empty else []
+        named = [name for name in listing.classes if _split_of(name)]
+        if named and len(listing.classes) > len(named):
+            notes.append(f"{_listed(named)} are taken for classes, as the folders beside them are.")
+        return listing, None, notes
+    train_folder, held_out_folder, others = splits
+    train = _list_labelled(folder, train_folder)
+    held_out = None if held_out_folder is None else _list_labelled(folder, held_out_folder)
+    if held_out_folder is None or held_out is None or bool(held_out.classes) != bool(train.classes):
+        others += [] if held_out_folder is None else [held_out_folder.name]
+        said, held_out = f"Read from {train_folder.name}", None
+    else:
+        said = f"Split by folders: {train_folder.name} and {held_out_folder.name}"
+    beside = f"; passed over beside: {_listed(others)}" if others else ""
+    return train, held_out, [f"{said}{beside}."]
 
 
-def _list_labelled(root: Path, folder: Path) -> _Listing:
-    """Return what lies below `folder`, a folder per class or images only; names are relative to `root`."""
-    by_class = {child.name: sorted(_walk(root, child)) for child in _sub_folders(folder)}
+def _find_split_folders(folder: _Folder) -> tuple[Path, Path | None, list[str]] | None:
+    """Return the folders of the two splits and the names of others; None where the folder is not laid out so.
+
+    Folders beside them are passed over, unless all have images and no folders, as classes have.
+    """
+    children = _sub_folders(folder.root)
+    by_split: dict[str, Path] = {}
+    for child in children:
+        split = _split_of(child.name)
+        if split is not None:
+            by_split.setdefault(split, child)
+    filled = [child for child in children if any(_walk(folder._replace(others=Counter()), child))]
+    found = [by_split[name] for name in (_TRAIN, *_HELD_OUT) if name in by_split and by_split[name] in filled]
+    deep = [child for child in found if any(each for each in _sub_folders(child))]
+    beside = [child for child in filled if _split_of(child.name) is None]
+    if not found or (beside and not deep):
+        return None
+    train = by_split[_TRAIN] if _TRAIN in by_split and by_split[_TRAIN] in found else found[0]
+    held_out = next((child for child in found if child != train and (child in deep) == (train in deep)), None)
+    held_out = held_out or next((child for child in found if child != train), None)
+    others = [child.name for child in children if child not in (train, held_out)]
+    return train, held_out, others
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a folder's name says, such as "train" for "Training set"."""
+    found = _SPLIT.fullmatch(name)
+    return found[1].lower() if found else None
+
+
+def _list_labelled(reading: _Folder, folder: Path) -> _Listing:
+    """Return what lies below `folder`, a folder per class or images only; names are relative to the root."""
+    root = reading.root
+    by_class = {child.name: sorted(_walk(reading, child)) for child in _sub_folders(folder)}
     by_class = {name: files for name, files in by_class.items() if files}
-    loose = sorted(path.relative_to(root).as_posix() for path in folder.iterdir() if _is_image(path))
+    loose = sorted(path.relative_to(root).as_posix() for path in _files(reading, folder))
     if by_class and loose:
         raise DataError(
             f"{folder} has images ({loose[0]}) beside class folders ({next(iter(by_class))}): expected one of the two."
         )
     if not by_class and not loose:
-        raise DataError(f"{folder} has no image (one of {', '.join(sorted(SUFFIXES))}) and no folder with images.")
+        raise DataError(f"{folder} has no image and no folder with images{_describe_others(reading.others)}.")
     if loose:
         return _Listing(loose, None, ())
     labels = [label for label, files in enumerate(by_class.values()) for _ in files]
@@ -120,7 +190,7 @@ def _relabel(listing: _Listing, classes: list[str]) -> _Listing:
     if listing.labels is None:
         return listing
     labels = [classes.index(listing.classes[label]) for label in listing.labels]
-    return _Listing(listing.names, labels, tuple(classes))
+    return _Listing(listing.names, labels, tuple(classes), listing.notes)
 
 
 def _hold_out_images(listing: _Listing, seed: int) -> set[str]:
@@ -157,20 +227,42 @@ def _sub_folders(folder: Path) -> list[Path]:
     return sorted(visible, key=lambda path: path.name)
 
 
-def _walk(root: Path, folder: Path) -> Iterator[str]:
-    """Yield the names, relative to `root`, of the images in a folder and below. Each real folder is entered once."""
-    waiting, entered = [folder], set()
+def _walk(reading: _Folder, folder: Path) -> Iterator[str]:
+    """Yield the names, relative to the root, of the images in a folder and below.
+
+    Each real folder is entered once, and none that the folder itself is in.
+    """
+    root, waiting, entered = reading.root, [folder], set(folder.resolve().parents)
     while waiting:
         here = waiting.pop()
         real = here.resolve()
-        if not real.is_relative_to(root.resolve()):
-            raise DataError(f"{here} is a link out of {root}: links are followed inside only. Copy the folder instead.")
+        if not reading.follow_links and not real.is_relative_to(root.resolve()):
+            raise DataError(f"{here} is a link out of {root}: {HOW_TO_FOLLOW}.")
         if real not in entered:
             entered.add(real)
             waiting += _sub_folders(here)
-            yield from (path.relative_to(root).as_posix() for path in here.iterdir() if _is_image(path))
+            yield from (path.relative_to(root).as_posix() for path in _files(reading, here))
 
 
-def _is_image(path: Path) -> bool:
-    """Return whether a path looks like an image file, by its name."""
-    return not path.name.startswith(".") and path.suffix.lower() in SUFFIXES and (path.is_file() or path.is_symlink())
+def _files(reading: _Folder, folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder that are images by their names, and count the others that are not hidden."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or not (path.is_file() or path.is_symlink()) or path.is_dir():
+            continue
+        if path.suffix.lower() in readable_suffixes():
+            yield path
+        else:
+            reading.others[path.suffix.lower()] += 1
+
+
+def _describe_others(others: Counter[str]) -> str:
+    """Return how many files of other kinds there are, and what photographs of telephones need; starts with a colon."""
+    if not others:
+        return ""
+    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(others.items())]
+    hint = f" ({WITHOUT_HEIF})" if HEIF_SUFFIXES & others.keys() else ""
+    return f": files {_listed(counts)}{hint}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -47,6 +47,7 @@ class ImageData:
             the image as it is in `images`; NaN rows where that is not known. None where the data set has no boxes.
         box_labels: int64 [n], the label, as an index into `classes`, that each image's box shows; -1 where there is no
             box. None where the data set has no boxes, or where they are around the whole object.
+        notes: Sentences about what of a folder was taken for what, and what was passed over.
     """
 
     images: Pixels
@@ -56,6 +57,7 @@ class ImageData:
     skipped: tuple[str, ...] = ()
     boxes: NDArray[np.float32] | None = None
     box_labels: NDArray[np.int64] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the shapes, and make a memmap read-only: it is one file, and no copy of it is cheap.
@@ -110,6 +112,7 @@ class Request:
         workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
         seed: Settles the hold-out, the order and every random crop.
         progress: Called with the number of images done and in all.
+        follow_links: Read files and folders that are links out of the data set's folder.
     """
 
     channels: int
@@ -122,6 +125,7 @@ class Request:
     workers: int | None = None
     seed: int = 0
     progress: Progress | None = None
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.

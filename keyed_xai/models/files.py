@@ -8,12 +8,14 @@ import io
 import json
 import pickle
 import pickletools
+import re
 import reprlib
 import struct
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from keyed_xai.errors import ModelError
+from keyed_xai.models.contents import WRAPPERS, LeftOut, LeftOutMapping, choose_set, find_sets, is_averaged, is_wanted
+from keyed_xai.models.hub import read_hub_config
 
 CARD_KEY = "keyed_xai_card"
 """In a safetensors file's metadata: the card as JSON. In a ``.pt`` file the card is the entry ``card``."""
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
-_FOLDER_FILES = ("model.safetensors", "model.pt")
+_FOLDER_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
 # What PyTorch's loader and zipfile have been seen to raise on damaged files.
 LOAD_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError,
@@ -44,6 +47,12 @@ _SEE_ZIP64 = 2**32 - 1
 _MOST_OBJECTS = 2**25
 _LONGEST_NAME = 500
 _MARK = -1
+_OPERATING = {"copy_reg", "commands"}  # standard library of Python 2, which no placeholder stands for
+_PLAIN = {"pathlib", "datetime", "collections", "decimal", "uuid", "types", "enum"}  # standard library, and harmless
+_PLAIN_BUILTINS = {
+    "getattr",  # of an enum's member
+    "object", "list", "dict", "tuple", "set", "frozenset", "int", "float", "bool", "str", "slice", "range",
+}  # fmt: skip
 _PICKLES = 5  # in torch's old format, before the numbers; the data.pkl of its new one is a single pickle
 _DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
@@ -64,21 +73,27 @@ class ModelFile:
         module: A pickled module, in float32.
         card: Our own card, as it came: not checked.
         hints: Architecture names that training scripts leave beside the weights: not trusted.
+        notes: Sentences for the user about which of several sets of weights these are.
+        chosen: Whether they are the set that was asked for by name.
     """
 
     tensors: dict[str, Tensor]
     module: nn.Module | None = None
     card: Mapping[str, object] | None = None
     hints: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    chosen: bool = False
 
 
-def read_model_file(path: str | Path, *, allow_pickle: bool = False) -> ModelFile:
-    """Return what is in a model file or a protected model's folder.
+def read_model_file(path: str | Path, *, allow_pickle: bool = False, weights: str | None = None) -> ModelFile:
+    """Return what is in a model file or a folder with one.
 
     Args:
-        path: A state dict saved by `torch.save`, alone or under ``state_dict``, ``model`` and the like; a safetensors
-            file; or a folder with ``model.safetensors`` or ``model.pt``. Recognised by content, not by name.
+        path: A state dict saved by `torch.save`, alone or in a checkpoint with much besides; a safetensors file; or a
+            folder with ``model.safetensors``, ``model.pt`` or ``pytorch_model.bin``, perhaps with timm's
+            ``config.json``, which counts as a card. Recognised by content, not by name.
         allow_pickle: Also take a pickled module. **Runs code from the file.**
+        weights: Which of several sets of weights: ``ema`` for averaged ones, or the name of an entry.
 
     Raises:
         ModelError: The file is missing, empty, damaged, of another kind, or would run code.
@@ -94,8 +109,11 @@ def read_model_file(path: str | Path, *, allow_pickle: bool = False) -> ModelFil
         found = _read_safetensors(file)
     else:
         _refuse_other_kinds(file, start)
-        found = _sort_out(_load_pickled(file, allow_pickle=allow_pickle), file.name, allow_pickle=allow_pickle)
+        found = _sort_out(_load_pickled(file, allow_pickle=allow_pickle), file.name, weights)
     _check_tensors(found.module.state_dict() if found.module is not None else found.tensors, file.name)
+    if Path(path).is_dir() and found.card is None:
+        card, hints = read_hub_config(Path(path))
+        return replace(found, card=card or None, hints=(*found.hints, *hints))
     return found
 
 
@@ -114,7 +132,7 @@ def _find_file(path: Path) -> Path:
         inside = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
         if inside:
             return inside[0]
-        raise ModelError(f"the folder {path.name} holds no {' or '.join(_FOLDER_FILES)}: give the model file itself.")
+        raise ModelError(f"the folder {path.name} holds no {', '.join(_FOLDER_FILES)}: give the model file itself.")
     if not path.is_file():
         raise ModelError(f"there is no model file {path}. Check the path.")
     return path
@@ -214,27 +232,50 @@ def _list_archive(file: Path) -> list[zipfile.ZipInfo]:
         raise ModelError(f"{file.name} is damaged or cut short: {error}. Save or download it again.") from error
 
 
-def load_weights(file: Path) -> object:
+def load_weights(file: Path, *, leave_out: bool = False) -> object:
     """Return what `torch.save` wrote, tensors and plain values: nothing in the file is run.
 
     Sizes that the file names are compared with its own before anything is unpacked, and again with the tensors made.
+
+    Args:
+        file: The file.
+        leave_out: Put a `LeftOut` where there is an object of another class than tensors' and plain values', such as
+            one of NumPy's scalars, instead of refusing the file. What names functions of the system is refused anyway.
 
     Raises:
         ModelError: The file says that it holds more than it does.
         Exception: Whatever PyTorch's loader raises on damaged files and on those that would run code.
     """
-    _check_pickle(file)
+    names = _check_pickle(file)
+    others = [(_stand_in(name), name) for name in names if leave_out and _is_left_out(name)]
     # Training scripts of torchvision and timm keep their options, a Namespace of plain values, beside the weights.
     # PyTorch warns of sparse tensors and new pickle protocols, which end in a ModelError anyway.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    # What PyTorch itself knows as harmless comes before `others`.
+    with torch.serialization.safe_globals([argparse.Namespace, *others]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: object = torch.load(file, map_location="cpu", weights_only=True)
     _check_storages(loaded, file)
     return loaded
 
 
-def _check_pickle(file: Path) -> None:
-    """Refuse what would unpack to more than the file holds: packed members, many objects, arrays of zeros."""
+def _is_left_out(name: str) -> bool:
+    """Return whether a class may stand beside weights: of other packages, or a harmless one of Python's own."""
+    package, _, rest = name.partition(".")
+    if package == "builtins":
+        return rest in _PLAIN_BUILTINS
+    return package in _PLAIN or package not in sys.stdlib_module_names | _OPERATING
+
+
+def _stand_in(name: str) -> type[LeftOut]:
+    return LeftOutMapping if name.endswith(("Dict", "dict")) else LeftOut
+
+
+def _check_pickle(file: Path) -> set[str]:
+    """Return the classes and functions that a pickle names.
+
+    Raises:
+        ModelError: It would unpack to more than the file holds: packed members, many objects, arrays of zeros.
+    """
     with file.open("rb") as stream:
         pickled = stream.read(_LARGEST_PICKLE)
     if pickled.startswith(_ZIP_START):
@@ -253,17 +294,22 @@ def _check_pickle(file: Path) -> None:
             )
         with zipfile.ZipFile(file) as archive:
             pickled = archive.read(objects[0])
-    _refuse_tangle(pickled, file.name)
+    names = _refuse_tangle(pickled, file.name)
     if b"bytearray" in pickled:  # the one type that is allowed and takes up whatever length it names
         raise ModelError(f"{file.name} holds a bytearray, expected tensors and plain values. {_RESAVE}.")
+    return names
 
 
-def _refuse_tangle(pickled: bytes, name: str) -> None:
+def _refuse_tangle(pickled: bytes, name: str) -> set[str]:
     """Refuse objects that hold one another so often that to hash or print one would never end.
 
     A tuple of two, each the same tuple of two, and so on for 60 floors, is 300 bytes: as a dictionary's key it is
     walked 2^60 times. The pickle is read without being run, and each object counts what it would have written out.
+
+    Returns:
+        The classes and functions that it names.
     """
+    names: set[str] = set()
     stack: list[int] = []
     memo: dict[int, int] = {}
     stream = io.BytesIO(pickled)
@@ -274,12 +320,15 @@ def _refuse_tangle(pickled: bytes, name: str) -> None:
                     raise ModelError(
                         f"{name} names a class in {len(str(argument))} letters, expected {_LONGEST_NAME} at most."
                     )
+                if operation.name == "GLOBAL":
+                    names.add(re.sub(r"^__builtin__\b", "builtins", str(argument).replace(" ", ".")))  # as Python 2's
                 if _step(operation, argument, stack, memo) > _MOST_OBJECTS:
                     raise ModelError(f"{name} holds objects in one another more than {_MOST_OBJECTS} times. {_RESAVE}.")
             if stream.tell() == len(pickled):
                 break
     except LOAD_ERRORS as error:
         raise _no_model_file(name, error) from error
+    return names
 
 
 def _step(
@@ -346,20 +395,33 @@ def _tensors_in(loaded: object) -> Iterator[Tensor]:
 
 
 def _load_pickled(file: Path, *, allow_pickle: bool) -> object:
-    """Load weights; where that is refused and the user allows it, whatever the pickle makes."""
+    """Load weights; where there are none but code, and the user allows it, whatever the pickle makes."""
+    failure: Exception | None = None
     try:
-        return load_weights(file)
+        loaded = load_weights(file, leave_out=True)
+        if not _is_code_instead(loaded):
+            return loaded
     except LOAD_ERRORS as error:
-        refused = _code_in(file)
-        if refused and allow_pickle:
-            return _run_pickle(file)
-        if refused:
-            raise ModelError(
-                f"{file.name} is not weights alone but pickled Python objects ({', '.join(refused[:4])}): loading it "
-                f"would run code from the file. {_RESAVE}. If you trust whoever made the file, --allow-pickle "
-                "(allow_pickle=True in Python) loads it all the same."
-            ) from error
-        raise _no_model_file(file.name, error) from error
+        failure = error
+    refused = _code_in(file)
+    if refused and allow_pickle:
+        return _run_pickle(file)
+    if refused:
+        raise ModelError(
+            f"{file.name} is not weights alone but pickled Python objects ({', '.join(refused[:4])}): loading it "
+            f"would run code from the file. {_RESAVE}. If you trust whoever made the file, --allow-pickle "
+            "(allow_pickle=True in Python) loads it all the same."
+        ) from failure
+    raise _no_model_file(file.name, failure or ValueError()) from failure
+
+
+def _is_code_instead(loaded: object) -> bool:
+    """Return whether what stands in the place of weights is an object of a class that was not loaded."""
+    if not isinstance(loaded, Mapping):
+        return isinstance(loaded, LeftOut)
+    sets = find_sets(loaded)
+    wrapped = any(isinstance(value, LeftOut) for key, value in loaded.items() if key in WRAPPERS)
+    return wrapped and not any(each.name for each in sets)
 
 
 def _no_model_file(name: str, error: Exception) -> ModelError:
@@ -389,7 +451,7 @@ def _code_in(file: Path) -> list[str]:
     return sorted(names, key=lambda name: (name.startswith("torch."), name))
 
 
-def _sort_out(loaded: object, name: str, *, allow_pickle: bool) -> ModelFile:
+def _sort_out(loaded: object, name: str, weights: str | None) -> ModelFile:
     """Find the state dict, or the module, in what was loaded."""
     if isinstance(loaded, nn.Module):
         return ModelFile({}, module=_as_network(loaded, name))
@@ -397,16 +459,32 @@ def _sort_out(loaded: object, name: str, *, allow_pickle: bool) -> ModelFile:
         raise ModelError(f"{name} holds a {type(loaded).__name__} and no state dict. {_RESAVE}.")
     card = loaded.get("card")
     hints = _hints(loaded)
-    inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping | nn.Module)), loaded)
-    if isinstance(inner, nn.Module) and allow_pickle:
-        return ModelFile({}, module=_as_network(inner, name), hints=hints)
-    tensors = {key: value for key, value in inner.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
+    module = _module_in(loaded, weights)
+    if module is not None:
+        return ModelFile({}, module=_as_network(module, name), hints=hints)
+    sets = find_sets(loaded)
+    if not sets:
         raise ModelError(
-            f"{name} holds no weights: expected tensor names to tensors, alone or under {', '.join(_WRAPPERS[:3])}; "
+            f"{name} holds no weights: expected tensor names to tensors, alone or under {', '.join(WRAPPERS[:3])}; "
             f"came entries {', '.join(map(reprlib.repr, list(loaded)[:4])) or '(none)'}. {_RESAVE}."
         )
-    return ModelFile(_as_float32(tensors, name), card=card if isinstance(card, Mapping) else None, hints=hints)
+    chosen, note = choose_set(sets, weights)
+    return ModelFile(
+        _as_float32(chosen.tensors, name),
+        card=card if isinstance(card, Mapping) else None,
+        hints=hints,
+        notes=() if note is None else (note,),
+        chosen=weights is not None and is_wanted(chosen.name, weights, averaged=chosen.averaged),
+    )
+
+
+def _module_in(loaded: Mapping[object, object], weights: str | None) -> nn.Module | None:
+    """Return the pickled module asked for, or the one where weights usually are; there are some with allow_pickle."""
+    modules = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, nn.Module)}
+    if weights is not None:
+        named = (value for key, value in modules.items() if is_wanted(key, weights, averaged=is_averaged(key)))
+        return next(named, None)
+    return next((modules[key] for key in WRAPPERS if key in modules), None)
 
 
 def _hints(loaded: Mapping[object, object]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from keyed_xai.models.catalogue import build_network, build_without_memory, defa
 from keyed_xai.models.classifier import Classifier, InputSpec
 from keyed_xai.models.files import ModelFile, read_model_file
 from keyed_xai.models.layers import Trace, derive_taps, find_target_layer, trace_network
-from keyed_xai.models.recognise import Recognised, canonical_names, recognise_architecture
+from keyed_xai.models.recognise import Recognised, recognise_architecture
 from keyed_xai.tensors import Tap
 
 Size = int | tuple[int, int]
@@ -49,6 +49,7 @@ def load_classifier(
     target_layer: str | None = None,
     taps: Sequence[Tap | str] | None = None,
     allow_pickle: bool = False,
+    weights: str | None = None,
     card: Mapping[str, object] | None = None,
     require_map: bool = True,
     any_channels: bool = False,
@@ -58,7 +59,7 @@ def load_classifier(
     Every argument but the first overrides the card, which overrides the architecture's defaults.
 
     Args:
-        path: A state dict, a safetensors file, or a protected model's folder; see `files.read_model_file`.
+        path: A state dict, a checkpoint, a safetensors file, or a folder with one; see `files.read_model_file`.
         arch: Architecture; recognised from the weights if not given. ``timm:NAME`` asks for timm's.
         classes: Number of logits; must agree with the weights.
         input_size: Pixels.
@@ -67,6 +68,8 @@ def load_classifier(
         target_layer: Of Grad-CAM, inside the user's network or (``network.``...) inside the classifier.
         taps: Layers of VisualBackProp; names alone have their kernels and strides derived.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
+        weights: Which of several sets of weights, or networks, in the file: ``ema`` for averaged ones, or a name or
+            prefix. By default plain ones; the classifier's `notes` say what else there is.
         card: The card beside the file, already read; the one inside the file if not given.
         require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
         any_channels: Whether the weights may take grey images where `mean` and `std` are of colour ones, or the other
@@ -75,19 +78,23 @@ def load_classifier(
     Raises:
         ModelError: The file cannot be read, is not recognised, or contradicts the card or the arguments.
     """
-    found = read_model_file(path, allow_pickle=allow_pickle)
+    found = read_model_file(path, allow_pickle=allow_pickle, weights=weights)
     card = found.card or {} if card is None else card
     named = arch or _own_architecture(card, found)
     flags = _Flags(input_size, mean, std, any_channels)
+    notes = found.notes
     if found.module is not None:
         network, source, architecture = found.module, "pickle", type(found.module).__name__
         channels = _first_channels(network) or _card_channels(card) or 3
         spec = _choose_input(plain_input(channels), card, flags)
         file_names = {name: name for name in network.state_dict()}
     else:
-        known = recognise_architecture(found.tensors, arch=named, hints=found.hints)
+        known = recognise_architecture(
+            found.tensors, arch=named, hints=found.hints, weights=None if found.chosen else weights
+        )
         source, architecture = known.source, known.architecture
-        file_names = {name: file_name for file_name, name in canonical_names(found.tensors).items()}
+        notes += known.notes
+        file_names = {name: file_name for file_name, name in known.names.items()}
         state = {name: found.tensors[file_name] for name, file_name in file_names.items()}
         spec = _choose_input(_default_input(known, state), card, flags)
         network = _rebuild(known, state, spec)
@@ -106,6 +113,7 @@ def load_classifier(
         multi_label=card.get("multi_label") is True,
         require_map=require_map,
     )
+    classifier.notes = notes
     return classifier.eval()
 
 

@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import NoReturn
 
 from torch import Tensor
@@ -11,14 +12,19 @@ from torch import Tensor
 from keyed_xai.errors import ModelError
 from keyed_xai.models import catalogue
 from keyed_xai.models.catalogue import SOURCES, Shapes
-
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-_OLD_NAMES = (  # renamed by torchvision itself when it loads its own older files
-    (re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$"), r"\1\2"),
-    (re.compile(r"^(encoder\.layers\.encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
-    (re.compile(r"^(encoder\.layers\.encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
+from keyed_xai.models.contents import is_averaged, is_wanted, refuse_wanted
+from keyed_xai.models.naming import (
+    Reading,
+    current_names,
+    keep_known,
+    list_prefixes,
+    list_readings,
+    list_split_readings,
+    numbers_in,
 )
+
 _SHOWN = 4  # tensors or names listed in a message
+_MOST_NEARBY = 3  # prefixes below which the nearest architecture is sought
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,24 @@ class Recognised:
         source: ``keyed_xai``, ``torchvision``, ``efficientnet_lite_pytorch`` or ``timm``.
         classes: Number of logits, from the last layer's weight.
         channels: Of the image, from the first convolution's weight; 1 for rows of a table.
+        names: Of the tensors that are the network's: in the file, to those in the network.
+        notes: Sentences for the user about which prefix was taken off, and what was left out.
     """
 
     architecture: str
     source: str
     classes: int
     channels: int
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """An architecture that tensors of a file fit, and which of them."""
+
+    reading: Reading
+    recognised: Recognised
 
 
 @dataclass(frozen=True)
@@ -56,50 +74,35 @@ class _Mismatch:
         return "; ".join(f"{len(names)} tensors {what} ({_some(names)})" for what, names in parts.items() if names)
 
 
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Return names in a file to names inside the network.
-
-    Takes off a wrapper's prefix that all names share (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile,
-    ``model.`` of Lightning) and brings the older names of torchvision's DenseNet and ViT files up to date.
-    """
-    files = list(names)
-    bare = files
-    while prefix := next((p for p in _PREFIXES if bare and all(name.startswith(p) for name in bare)), None):
-        bare = [name.removeprefix(prefix) for name in bare]
-    current = [_current_name(name) for name in bare]
-    return dict(zip(files, current if len(set(current)) == len(files) else bare, strict=True))
-
-
 def recognise_architecture(
-    state_dict: Mapping[str, Tensor], *, arch: str | None = None, hints: Iterable[str] = ()
+    state_dict: Mapping[str, Tensor], *, arch: str | None = None, hints: Iterable[str] = (), weights: str | None = None
 ) -> Recognised:
-    """Return the architecture that a state dict's tensor names and shapes fit.
+    """Return the architecture that a state dict's tensor names and shapes fit, below whatever prefix.
 
     SmallResNet and TableMLP are tried first, then every torchvision classification model, EfficientNet-Lite and timm's
     models where they are installed. The number of classes, of channels, and a vision transformer's image size may be
-    any. Where torchvision and timm both have the architecture torchvision's is taken.
+    any. Where torchvision and timm both have the architecture torchvision's is taken. Tensors of losses and metrics,
+    and what is beside the network's prefix, are left out; whole modules that the network has not only if `arch` is
+    given.
 
     Args:
         state_dict: Names as in a file, wrapper prefixes and all.
         arch: Take this one; ``timm:NAME`` or ``torchvision:NAME`` says whose.
         hints: Names that settle an ambiguity but are otherwise not trusted.
+        weights: Which of several networks: ``ema`` for averages, or a part of its prefix.
 
     Raises:
-        ModelError: None fits, several do, or the one named does not.
+        ModelError: None fits, several do, the one named does not, or what would be left out is the larger part.
     """
-    names = canonical_names(state_dict)
-    shapes = {names[name]: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    shapes = catalogue.shapes_of(state_dict)
     if arch is not None:
-        return _recognise_named(shapes, named_candidates(arch))
-    closest: list[_Mismatch] = []
-    for source in SOURCES:
-        results = [_compare(source, name, shapes) for name in _candidates(source, shapes)]
-        fits = [result for result in results if isinstance(result, Recognised)]
-        hinted = [fit for fit in fits if fit.architecture in set(hints)]
-        if fits:
-            return (hinted or fits)[0] if len(fits) == 1 or hinted else _refuse_ambiguous(fits)
-        closest += [result for result in results if isinstance(result, _Mismatch)]
-    _refuse_unknown(shapes, closest)
+        return _choose(_fits_of_named(shapes, named_candidates(arch)), shapes, weights, sure=True)
+    known = set(hints)
+    fits = _collect(list_readings(shapes), shapes, lambda inner: _recognise(inner, known))
+    fits = fits or _collect(list_split_readings(shapes), shapes, lambda inner: _recognise(inner, known))
+    if not fits:
+        _refuse_unknown(shapes)
+    return _choose(fits, shapes, weights, sure=weights is not None)
 
 
 def named_candidates(arch: str) -> list[tuple[str, str]]:
@@ -122,16 +125,102 @@ def named_candidates(arch: str) -> list[tuple[str, str]]:
     raise ModelError(f"no architecture is called {arch!r}. Names like it: {', '.join(close)}.{also}")
 
 
-def _recognise_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> Recognised:
-    results = [_compare(source, name, shapes) for source, name in candidates]
-    for result in results:
-        if isinstance(result, Recognised):
-            return result
-    worst = min((result for result in results if isinstance(result, _Mismatch)), key=len)
+def _collect(
+    readings: Iterable[Reading], shapes: Shapes, recognise: Callable[[Shapes], Recognised | None]
+) -> list[_Fit]:
+    """Return the readings that fit an architecture; none of them takes a tensor that an earlier one took."""
+    fits: list[_Fit] = []
+    taken: set[str] = set()
+    for reading in readings:
+        if taken.isdisjoint(reading.names) and (found := recognise(reading.shapes(shapes))) is not None:
+            fits.append(_Fit(reading, found))
+            taken.update(reading.names)
+            if not reading.left_out:
+                break
+    return fits
+
+
+def _recognise(shapes: Shapes, hints: set[str]) -> Recognised | None:
+    """Return the architecture that tensors fit exactly, None if there is none.
+
+    Raises:
+        ModelError: They fit several.
+    """
+    for source in SOURCES:
+        results = [_compare(source, name, shapes) for name in _candidates(source, shapes)]
+        fits = [result for result in results if isinstance(result, Recognised)]
+        hinted = [fit for fit in fits if fit.architecture in hints]
+        if fits:
+            return (hinted or fits)[0] if len(fits) == 1 or hinted else _refuse_ambiguous(fits)
+    return None
+
+
+def _fits_of_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> list[_Fit]:
+    """Return how the weights fit the first of the architectures named that they fit at all.
+
+    Raises:
+        ModelError: They fit none.
+    """
+    mismatches: list[_Mismatch] = []
+    for source, name in candidates:
+
+        def compare(inner: Shapes, source: str = source, name: str = name) -> Recognised | None:
+            result = _compare(source, name, inner)
+            if isinstance(result, Recognised):
+                return result
+            mismatches.append(result)
+            return None
+
+        known = keep_known(shapes, catalogue.signature(source, name))
+        fits = _collect(chain(list_readings(shapes), known, list_split_readings(shapes)), shapes, compare)
+        if fits:
+            return fits
+    worst = min(mismatches, key=len)
     raise ModelError(
         f"the weights do not fit {worst.architecture} ({worst.source}): {worst}. Name another architecture with "
         "--arch, leave --arch out to have it recognised, or give the module itself in Python (wrap_network)."
     )
+
+
+def _choose(fits: list[_Fit], shapes: Shapes, weights: str | None, *, sure: bool) -> Recognised:
+    """Return the network asked for, else the first that is no average; `sure` if the user knows what is left out.
+
+    Raises:
+        ModelError: It is not there, or more is left out than taken.
+    """
+    wanted = fits
+    if weights is not None:
+        wanted = [each for each in fits if is_wanted(each.reading.prefix, weights, averaged=_averaged(each))]
+        if not wanted:
+            raise refuse_wanted(weights, [each.reading.prefix.rstrip(".") for each in fits])
+    chosen = min(wanted, key=_averaged)
+    others = [each for each in fits if each is not chosen]
+    left_out = set(chosen.reading.left_out).difference(*(each.reading.names for each in others))
+    if not sure and numbers_in(shapes, left_out) > numbers_in(shapes, chosen.reading.names):
+        _refuse_smaller_part(chosen, shapes)
+    notes = _describe(chosen, others)
+    return replace(chosen.recognised, names=chosen.reading.names, notes=(notes,) if notes else ())
+
+
+def _averaged(fit: _Fit) -> bool:
+    return is_averaged(fit.reading.prefix)
+
+
+def _describe(chosen: _Fit, others: list[_Fit]) -> str:
+    """Return a sentence on what was done to the names in a file; empty if nothing was."""
+    reading, parts = chosen.reading, list[str]()
+    if reading.prefix:
+        parts.append(f"the prefix {reading.prefix} was taken off")
+    if reading.head is not None and reading.head[0] != reading.head[1]:
+        parts.append(f"{reading.head[0]} is taken for its {reading.head[1]}")
+    if reading.left_out:
+        parts.append(f"left out: {_some(reading.left_out)} ({len(reading.left_out)} tensors)")
+    if others:
+        named = [other.reading.prefix.rstrip(".") for other in others]
+        averages = [other for other in others if _averaged(other)]
+        how = "ema" if averages else named[0] or "NAME"
+        parts.append(f"the file also has {_some(named)}, which --weights {how} takes")
+    return f"Taken as {chosen.recognised.architecture}: {'; '.join(parts)}." if parts else ""
 
 
 def _candidates(source: str, shapes: Shapes) -> list[str]:
@@ -143,8 +232,10 @@ def _candidates(source: str, shapes: Shapes) -> list[str]:
     if source == "efficientnet_lite_pytorch":
         return [*names] if "_conv_stem.weight" in shapes else []
     groups = catalogue.name_table()[source]
-    digest = catalogue.digest_names(shapes)
-    listed = [name for group in groups if group.digest == digest for name in group.architectures if name in names]
+    count = sum(not name.endswith("num_batches_tracked") for name in shapes)
+    alike = [group for group in groups if group.tensors == count]
+    digest = catalogue.digest_names(shapes) if alike else ""
+    listed = [name for group in alike if group.digest == digest for name in group.architectures if name in names]
     if listed or source == "timm":  # timm adds hundreds a year: newer ones than the table's need --arch
         return listed
     return [name for name in names if all(name not in group.architectures for group in groups)]
@@ -183,16 +274,28 @@ def _refuse_ambiguous(fits: list[Recognised]) -> NoReturn:
     )
 
 
-def _refuse_unknown(shapes: Shapes, closest: list[_Mismatch]) -> NoReturn:
-    nearest = min([*closest, *_nearby(shapes)], key=len, default=None)
+def _refuse_smaller_part(chosen: _Fit, shapes: Shapes) -> NoReturn:
+    reading, name = chosen.reading, chosen.recognised.architecture
+    where = f"below {reading.prefix}" if reading.prefix else "in it"
+    raise ModelError(
+        f"the file holds a {name} {where}, but {numbers_in(shapes, reading.left_out)} of its numbers are in other "
+        f"tensors ({_some(reading.left_out)}), more than the {name}'s {numbers_in(shapes, reading.names)}: it is "
+        f"probably a part of a larger network. Say --arch {name} if it is the classifier all the same."
+    )
+
+
+def _refuse_unknown(shapes: Shapes) -> NoReturn:
+    nearest, prefix = min(_nearby(shapes), key=lambda pair: len(pair[0]), default=(None, ""))
     near = ""
     if nearest is not None and len(nearest) < len(shapes):
-        near = f" The nearest is {nearest.architecture} ({nearest.source}): {nearest}."
+        below = f", below {prefix}" if prefix else ""
+        near = f" The nearest is {nearest.architecture} ({nearest.source}){below}: {nearest}."
     missing = [source for source in SOURCES if not catalogue.installed(source)]
-    digest = catalogue.digest_names(shapes)
-    others = [group for group in catalogue.name_table()["timm"] if group.digest == digest]
-    if others and "timm" in missing:
-        near += f" They could be timm's {_some(others[0].architectures)}: install timm (keyed-xai[timm])."
+    if "timm" in missing:
+        digests = {catalogue.digest_names(reading.names.values()) for reading in list_readings(shapes)}
+        others = [group for group in catalogue.name_table()["timm"] if group.digest in digests]
+        if others:
+            near += f" They could be timm's {_some(others[0].architectures)}: install timm (keyed-xai[timm])."
     raise ModelError(
         f"the {len(shapes)} tensors in the file ({_some([f'{n} {list(s)}' for n, s in shapes.items()])}) fit no "
         f"architecture of {', '.join(source for source in SOURCES if source not in missing)}.{near} Name the "
@@ -200,19 +303,20 @@ def _refuse_unknown(shapes: Shapes, closest: list[_Mismatch]) -> NoReturn:
     )
 
 
-def _nearby(shapes: Shapes) -> list[_Mismatch]:
-    """Return how the weights differ from the torchvision architectures with nearly as many tensors."""
-    count = sum(not name.endswith("num_batches_tracked") for name in shapes)
-    groups = sorted(catalogue.name_table()["torchvision"], key=lambda group: abs(group.tensors - count))[:5]
-    names = [group.architectures[0] for group in groups if catalogue.knows("torchvision", group.architectures[0])]
-    results = [_compare("torchvision", name, shapes) for name in names]
-    return [result for result in results if isinstance(result, _Mismatch)]
-
-
-def _current_name(name: str) -> str:
-    for pattern, replacement in _OLD_NAMES:
-        name = pattern.sub(replacement, name)
-    return name
+def _nearby(shapes: Shapes) -> Iterator[tuple[_Mismatch, str]]:
+    """Yield how the weights differ from architectures with the same names or nearly as many, and below which prefix."""
+    for prefix in list_prefixes(shapes)[:_MOST_NEARBY] or [""]:
+        names = current_names([name for name in shapes if name.startswith(prefix)], prefix)
+        inner = {name: shapes[file_name] for file_name, name in names.items()}
+        count = sum(not name.endswith("num_batches_tracked") for name in inner)
+        groups = sorted(catalogue.name_table()["torchvision"], key=lambda group: abs(group.tensors - count))[:5]
+        near = [("torchvision", group.architectures[0]) for group in groups]
+        known = [pair for pair in near if catalogue.knows(*pair)]
+        same = [(source, name) for source in SOURCES for name in _candidates(source, inner)]
+        for source, name in [*same, *known]:
+            result = _compare(source, name, inner)
+            if isinstance(result, _Mismatch):
+                yield result, prefix
 
 
 def _some(names: Iterable[str], shown: int = _SHOWN) -> str:
