@@ -12,6 +12,7 @@ from keyed_xai_cli.options import (
     ModelPath,
     after_writing,
     choose_device,
+    default_output,
     device_option,
     emit_json,
     hold,
@@ -111,7 +112,7 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.auditing import audit as run_audit
     from keyed_xai_cli.progress import progress_bar
 
-    json_path, out = arguments["json_path"], arguments["out"] or model.with_name(f"{model.stem}.audit")
+    json_path, out = arguments["json_path"], arguments["out"] or default_output(model, ".audit")
     settings = _settings(arguments)
     hold(out / REPORT_NAME)
     refuse_other_audit(out, resume=arguments["resume"])

@@ -146,6 +146,12 @@ class ModelPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def default_output(model: Path, ending: str) -> Path:
+    """Return where a command writes when it is not told: beside the model, under all of its name, so no two meet."""
+    named = model if model.name not in ("", "..") else model.resolve()
+    return named.with_name(f"{named.name}{ending}")
+
+
 def hold(output: Path) -> None:
     """Claim an output until the command has ended, before any long work; its folder is made.
 
