@@ -206,6 +206,20 @@ def emit_json(document: Mapping[str, Any], *, schema: str, json_path: Path | Non
         click.echo(text, nl=False)
 
 
+def emit_figures(bench: str, rows: list[dict[str, Any]], settings: dict[str, Any], *, json_path: Path | None) -> None:
+    """Write what a benchmark measured where `--json` says; see `emit_json`."""
+    from keyed_xai.versions import package_versions
+
+    document = {
+        "schema": "keyed-xai/bench-figures/v1",
+        "bench": bench,
+        "rows": rows,
+        "settings": settings,
+        "versions": package_versions(),
+    }
+    emit_json(document, schema="bench-figures", json_path=json_path)
+
+
 def _make_room(path: Path) -> None:
     from keyed_xai.claims import claimed
 

@@ -61,7 +61,7 @@ def _training_bar(progress: "Progress", description: str, kept: str, moved: str)
 
     def on_step(figures: "StepFigures") -> None:
         note = (
-            f"L_s {figures.keep_loss:.3f}  L_p {figures.move_loss:.3f}  "
+            f"losses: keep {figures.keep_loss:.3f}, move {figures.move_loss:.3f}  "
             f"{kept} {figures.opens:.0%}  {moved} {figures.stays_closed:.0%}"
         )
         progress.update(training, completed=figures.step, total=figures.steps, note=note)

@@ -50,7 +50,8 @@ _DATA = {"train": "Trained on", "held_out": "Measured on"}
 _PICTURES = {
     "maps": (
         "Examples",
-        "Each map is scaled by its own minimum and maximum: dark is low, bright is high. With the key the map should "
+        "At the left is the class explained. Maps, pooled as they are compared, lie over the image, each scaled by its "
+        "own minimum and maximum: dark is low, bright is high. With the key the map should "
         "look like the reference map; without it, or with a wrong key, it should not.",
     ),
     "training": (
