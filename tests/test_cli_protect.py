@@ -40,6 +40,14 @@ def test_protect_writes_a_model_that_the_other_commands_take(files):
     assert not list(files.glob("*checkpoint*"))
 
 
+def test_no_wrong_keys_means_none(files):
+    result = protect(files, "--wrong-keys", "0", "--json", files / "report.json")
+    assert result.exit_code == 0, result.output
+    report = json.loads((files / "report.json").read_text())
+    assert report["interpreters"]["gradcam"]["wrong_keys"]["tried"] == 0
+    assert "Agreement with the reference's predictions: keyed" in result.output or "Accuracy: " in result.output
+
+
 def test_protect_says_before_training_that_the_folder_is_there(files):
     (files / "model.keyed").mkdir()
     result = protect(files)
