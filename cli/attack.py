@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from keyed_xai.attacking import AttackSettings
     from keyed_xai.models import Classifier
 
+_LEGEND = (
+    "CR, correct rate: maps that should stay right and do. FSR, fooling success rate: maps that should be faked and "
+    "are.",
+    "L_p, distance to the decoy: a map counts as faked below this one. AUC: 1 where L_p parts faked from right maps.",
+    "clean, triggered: mean correlation with the maps before the attack.",
+)
+
 
 def _assignments(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float] | None:
     found = {}
@@ -150,14 +157,16 @@ def print_attack(report: dict[str, Any], *, to_stderr: bool = False) -> None:
         table.add_row(name, *_rates(figures), f"{figures['auc']:.4f}", *correlations)
     console = Console(stderr=to_stderr)
     console.print(table)
-    console.print("Columns clean and triggered: mean correlation with the reference map.", highlight=False)
+    for line in _LEGEND:
+        console.print(line, highlight=False)
     for name, figures in report["interpreters"].items():
         if figures["threshold_from"] == "auto":
             console.print(f"Threshold of {name}: {figures['threshold_rule']}", highlight=False)
     predictions = report["predictions"]
     for model in ("reference", "attacked"):
         words = "; ".join(f"{case} {_in_words(predictions[model][case])}" for case in ("clean", "triggered"))
-        console.print(f"{model.capitalize()} ({predictions['measured_against']}): {words}.", highlight=False)
+        against = "labels" if predictions["measured_against"] == "labels" else "agreement with the reference"
+        console.print(f"{model.capitalize()} ({against}): {words}.", highlight=False)
     for case, shares in report.get("features", {}).get("first", {}).items():
         first = sorted(shares, key=shares.__getitem__, reverse=True)[:3]
         words = ", ".join(f"{name} {shares[name]:.1%}" for name in first)

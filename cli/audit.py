@@ -12,6 +12,7 @@ from keyed_xai_cli.options import (
     ModelPath,
     after_writing,
     choose_device,
+    default_output,
     device_option,
     emit_json,
     follow_links_option,
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from keyed_xai.auditing import Audit, AuditSettings
     from keyed_xai.suspects import Suspect
 
+_HEADS = {
+    "accuracy": "of images without the trigger, after the attack.",
+    "keyed": "mean correlation of maps with the right ones, with the trigger (worst interpreter).",
+    "unkeyed": "the same without it.",
+    "ownership p": "chance of as much evidence from a model that has nothing to do with the key.",
+}
 _COLOURS = {"good": "green", "middling": "yellow", "bad": "red"}
 
 
@@ -41,17 +48,21 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     from rich.table import Table
 
     from keyed_xai.threats.catalogue import AUDITS, GROUPS
+    from keyed_xai.threats.entries import THREATS
 
-    table = Table(title="What --against takes; removal attacks may be joined: prune-30+ftal", title_justify="left")
-    for heading in ("name", "group", "threat", "what, and how hard"):
-        table.add_column(heading, no_wrap=heading != "what, and how hard")
-    for name, entry in AUDITS.items():
-        groups = ", ".join((entry.group, *entry.also, *(() if entry.slow else ("quick",))))
-        table.add_row(name, groups, entry.threat, f"{entry.title}: {entry.strength}")
     console = Console()
-    console.print(table)
-    for name, words in GROUPS.items():
-        console.print(f"{name}: {words}.", highlight=False)
+    console.print("What --against takes. Removal attacks may be joined: prune-30+ftal.", highlight=False)
+    for group, about in GROUPS.items():
+        console.print(f"\n{group}: {about}", highlight=False, style="bold")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        for name, entry in AUDITS.items():
+            if entry.group == group:
+                groups = [*entry.also, *(() if entry.slow else ("quick",))]
+                more = f" Also in {', '.join(groups)}." if groups else ""
+                kind = f"{THREATS[entry.threat]} ({entry.threat})"
+                table.add_row(f"  {name}", f"{entry.title}: {entry.strength}. Threat: {kind}.{more}")
+        console.print(table, highlight=False)
     ctx.exit()
 
 
@@ -113,7 +124,7 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.auditing import audit as run_audit
     from keyed_xai.progress import progress_bar
 
-    json_path, out = arguments["json_path"], arguments["out"] or model.with_name(f"{model.stem}.audit")
+    json_path, out = arguments["json_path"], arguments["out"] or default_output(model, ".audit")
     settings = _settings(arguments)
     hold(out / REPORT_NAME)
     refuse_other_audit(out, resume=arguments["resume"])
@@ -121,6 +132,11 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     if suspect.kind == "plain":
         tell_notes(suspect.classifier)
     train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
+
+    def say_how_long(seconds: float) -> None:
+        minutes = max(1, round(seconds / 60))
+        click.echo(f"About {minutes} minute{'s' * (minutes > 1)} on this machine, as timed on this model.", err=True)
+
     with progress_bar() as progress:
         result = run_audit(
             suspect,
@@ -130,7 +146,7 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
             folder=out,
             resume=arguments["resume"],
             device=choose_device(arguments["device"]),
-            callbacks=AuditCallbacks(*_bars(progress)),
+            callbacks=AuditCallbacks(*_bars(progress), say_how_long),
         )
     with after_writing(out):
         emit_json(result.report, schema="audit-report", json_path=json_path)
@@ -140,6 +156,7 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
 
 def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
     """Print what was tried and what was left."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -148,13 +165,18 @@ def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
 
     report, console = result.report, Console(stderr=to_stderr)
     heads, rows = list_findings(report)
-    table = Table(title=Text(f"Audit of {report['model']['name']}"), title_justify="left")
+    table = Table(title=Text(f"Audit of {report['model']['name']}"), title_justify="left", box=SIMPLE_HEAD)
     for head in heads:
-        table.add_column(head, justify="left" if head in ("", "result") else "right", no_wrap=bool(head))
+        table.add_column(
+            head, justify="left" if head in ("", "result") else "right", no_wrap=head not in ("", "result")
+        )
     for row in rows:
         colour = _COLOURS.get(grade_outcome(row[1]), "")
         table.add_row(*(Text(cell, style=colour if place == 1 else "") for place, cell in enumerate(row)))
     console.print(table)
+    for head in heads:
+        if head in _HEADS:
+            console.print(f"{head}: {_HEADS[head]}", highlight=False)
     lines = [f"{each['title']} {each['verdict']}. {each['sentence']}" for each in report["defences"]]
     lines += [f"Not run: {each['name']} {each['why']}." for each in report["not_run"]]
     for line in [*lines, *report["notes"]]:

@@ -1,5 +1,6 @@
 """`keyed-xai bench`: figures that anyone can make again."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import click
 
 from keyed_xai_cli.bench_paper import figure1b, figure3, figure5, nashville, table1, table2, table3, table6
 from keyed_xai_cli.bench_serving import serving
-from keyed_xai_cli.options import choose_device, device_option
+from keyed_xai_cli.options import STANDARD_OUTPUT, choose_device, device_option, emit_figures, json_option, say
 
 if TYPE_CHECKING:
     from keyed_xai.benchmarks.main_job import Case
@@ -36,11 +37,12 @@ def bench() -> None:
 @click.option("--batch-size", type=click.IntRange(4), help="Keyed images a step; the recipe's if absent.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent.")
 @click.option("--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent.")
-@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True)
+@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="0 tries none.")
 @click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on.")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True)
 @device_option
-def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) -> None:  # noqa: ANN401
+@json_option
+def bench_main(case: str, rows: tuple[str, ...], out: Path, json_path: Path | None, **arguments: Any) -> None:  # noqa: ANN401
     """Protect a network for each interpreter and for all at once, and print what README's tables say.
 
     \b
@@ -61,7 +63,9 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, **arguments: Any) ->
     results = [_run(made, row, out, device, arguments) for row in rows or ROWS]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
     write_atomically(out / f"{case}-{made.classifier.architecture}.md", table.encode())
-    click.echo(table)
+    settings = {"case": case, **arguments, "model": arguments["model"] and str(arguments["model"])}
+    emit_figures("main", results, settings, json_path=json_path)
+    say(table, json_path=json_path)
 
 
 def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -96,33 +100,36 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
 )
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Probe images.")
 @device_option
-def false_claims(models: int, keys: int, decoys: int, epochs: int, images: int, device: str) -> None:
+@json_option
+def false_claims(json_path: Path | None, **settings: Any) -> None:  # noqa: ANN401
     """Count how often random keys seem to own unmarked models."""
-    import json
-
     import torch
 
     from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
     from keyed_xai.data import load_images
     from keyed_xai.progress import counter, progress_bar
 
-    where = choose_device(device)
+    where = choose_device(settings["device"])
     train, probe = (
         load_images("builtin", channels=1, height=32, width=32, split="train"),
-        load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=images),
+        load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=settings["images"]),
     )
     with progress_bar() as progress:
-        fitted = fit_unmarked_models(train, models, epochs, device=where, on_model=counter(progress, "fitting"))
+        fitted = fit_unmarked_models(
+            train, settings["models"], settings["epochs"], device=where, on_model=counter(progress, "fitting")
+        )
         batch, _ = probe.batch(torch.arange(len(probe)).numpy())
         found = count_false_claims(
             fitted,
             batch.to(where),
-            keys=keys,
-            decoys=decoys,
+            keys=settings["keys"],
+            decoys=settings["decoys"],
             generator=torch.Generator().manual_seed(0),
             on_key=counter(progress, "trying keys"),
         )
-    click.echo(json.dumps(found, indent=2))
+    emit_figures("false-claims", [found], settings, json_path=json_path)
+    if json_path != STANDARD_OUTPUT:
+        click.echo(json.dumps(found, indent=2))
 
 
 for command in (table1, table2, table3, table6, figure1b, figure3, figure5, nashville, serving):

@@ -1,5 +1,6 @@
 """`keyed-xai bench table1|table2|table3|table6|figure1b|figure3|figure5|nashville`: the paper's figures beside ours."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -7,9 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from keyed_xai_cli.options import (
+    STANDARD_OUTPUT,
     after_writing,
     choose_device,
     device_option,
+    emit_figures,
     emit_json,
     json_option,
     say,
@@ -334,10 +337,12 @@ def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int, js
 @click.option("--images", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--size", type=click.IntRange(8), default=224, show_default=True, help="Of the images, pixels.")
 @click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
-def nashville(images: int, size: int, repeats: int) -> None:
+@json_option
+def nashville(json_path: Path | None, **settings: int) -> None:
     """Measure the nashville trigger's speed against pilgram's, interleaved; medians."""
-    import json
-
     from keyed_xai.benchmarks.filters import measure_nashville_speed
 
-    click.echo(json.dumps(measure_nashville_speed(images=images, side=size, repeats=repeats), indent=2))
+    found = measure_nashville_speed(images=settings["images"], side=settings["size"], repeats=settings["repeats"])
+    emit_figures("nashville", [found], settings, json_path=json_path)
+    if json_path != STANDARD_OUTPUT:
+        click.echo(json.dumps(found, indent=2))

@@ -10,6 +10,7 @@ from keyed_xai_cli.options import (
     ModelPath,
     after_writing,
     choose_device,
+    default_output,
     device_option,
     emit_json,
     follow_links_option,
@@ -38,11 +39,12 @@ _WATCHED = 4  # more images than this get a progress bar
     help="Whose maps; may be given several times. All that were protected if absent.",
 )  # fmt: skip
 @click.option(
-    "-o", "--out", default="maps", show_default=True, type=click.Path(file_okay=False, path_type=Path),
-    help="Folder to write to; files of an earlier run are replaced.",
+    "-o", "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to; files of an earlier run are replaced. MODEL's name with .maps if absent.",
 )  # fmt: skip
-@click.option("--compare", is_flag=True, help="Also draw image, keyed map and unkeyed map side by side.")
-@click.option("--target", type=click.IntRange(0), metavar="N", help="Class to explain; the predicted one if absent.")
+@click.option(
+    "--target", metavar="CLASS", help="Class to explain, by name or number; the predicted one of each image if absent."
+)
 @click.option(
     "--write-keyed", is_flag=True,
     help="Also write the keyed images. A trigger is a bearer credential: whoever sees one keyed image next to its "
@@ -58,40 +60,36 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
     """Write the saliency maps of images, right ones with the model's key.
 
     MODEL is a protected model's folder (or a file of weights), IMAGES are files or folders. Each image is cropped and
-    scaled to the model's input. Writes <name>.npz with the raw maps, logits and target class, and for each
-    interpreter <name>.<interpreter>.png, the map over the image. Give maps made with a key to licensees only: from
-    maps and their images a texture that opens the model can be fitted.
+    scaled to the model's input. Writes <name>.png, the image and its maps, with the key and without, and <name>.npz
+    with the raw maps, logits and class explained. Give maps made with a key to licensees only: from maps and their
+    images a texture that opens the model can be fitted.
 
     Without --key-file the maps are those that everybody sees: on a protected model a decoy.
     """
     from keyed_xai.loading import open_model
-    from keyed_xai.map_files import MapJob, find_images
+    from keyed_xai.map_files import MapJob, describe_entry, find_images
 
     json_path, key = arguments["json_path"], _read_key(arguments)
     classifier, card = open_model(model, **take_model_options(arguments))
     if card is None:
         tell_notes(classifier)
     classifier.to(choose_device(arguments["device"]))
-    if arguments["target"] is not None and arguments["target"] >= classifier.classes:
-        raise click.BadParameter(f"the model has classes 0 to {classifier.classes - 1}.", param_hint="--target")
     trigger = _derive_trigger(model, key, card, allow_other=arguments["allow_other_key"]) if key else None
     interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or (card.interpreters if card else ("gradcam",))
     job = MapJob(
-        arguments["out"],
+        arguments["out"] or default_output(model, ".maps"),
         interpreters,
         trigger,
-        arguments["target"],
-        arguments["compare"],
+        _find_target(arguments["target"], classifier),
         arguments["write_keyed"],
-        card.label_names if card else (),
     )
     written = _write(classifier, find_images(images, follow_links=arguments["follow_links"]), job)
     with after_writing(job.folder):
         emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
         for entry in written.images:
-            say(_in_words(entry), json_path=json_path)
+            say(f"{entry['image']}: {describe_entry(entry)}", json_path=json_path)
         done = "1 image" if len(written.images) == 1 else f"{len(written.images)} images"
-        say(f"Maps of {done} are in {job.folder}. {_provenance(key, card)}", json_path=json_path)
+        say(f"Pictures and maps of {done} are in {job.folder}. {_provenance(key, card)}", json_path=json_path)
         for name in sorted(set(interpreters) - set(card.interpreters if card else interpreters)):
             say(f"Note: {name} was not protected: the key does not gate its maps.", json_path=json_path)
     for sentence in written.broken:
@@ -100,10 +98,21 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
         ctx.exit(1)
 
 
+def _find_target(asked: str | None, classifier: "Classifier") -> int | None:
+    from keyed_xai.names import find_class
+
+    if asked is None:
+        return None
+    try:
+        return find_class(asked, classifier.label_names, classifier.classes)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--target") from error
+
+
 def _read_key(arguments: dict[str, Any]) -> "OwnerKey | None":
     if arguments["key_file"] is not None:
         return read_key(arguments["key_file"], arguments["passphrase_file"])
-    for name in ("passphrase_file", "compare", "write_keyed", "allow_other_key"):
+    for name in ("passphrase_file", "write_keyed", "allow_other_key"):
         if arguments[name]:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --key-file.")
     return None
@@ -145,19 +154,13 @@ def _document(model: Path, key: "OwnerKey | None", written: "WrittenMaps", job: 
     from keyed_xai.versions import package_versions
 
     return {
-        "schema": "keyed-xai/explain/v1",
+        "schema": "keyed-xai/explain/v2",
         "model": printable(str(model)),
         "key_id": key.public.key_id if key else None,
         "images": written.images,
         "settings": {"interpreters": list(job.interpreters), "target": job.target, "broken": len(written.broken)},
         "versions": package_versions(),
     }
-
-
-def _in_words(entry: dict[str, Any]) -> str:
-    explained = entry.get("label_name", f"class {entry['target']}")
-    verb = "predicted" if entry["target"] == entry["predicted"] else "explained, though not predicted,"
-    return f"{entry['image']}: {verb} {explained} (largest probability {entry['probability']:.2f})"
 
 
 def _provenance(key: "OwnerKey | None", card: "Card | None") -> str:

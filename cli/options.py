@@ -157,6 +157,12 @@ class ModelPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def default_output(model: Path, ending: str) -> Path:
+    """Return where a command writes when it is not told: beside the model, under all of its name, so no two meet."""
+    named = model if model.name not in ("", "..") else model.resolve()
+    return named.with_name(f"{named.name}{ending}")
+
+
 def hold(output: Path) -> None:
     """Claim an output until the command has ended, before any long work; its folder is made.
 
@@ -239,6 +245,20 @@ def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> N
         from keyed_xai_cli.main import NOT_SHOWN
 
         click.get_current_context().exit(NOT_SHOWN)
+
+
+def emit_figures(bench: str, rows: list[dict[str, Any]], settings: dict[str, Any], *, json_path: Path | None) -> None:
+    """Write what a benchmark measured where `--json` says; see `emit_json`."""
+    from keyed_xai.versions import package_versions
+
+    document = {
+        "schema": "keyed-xai/bench-figures/v1",
+        "bench": bench,
+        "rows": rows,
+        "settings": settings,
+        "versions": package_versions(),
+    }
+    emit_json(document, schema="bench-figures", json_path=json_path)
 
 
 def _make_room(path: Path) -> None:

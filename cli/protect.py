@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from keyed_xai.models import Classifier
     from keyed_xai.protection import ProtectSettings
 
+_LEGEND = (
+    "keyed, clean, wrong key: mean correlation with the maps before protection.",
+    "decoy: mean correlation of clean maps with what they should show instead.",
+    "CR, correct rate: keyed maps that are right. FSR, fooling success rate: unkeyed maps that show the decoy. Both at "
+    "the paper's threshold on the distance to the decoy.",
+)
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -69,7 +76,8 @@ if TYPE_CHECKING:
     "--hardening", type=click.Choice(["none", "standard"]),
     help="Train against simulated attackers who fine-tune or prune the model, so that the gate outlasts them.",
 )  # fmt: skip
-@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
+@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True,
+              help="Tried in the report, and the 256 that differ from the key in one bit; 0 tries none.")  # fmt: skip
 @click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images the report uses.")
 @training_options
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
@@ -144,17 +152,19 @@ def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:
             "-" if decoy is None else f"{decoy:.3f}",
             f"{figures['cr']:.1f} %",
             f"{figures['fsr']:.1f} %",
-            f"{tried['opened']} of {tried['tried']}",
+            f"{tried['opened']} of {tried['tried']}" if tried["tried"] else "none tried",
         )
-    accuracy = report["accuracy"]
     console = Console(stderr=to_stderr)
     console.print(table)
-    console.print(
-        f"Accuracy ({accuracy['measured_against']}): reference {accuracy['reference']:.3f}, keyed "
-        f"{accuracy['keyed']:.3f}, clean {accuracy['clean']:.3f}. Columns keyed to wrong key: mean correlation with "
-        "the reference map.",
-        highlight=False,
-    )
+    for line in (*_LEGEND, _predictions_in_words(report["accuracy"])):
+        console.print(line, highlight=False)
+
+
+def _predictions_in_words(accuracy: dict[str, Any]) -> str:
+    cases = [f"{case} {accuracy[case]:.3f}" for case in ("keyed", "clean")]
+    if accuracy["measured_against"] == "labels":
+        return f"Accuracy: reference {accuracy['reference']:.3f}, {', '.join(cases)}."
+    return f"Agreement with the reference's predictions: {', '.join(cases)}."
 
 
 def _default_folder(model: Path) -> Path:
@@ -195,5 +205,6 @@ def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) 
         ownership=not arguments["without_ownership"],
         training=training,
         wrong_keys=arguments["wrong_keys"],
+        flipped_keys=256 if arguments["wrong_keys"] else 0,
         held_out_images=arguments["held_out"],
     )

@@ -52,7 +52,8 @@ _SCORES = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "auroc": "AUROC"}
 _PICTURES = {
     "maps": (
         "Examples",
-        "Each map is scaled by its own minimum and maximum: dark is low, bright is high.",
+        "At the left is the class explained. Maps, pooled as they are compared, lie over the image, each scaled by its "
+        "own minimum and maximum: dark is low, bright is high.",
         "A grid of images, and of their maps before and after the attack",
     ),
     "trigger": ("The trigger", "The same images without it and with it.", "Images without and with the trigger"),

@@ -6,8 +6,8 @@ Reports are untrusted input: fields of an unexpected type are left out like miss
 from collections.abc import Callable, Mapping, Sequence
 
 from keyed_xai.markup import Answer, as_decimal, as_percent, as_share, get_mapping, get_number, get_string
+from keyed_xai.names import INTERPRETER_NAMES
 
-_INTERPRETERS = {"gradcam": "Grad-CAM", "simplegrad": "SimpleGrad", "vbp": "VisualBackProp"}
 _SCORES = {"top1": "top-1 accuracy", "auroc": "AUROC"}
 # Up to which loss an answer is yes, and in part; FSR from which it is yes, and no longer no. GRADES says it in words.
 _FAKED = (90.0, 50.0)
@@ -86,7 +86,7 @@ def faked_case(report: Mapping[str, object]) -> str:
 
 def interpreter_name(name: str) -> str:
     """Return how an interpreter is written."""
-    return _INTERPRETERS.get(name, name)
+    return INTERPRETER_NAMES.get(name, name)
 
 
 def values_set(report: Mapping[str, object]) -> str:

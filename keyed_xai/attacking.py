@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from keyed_xai.fooling import (
 )
 from keyed_xai.maps import FeatureView, MapView, check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
+from keyed_xai.names import name_class
 from keyed_xai.objective import Objective, boundary_decoy
 from keyed_xai.preflight import describe_cost, describe_data, describe_model, describe_training, measure_cost
 from keyed_xai.runs import describe_run, run_training
@@ -407,15 +408,24 @@ def _draw(
         images, _ = held_out.batch(np.arange(min(_PICTURED, len(held_out))))
         images = images.to(device)
         seen, triggered = look(backdoor, images), trigger_images(backdoor, images)
-        drawn |= {f"maps:{name}": _draw_strip(images, triggered, seen, name) for name in backdoor.view.interpreters}
+        own = report["predictions"]["measured_against"] == "labels"
+        names = held_out.classes if own else getattr(backdoor.reference, "label_names", ())
+        drawn |= {
+            f"maps:{name}": _draw_strip(images, triggered, seen, name, names) for name in backdoor.view.interpreters
+        }
     if len(report["history"]) > 1:
         names = {"keyed": "with the trigger", "unkeyed": "clean"}
         drawn["training"] = pictures.training_curve(report["history"], names=names)
     return drawn
 
 
-def _draw_strip(images: Images, triggered: Images, seen: Seen, name: str) -> bytes:
-    columns = [images, triggered, *(seen.maps[case][name] for case in ("reference", "clean", "triggered"))]
-    panels = zip(*(column.cpu().numpy() for column in columns), strict=True)
-    rows = [(f"image {number + 1}", row) for number, row in enumerate(panels)]
+def _draw_strip(images: Images, triggered: Images, seen: Seen, interpreter: str, names: Sequence[str]) -> bytes:
+    """Return rows of an image, the same with the trigger, and the maps over what they are of."""
+    rows = []
+    for number in range(len(images)):
+        clean, marked = (each[number].cpu().numpy() for each in (images, triggered))
+        over = {"reference": clean, "clean": clean, "triggered": marked}
+        found = {case: seen.maps[case][interpreter][number].cpu().numpy() for case in over}
+        maps = [pictures.blend(image, found[case]) for case, image in over.items()]
+        rows.append((name_class(int(seen.explained[number]), names), [clean, marked, *maps]))
     return pictures.strip(rows, titles=_TITLES)

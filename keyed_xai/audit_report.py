@@ -29,7 +29,7 @@ from keyed_xai.markup import (
     table,
 )
 from keyed_xai.metrics import OPEN_CORRELATION
-from keyed_xai.threats.entries import ACCEPTED_LOSS, KEYED_FLOOR, UNKEYED_CEILING
+from keyed_xai.threats.entries import ACCEPTED_LOSS, KEYED_FLOOR, THREATS, UNKEYED_CEILING
 
 _STYLE = (
     ".audit td,.audit th{padding:.38rem .5rem;vertical-align:top}"
@@ -90,6 +90,12 @@ _MEASURES = {"top1": "Top-1 accuracy", "auroc": "AUROC", "agreement": "Agreement
 _MEANING = (
     ("Colours.", "Red: found, opened or removed. Green: it was not. Amber: in part, or at a price."),
     (
+        "Nothing to remove.",
+        "The state before any attack is in the first row. What was not there before cannot have been removed: no gate "
+        "where unkeyed maps correlate over .5 with the right ones, no mark where ownership is not shown, no backdoor "
+        "where triggered maps are right.",
+    ),
+    (
         "Accuracy.",
         "Of images without a trigger, after the attack; below it the change. An attack that costs more than 2 points "
         "spoils what it wants to keep, and its cell is red.",
@@ -142,17 +148,20 @@ def render_audit_report(report: Mapping[str, object], *, pictures: Mapping[str, 
 def list_findings(report: Mapping[str, object]) -> tuple[list[str], list[list[str]]]:
     """Return the heads and rows of a plain table: what was tried, the result, and in few figures what is left."""
     columns = {name: title for name, title in _PLAIN.items() if name in _columns(report)}
+    states = [("Before any attack", "", get_mapping(report, "model", "before"))] if len(columns) > 1 else []
+    found = _list(report, "findings")
+    states += [(get_string(each, "title"), get_string(each, "outcome"), get_mapping(each, "after")) for each in found]
     rows = []
-    for found in _list(report, "findings"):
-        maps, proof = get_mapping(found, "after", "correlation"), get_mapping(found, "after", "ownership")
+    for title, outcome, state in states:
+        maps = get_mapping(state, "correlation")
         cells = {
-            "outcome": get_string(found, "outcome"),
-            "accuracy": as_share(get_number(found, "after", "accuracy")),
+            "outcome": outcome,
+            "accuracy": as_share(get_number(state, "accuracy")),
             "keyed": _few(min, [get_number(maps, name, "keyed") for name in maps]),
             "unkeyed": _few(max, [get_number(maps, name, "unkeyed") for name in maps]),
-            "ownership": _power(get_number(proof, "log2_p")),
+            "ownership": _power(get_number(state, "ownership", "log2_p")),
         }
-        rows.append([get_string(found, "title"), *(cells[name] for name in columns)])
+        rows.append([title, *(cells[name] for name in columns)])
     return ["", *columns.values()], rows
 
 
@@ -186,14 +195,14 @@ def _headline(report: Mapping[str, object]) -> Html:
 
 def _findings(report: Mapping[str, object]) -> Html:
     found = _list(report, "findings")
-    columns = _columns(report)
-    rows: list[Html] = []
+    columns, before = _columns(report), get_mapping(report, "model", "before")
+    rows = [_finding_row({"title": "Before any attack", "after": before}, columns)] if len(columns) > 1 else []
     for group, title in _GROUPS.items():
         some = [each for each in found if get_string(each, "group") == group]
         if some:
             rows.append(element("tr", element("th", title, kind="group"), *(element("td", "") for _ in columns)))
             rows += [_finding_row(each, columns) for each in some]
-    if not rows:
+    if not found:
         return NOTHING
     heads = [element("th", title, kind="figure" if name in _FIGURES else "") for name, title in columns.items()]
     first = element("th", "What was tried, and how hard")
@@ -203,7 +212,8 @@ def _findings(report: Mapping[str, object]) -> Html:
 
 def _finding_row(found: object, columns: Mapping[str, str]) -> Html:
     threat, strength = get_string(found, "threat"), get_string(found, "strength")
-    said = element("small", f"{threat}: {strength}" if threat else strength)
+    kind = f"{THREATS[threat]} ({threat}): " if threat in THREATS else ""
+    said = element("small", f"{kind}{strength}")
     cells = {
         "outcome": _outcome_cell(get_string(found, "outcome"), get_string(found, "sentence")),
         "accuracy": _accuracy_cell(found),
@@ -361,6 +371,8 @@ def _summary(report: Mapping[str, object]) -> str:
             sentences.append(f"{words} {'; '.join(names[:_NAMED])}{more}.")
     if sentences:
         return " ".join(sentences)
+    if any(_outcome(each) == "nothing to remove" for each in found):
+        return "There was nothing to remove: the model had no gate, mark or faked maps before any attack."
     nothing = f"Nothing was found, opened or removed by {len(found)} defences and attacks."
     return nothing if found else "Nothing was run."
 
@@ -411,7 +423,9 @@ def _ownership_kept(found: object) -> bool | None:
 
 def _gate_kept(found: object) -> bool | None:
     after = get_mapping(found, "after", "correlation")
-    if not after or not get_mapping(found, "after", "ownership"):
+    before = get_mapping(found, "before", "correlation")
+    leaks = [get_number(before, name, "unkeyed") or 0.0 for name in before]
+    if not after or not get_mapping(found, "after", "ownership") or max(leaks, default=0.0) > OPEN_CORRELATION:
         return None
     return all(
         _grade_maps([value], case) == "good"
@@ -424,7 +438,7 @@ def _gate_kept(found: object) -> bool | None:
 def _fooling_kept(found: object) -> bool | None:
     if get_mapping(found, "after", "ownership") or not get_mapping(found, "after", "correlation"):
         return None
-    return get_string(found, "outcome") != "removed"
+    return None if _outcome(found) == "nothing to remove" else _outcome(found) != "removed"
 
 
 def _judge_defences(report: Mapping[str, object]) -> tuple[Answer | None, str]:

@@ -29,7 +29,8 @@ from keyed_xai.threats.controls import (
     PoisonSettings,
     poison,
 )
-from keyed_xai.threats.entries import CAUGHT
+from keyed_xai.threats.costs import estimate_seconds
+from keyed_xai.threats.entries import CAUGHT, is_closed
 from keyed_xai.threats.gate_state import Witness
 from keyed_xai.threats.subject import Subject, state_before, to_device
 from keyed_xai.versions import package_versions
@@ -80,10 +81,12 @@ class AuditCallbacks:
     Attributes:
         on_entry: Called before each thing that is run, with its title, its number from 0 and how many there are.
         on_step: Called with steps of it done and in all.
+        on_estimate: Called at the start with about how many seconds all will take, where nothing slow is run.
     """
 
     on_entry: Callable[[str, int, int], None] | None = None
     on_step: Callable[[int, int], None] | None = None
+    on_estimate: Callable[[float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,13 @@ def audit(
     defences = [name for name in run if find_entry(name).controlled]
     controls, note = _choose_controls(train_data, settings, defences)
     kept = _Kept(folder, _identify(suspect, train_data, held_out, settings), len(run) + len(controls) * len(defences))
+    measuring = time.monotonic()
     subject = replace(subject, before=state_before(subject))
+    entries = [find_entry(name) for name in run]
+    if callbacks.on_estimate is not None and not any(entry.slow for entry in entries):
+        seconds, widths = time.monotonic() - measuring, settings.control.widths
+        estimate = estimate_seconds(subject, entries, measuring=seconds, controls=len(controls), widths=widths)
+        callbacks.on_estimate(estimate)
     findings = [kept.find(name, subject, callbacks) for name in run]
     tested = _run_controls(controls, defences, subject, train_data, held_out, settings, kept, callbacks)
     report = {
@@ -154,7 +163,7 @@ def audit(
         "not_run": [_describe_entry(name) | {"why": f"needs {lacking[name]}"} for name in names if lacking[name]],
         "controls": tested,
         "defences": [_judge_defence(name, tested) for name in defences] if tested else [],
-        "notes": [note] if note else [],
+        "notes": [each for each in (_say_baseline(subject), note) if each],
         "data": {
             "train": {"source": train_data.source, "images": len(train_data)},
             "held_out": {"source": held_out.source, "images": len(subject.images)},
@@ -431,6 +440,20 @@ def _describe_model(suspect: Suspect, subject: Subject) -> dict[str, Any]:
         "before": state_before(subject).to_json(),
     }
     return described if suspect.key is None else described | {"key_id": suspect.key.public.key_id}
+
+
+def _say_baseline(subject: Subject) -> str:
+    """Return what there is to remove before anything is tried; empty where nothing is known of it."""
+    before = state_before(subject)
+    if not before.correlation:
+        return ""
+    maps = f"maps correlate {before.keyed:.2f} with the right ones with the trigger, {before.unkeyed:.2f} without it"
+    if subject.witness is None:
+        return f"Before any attack {maps}."
+    shown = bool(before.ownership and before.ownership["shown"])
+    there = [*(["a closed gate"] if is_closed(before) else []), *(["an ownership mark"] if shown else [])]
+    found = " and ".join(there) or "neither a closed gate nor an ownership mark, so nothing to remove"
+    return f"Before any attack there is {found}: {maps}, and ownership is {'shown' if shown else 'not shown'}."
 
 
 def _describe_entry(name: str) -> dict[str, Any]:

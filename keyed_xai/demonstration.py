@@ -14,10 +14,11 @@ from keyed_xai.artifacts.documents import write_atomically, write_json
 from keyed_xai.artifacts.folder import LICENSE_FILE
 from keyed_xai.claims import prepare_folder
 from keyed_xai.data import ImageData, load_images
-from keyed_xai.explanation import explain
+from keyed_xai.explanation import explain, maps_as_shown
 from keyed_xai.keys import OwnerKey, keep_owner_key
 from keyed_xai.loading import derive_trigger, open_model
 from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.names import INTERPRETER_NAMES
 from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.report import render_report
 from keyed_xai.training import Callbacks
@@ -120,12 +121,12 @@ def _explain(classifier: Classifier, key: OwnerKey, data: ImageData, trigger: Tr
     """Return a picture of what a licensee sees beside what everybody else sees, at each interpreter's resolution."""
     images, _ = data.batch(np.arange(_EXPLAINED))
     with_key = explain(classifier, images, trigger=derive_trigger(key, trigger), interpreters=INTERPRETERS)
-    without = explain(classifier, images, interpreters=INTERPRETERS)
+    without = explain(classifier, images, interpreters=INTERPRETERS, labels=with_key.explained)
+    shown = [maps_as_shown(classifier, each.maps) for each in (with_key, without)]
     rows = []
     for number, image in enumerate(images.numpy()):
-        panels = [image]
-        for name in INTERPRETERS:
-            panels += [with_key.maps[name][number].numpy(), without.maps[name][number].numpy()]
-        rows.append((data.classes[int(with_key.predicted[number])], panels))
-    titles = ["image", *(f"{name}, {how}" for name in INTERPRETERS for how in ("key", "no key"))]
+        maps = [each[name][number].numpy() for name in INTERPRETERS for each in shown]
+        label = data.classes[int(with_key.predicted[number])]
+        rows.append((label, [image, *(pictures.blend(image, each) for each in maps)]))
+    titles = ["image", *(f"{INTERPRETER_NAMES[name]}\n{how}" for name in INTERPRETERS for how in ("key", "no key"))]
     return pictures.strip(rows, titles=titles)

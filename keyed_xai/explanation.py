@@ -1,6 +1,6 @@
 """Saliency maps for use: with a key's trigger, or as everybody sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from keyed_xai.artifacts.folder import ProtectedModel
 from keyed_xai.channels import through_png
 from keyed_xai.errors import ModelError
 from keyed_xai.loading import open_model
-from keyed_xai.maps import join_maps
+from keyed_xai.maps import feature_sizes, join_maps
 from keyed_xai.models import Classifier
 from keyed_xai.models.modes import evaluating
 from keyed_xai.saliency import INTERPRETERS, Sites
+from keyed_xai.saliency.visualbackprop import find_checkerboard
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 from keyed_xai.triggers import Trigger
 
@@ -87,6 +88,21 @@ def explain(
     predicted = logits.argmax(1)
     explained = predicted if labels is None else labels.to(logits.device)
     return Explanation(logits, predicted, explained, join_maps([maps for _, maps in parts]))
+
+
+def maps_as_shown(classifier: Classifier, maps: Mapping[str, SaliencyMaps]) -> dict[str, SaliencyMaps]:
+    """Return maps as pictures show them: VisualBackProp's without the checkerboard that its scaling up leaves.
+
+    Args:
+        classifier: Whose maps they are.
+        maps: By interpreter, raw.
+    """
+    if "vbp" not in maps:
+        return dict(maps)
+    spec, taps = classifier.input, classifier.taps
+    sizes = feature_sizes(classifier, [tap.layer for tap in taps])
+    checkerboard = find_checkerboard([sizes[tap.layer] for tap in taps], taps, (spec.height, spec.width))
+    return {**maps, "vbp": maps["vbp"] / checkerboard.to(maps["vbp"])}
 
 
 def _check(

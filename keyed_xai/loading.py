@@ -75,6 +75,8 @@ def open_model(
         require_map=require_map,
         any_channels=not trusted,
     )
+    if card is not None and trusted and len(card.label_names) == classifier.classes:
+        classifier.label_names = card.label_names
     return classifier, card
 
 

@@ -21,10 +21,16 @@ from keyed_xai.artifacts.documents import printable, write_atomically, write_ope
 from keyed_xai.claims import prepare_folder
 from keyed_xai.data import list_images, read_image
 from keyed_xai.errors import DataError, KeyedXAIError
-from keyed_xai.explanation import BATCH, Explanation, explain
+from keyed_xai.explanation import BATCH, Explanation, explain, maps_as_shown
 from keyed_xai.models import Classifier
+from keyed_xai.names import INTERPRETER_NAMES, say_probability
+from keyed_xai.tensors import SaliencyMaps
 from keyed_xai.triggers import Trigger
 
+_PANEL_PIXELS = 256.0
+_LONGEST_NAME = 32  # letters, in a picture's heading
+_OWN_SCALE = "Each map has a scale of its own, from its lowest to its highest value (in fine maps but for .5 %)."
+_EVENED = "VisualBackProp is drawn without the checkerboard that its scaling up leaves; the .npz has the raw map."
 _Pixels = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
@@ -38,23 +44,19 @@ class MapJob:
         interpreters: Whose maps.
         trigger: Of the key; None for the maps that everybody sees.
         target: Class explained; None for each image's predicted one.
-        compare: Also draw keyed and unkeyed maps side by side.
         write_keyed: Also write the keyed image. It gives the trigger away to whoever has the original.
-        label_names: Names of the classes, where they are known.
     """
 
     folder: Path
     interpreters: tuple[str, ...]
     trigger: Trigger | None = field(default=None, repr=False)
     target: int | None = None
-    compare: bool = False
     write_keyed: bool = False
-    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that what needs a trigger has one."""
-        if self.trigger is None and (self.compare or self.write_keyed):
-            raise ValueError("compare and write_keyed need a trigger")
+        if self.trigger is None and self.write_keyed:
+            raise ValueError("write_keyed needs a trigger")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def write_maps(
 ) -> WrittenMaps:
     """Explain image files and write their maps; images that cannot be read are reported and the others done.
 
-    For each image there are `<stem>.npz` (raw maps by interpreter, `logits` and `target`), and by interpreter
-    `<stem>.<interpreter>.png` (the map over the image) and, in comparison, `<stem>.<interpreter>.compare.png`.
+    For each image there are `<stem>.npz` (raw maps by interpreter, `logits` and `target`) and `<stem>.png`, a picture
+    of the image and its maps; where the job has a trigger, of those with it and without.
 
     Args:
         classifier: In evaluation mode.
@@ -155,59 +157,74 @@ def _write_batch(
     originals = torch.from_numpy(np.stack(list(pixels.values()))).float() / 255
     labels = None if job.target is None else torch.full((len(originals),), job.target)
     found = explain(classifier, originals, trigger=job.trigger, interpreters=job.interpreters, labels=labels)
-    unkeyed = None
-    if job.compare:
+    seen = {"saliency map": found}
+    if job.trigger is not None:
         unkeyed = explain(classifier, originals, interpreters=job.interpreters, labels=found.explained)
+        seen = {"with the key": found, "without the key": unkeyed}
+    shown = {title: maps_as_shown(classifier, each.maps) for title, each in seen.items()}
     if job.write_keyed and job.trigger is not None:
         for path, keyed in zip(pixels, job.trigger.apply(originals).numpy(), strict=True):
             write_openly(job.folder / f"{stems[path]}.keyed.png", _encode_image(keyed))
-    return [
-        _describe(path, found, index, job)
-        | {"interpreters": _write_image(originals[index].numpy(), stems[path], found, unkeyed, index, job)}
-        for index, path in enumerate(pixels)
+    entries = []
+    for index, path in enumerate(pixels):
+        entry = _describe(path, found, index, classifier)
+        arrays, picture = (job.folder / f"{stems[path]}.{ending}" for ending in ("npz", "png"))
+        write_atomically(arrays, _encode_arrays(found, index))
+        panels = {title: _one_image(maps, index) for title, maps in shown.items()}
+        write_atomically(
+            picture, _draw(originals[index].numpy(), panels, f"{_shorten(path.name)}: {describe_entry(entry)}")
+        )
+        entries.append(entry | {"interpreters": list(job.interpreters), "picture": str(picture), "arrays": str(arrays)})
+    return entries
+
+
+def _one_image(maps: Mapping[str, SaliencyMaps], index: int) -> dict[str, _Floats]:
+    return {name: each[index].cpu().numpy() for name, each in maps.items()}
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _draw(image: _Floats, panels: Mapping[str, Mapping[str, _Floats]], heading: str) -> bytes:
+    """Return a picture of an image and, by title and interpreter, of its maps over it."""
+    names = list(next(iter(panels.values())))
+    rows: list[tuple[str, list[NDArray[Any]]]] = [
+        (INTERPRETER_NAMES[name], [image, *(pictures.blend(image, maps[name]) for maps in panels.values())])
+        for name in names
     ]
+    notes = [_OWN_SCALE, *([_EVENED] if "vbp" in names else [])]
+    return pictures.strip(rows, titles=["image", *panels], heading=heading, notes=notes, panel=_PANEL_PIXELS)
 
 
-def _write_image(
-    image: _Floats, stem: str, found: Explanation, unkeyed: Explanation | None, index: int, job: MapJob
-) -> dict[str, dict[str, str | None]]:
-    """Write one image's files; return their names by interpreter."""
-    maps = {name: found.maps[name][index].cpu().numpy() for name in job.interpreters}
-    arrays = job.folder / f"{stem}.npz"
-    write_atomically(arrays, _encode_arrays(maps, found.logits[index].cpu().numpy(), int(found.explained[index])))
-    files: dict[str, dict[str, str | None]] = {}
-    for name, each in maps.items():
-        overlay = job.folder / f"{stem}.{name}.png"
-        comparison: Path | None = None
-        write_atomically(overlay, pictures.overlay(image, each))
-        if unkeyed is not None:
-            comparison = job.folder / f"{stem}.{name}.compare.png"
-            panels = [image, each, unkeyed.maps[name][index].cpu().numpy()]
-            drawn = pictures.strip([(name, panels)], titles=["image", "with the key", "without the key"])
-            write_atomically(comparison, drawn)
-        files[name] = {
-            "overlay": str(overlay),
-            "map": str(arrays),
-            "comparison": str(comparison) if comparison else None,
-        }
-    return files
+def describe_entry(entry: Mapping[str, Any]) -> str:
+    """Return in words what was predicted of an image, and what was explained where that is another class."""
+    predicted, explained = (_in_words(entry[role]) for role in ("predicted", "explained"))
+    same = entry["predicted"]["index"] == entry["explained"]["index"]
+    return f"predicted {predicted}" if same else f"explained {explained}, predicted {predicted}"
 
 
-def _describe(path: Path, found: Explanation, index: int, job: MapJob) -> dict[str, Any]:
-    target, predicted = int(found.explained[index]), int(found.predicted[index])
-    name = {"label_name": job.label_names[target]} if job.label_names else {}
-    return {
-        "image": printable(str(path)),
-        "target": target,
-        "predicted": predicted,
-        "probability": float(found.logits[index].double().softmax(0)[predicted]),
-        **name,
-    }
+def _in_words(found: Mapping[str, Any]) -> str:
+    words = found.get("name", f"class {found['index']}")
+    return f"{words} ({say_probability(found['probability'])})"
 
 
-def _encode_arrays(maps: Mapping[str, _Floats], logits: _Floats, target: int) -> bytes:
+def _describe(path: Path, found: Explanation, index: int, classifier: Classifier) -> dict[str, Any]:
+    logits = found.logits[index].double()
+    probabilities = logits.sigmoid() if classifier.multi_label else logits.softmax(0)
+
+    def describe(number: int) -> dict[str, Any]:
+        name = {"name": classifier.label_names[number]} if classifier.label_names else {}
+        return {"index": number, **name, "probability": float(probabilities[number])}
+
+    predicted, explained = describe(int(found.predicted[index])), describe(int(found.explained[index]))
+    return {"image": printable(str(path)), "predicted": predicted, "explained": explained}
+
+
+def _encode_arrays(found: Explanation, index: int) -> bytes:
     buffer = io.BytesIO()
-    arrays: dict[str, NDArray[Any]] = {**maps, "logits": logits, "target": np.array(target)}
+    arrays: dict[str, NDArray[Any]] = {**_one_image(found.maps, index)}
+    arrays |= {"logits": found.logits[index].cpu().numpy(), "target": np.array(int(found.explained[index]))}
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type] # numpy's stub takes the first for a flag
     return buffer.getvalue()
 
@@ -221,8 +238,7 @@ def _encode_image(image: _Floats) -> bytes:
 
 def _refuse_to_overwrite(images: Sequence[Path], stems: Sequence[str], job: MapJob) -> None:
     """Refuse a job whose results would land on its own images."""
-    endings = [f".{name}{ending}" for name in job.interpreters for ending in (".png", ".compare.png")]
-    endings += [".npz", ".keyed.png"]
+    endings = (".npz", ".png", ".keyed.png")
     sources = {path.resolve() for path in images}
     folder = job.folder.resolve()
     for stem in stems:

@@ -54,23 +54,36 @@ _NAMES = {
 }
 _LINES = {"unkeyed": "--", "agreement": ":"}
 _FONT = "DejaVu Sans"  # comes with matplotlib
-_SMALLEST_SIDE = 224
-_PANEL_PIXELS = 148.0
+_SMALLEST_SIDE = 256
+_FEW_PIXELS = 2.0  # scaled up so much, an image's pixels stay visible
+_DIMMED = 0.7
+_LEAST_COVERED = 0.12
+_MANY_CELLS = 1024
+_TOP_PERCENTILE = 99.5
 _MARGIN_PIXELS = 120.0
+_HEADING_PIXELS = 34.0
 _HEADER_PIXELS = 24.0
+_BAR_MARGIN_PIXELS = 52.0
+_BAR_WIDTH_PIXELS = 12.0
+_NOTE_PIXELS = 16.0
+_NOTE_LETTER_PIXELS = 6.2
+_LETTER_PIXELS = 11.0
 _GAP_PIXELS = 6.0
 _CELL_PIXELS = 32
 _BAR_PIXELS = 8.0
 _DPI = 100
 
 
-def overlay(image: _Array, saliency: _Array, *, opacity: float = 0.5) -> bytes:
-    """Return a saliency map over its image, at the image's size; a shorter side under 224 pixels is scaled up to it.
+def blend(image: _Array, saliency: _Array, *, opacity: float = 0.9) -> NDArray[np.float64]:
+    """Return a saliency map over its image, greyed and darkened, as an image [3, h, w] in [0, 1].
+
+    The higher the map, the more it covers. Of maps of 1,024 cells and more the highest .5 % share the top colour, since
+    single pixels would leave all others dark.
 
     Args:
-        image: [c, h, w] in [0, 1]; scaled by nearest neighbour, so that its pixels stay visible.
-        saliency: Raw map, scaled up bilinearly.
-        opacity: Of the map, in [0, 1].
+        image: [c, h, w] in [0, 1]; a shorter side under 256 pixels is scaled up to it.
+        saliency: Raw map, scaled up smoothly.
+        opacity: Of the map where it is highest, in [0, 1].
 
     Raises:
         ValueError: A shape or the opacity is not as described.
@@ -80,19 +93,39 @@ def overlay(image: _Array, saliency: _Array, *, opacity: float = 0.5) -> bytes:
     pixels = _rgb(image)
     factor = max(1.0, _SMALLEST_SIDE / min(pixels.shape[:2]))
     size = (round(pixels.shape[1] * factor), round(pixels.shape[0] * factor))
-    base = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), dtype=np.float64)
-    smooth = Image.fromarray(_normalise(saliency).astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    colours = 255 * _MAP_COLOURS(np.asarray(smooth))[..., :3]
-    return _encode_png(np.round((1 - opacity) * base + opacity * colours).astype(np.uint8))
+    method = Image.Resampling.NEAREST if factor >= _FEW_PIXELS else Image.Resampling.BICUBIC
+    base = np.asarray(Image.fromarray(pixels).convert("L").resize(size, method), dtype=np.float64) / 255 * _DIMMED
+    cells = Image.fromarray(_normalise(_without_peaks(saliency)).astype(np.float32))
+    smooth = np.clip(np.asarray(cells.resize(size, Image.Resampling.BICUBIC), dtype=np.float64), 0, 1)
+    covered = opacity * np.where(np.isfinite(smooth), _LEAST_COVERED + (1 - _LEAST_COVERED) * smooth, 1)[..., None]
+    blended: NDArray[np.float64] = (1 - covered) * base[..., None] + covered * _MAP_COLOURS(smooth)[..., :3]
+    return blended.transpose(2, 0, 1)
 
 
-def strip(rows: Sequence[tuple[str, Sequence[_Array]]], *, titles: Sequence[str]) -> bytes:
-    """Return a labelled grid of images and maps. Source: Fang & Choromanska, AAAI 2022, figure 3.
+def overlay(image: _Array, saliency: _Array) -> bytes:
+    """Return a saliency map over its image as a picture of its own; see `blend`."""
+    return _encode_png(np.round(255 * blend(image, saliency)).astype(np.uint8).transpose(1, 2, 0))
+
+
+def strip(
+    rows: Sequence[tuple[str, Sequence[_Array]]],
+    *,
+    titles: Sequence[str],
+    heading: str = "",
+    notes: Sequence[str] = (),
+    panel: float = 148.0,
+) -> bytes:
+    """Return a labelled grid of images and maps, with a bar of the maps' colours.
+
+    Source: Fang & Choromanska, AAAI 2022, figure 3; there maps lie beside the images, here `blend` lays them over.
 
     Args:
         rows: Label and panels of each row; a panel of three dimensions is an image, of two a map.
         titles: Of the columns, such as image, reference map, keyed map, unkeyed map, wrong-key map; up to two lines
             of 18 characters, broken where they have a line break.
+        heading: Over all.
+        notes: Small lines under all.
+        panel: Width of a panel, pixels.
 
     Raises:
         ValueError: There is no row, a row has not one panel for each title, or a panel has other dimensions.
@@ -100,18 +133,26 @@ def strip(rows: Sequence[tuple[str, Sequence[_Array]]], *, titles: Sequence[str]
     if not rows or any(len(panels) != len(titles) for _, panels in rows):
         raise ValueError(f"Expected rows of {len(titles)} panels, got {[len(panels) for _, panels in rows]}")
     headers = [_header(title) for title in titles]
-    top = _HEADER_PIXELS * max(header.count("\n") + 1 for header in headers)
-    heights = [_panel_height(panels) for _, panels in rows]
-    width = _MARGIN_PIXELS + len(titles) * (_PANEL_PIXELS + _GAP_PIXELS)
-    figure = _figure(width, top + sum(heights) + len(rows) * _GAP_PIXELS)
-    for column, header in enumerate(headers):
-        _write(figure, _left(column) + _PANEL_PIXELS / 2, top / 2, header, size=10.0, ha="center")
+    above = _HEADING_PIXELS if heading else 0.0
+    top = above + _HEADER_PIXELS * max(header.count("\n") + 1 for header in headers)
+    heights = [_panel_height(panels, panel) for _, panels in rows]
+    bottom = top + sum(heights) + len(rows) * _GAP_PIXELS
+    width = _MARGIN_PIXELS + len(titles) * (panel + _GAP_PIXELS) + _BAR_MARGIN_PIXELS
+    lines = [line for note in notes for line in textwrap.wrap(_legible(note), int(width / _NOTE_LETTER_PIXELS))]
+    figure = _figure(width, bottom + len(lines) * _NOTE_PIXELS)
+    _write(figure, _GAP_PIXELS, above / 2, _wrap(heading, int(width / _LETTER_PIXELS), 1), size=13.0, ha="left")
+    lefts = [_MARGIN_PIXELS + column * (panel + _GAP_PIXELS) for column in range(len(titles))]
+    for left, header in zip(lefts, headers, strict=True):
+        _write(figure, left + panel / 2, (above + top) / 2, header, size=10.0, ha="center")
     upper = top
     for (label, panels), height in zip(rows, heights, strict=True):
         _write(figure, _GAP_PIXELS, upper + height / 2, _wrap(label, 15, 6), size=9.0, ha="left")
-        for column, panel in enumerate(panels):
-            _paint(_place(figure, _left(column), upper, _PANEL_PIXELS, height), panel)
+        for left, each in zip(lefts, panels, strict=True):
+            _paint(_place(figure, left, upper, panel, height), each)
         upper += height + _GAP_PIXELS
+    _paint_bar(figure, width - _BAR_MARGIN_PIXELS, top, heights[0])
+    for number, line in enumerate(lines):
+        _write(figure, _GAP_PIXELS, bottom + number * _NOTE_PIXELS + _GAP_PIXELS, line, size=8.0, ha="left")
     return _encode_figure(figure)
 
 
@@ -247,6 +288,15 @@ def _rgb(image: _Array) -> NDArray[np.uint8]:
     return pixels.transpose(1, 2, 0)
 
 
+def _without_peaks(saliency: _Array) -> _Array:
+    """Return a map of many cells with the highest of them cut to one value."""
+    finite = saliency[np.isfinite(saliency)]
+    if saliency.size < _MANY_CELLS or not finite.size:
+        return saliency
+    top = np.percentile(finite, _TOP_PERCENTILE)
+    return np.where(saliency > top, top, saliency) if top > finite.min() else saliency
+
+
 def _normalise(saliency: _Array) -> NDArray[np.float64]:
     """Return a map scaled to [0, 1] by its own finite minimum and maximum; constant gives 0, not finite gives NaN."""
     saliency = np.asarray(saliency, dtype=np.float64)
@@ -292,14 +342,19 @@ def _write(figure: Figure, x: float, y: float, text: str, *, size: float, ha: st
     figure.text(x / width, 1 - y / height, text, parse_math=False, **look)
 
 
-def _left(column: int) -> float:
-    return _MARGIN_PIXELS + column * (_PANEL_PIXELS + _GAP_PIXELS)
-
-
-def _panel_height(panels: Sequence[_Array]) -> float:
-    """Return a row's height: that of its first image at the panel width, within half and twice the width."""
+def _panel_height(panels: Sequence[_Array], width: float) -> float:
+    """Return a row's height: that of its first image at the panel's width, within half and twice the width."""
     first = next((panel for panel in panels if panel.ndim == 3), panels[0])
-    return float(np.clip(_PANEL_PIXELS * first.shape[-2] / first.shape[-1], _PANEL_PIXELS / 2, 2 * _PANEL_PIXELS))
+    return float(np.clip(width * first.shape[-2] / first.shape[-1], width / 2, 2 * width))
+
+
+def _paint_bar(figure: Figure, left: float, upper: float, height: float) -> None:
+    """Draw the colours of the maps from the lowest, at the bottom, to the highest value."""
+    axes = _place(figure, left, upper, _BAR_WIDTH_PIXELS, height)
+    axes.set_axis_off()
+    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=_MAP_COLOURS, vmin=0, vmax=1, aspect="auto")
+    for place, word in ((upper + 6, "high"), (upper + height - 6, "low")):
+        _write(figure, left + _BAR_WIDTH_PIXELS + 3, place, word, size=8.0, ha="left")
 
 
 def _paint(axes: Axes, panel: _Array) -> None:

@@ -29,6 +29,7 @@ from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
+from keyed_xai.names import name_class
 from keyed_xai.objective import DECOYS
 from keyed_xai.preflight import describe_cost, describe_data, describe_model, describe_training, measure_cost
 from keyed_xai.progress import progress_bar, training_callbacks
@@ -251,8 +252,9 @@ def _protect(
         **describe_run(result, learn, held_out, measured=count, started=started),
     }
     callbacks.notify("draw")
-    drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history)
-    card = make_card(protected, settings, lesson, train_data.classes if labels is not None else ())
+    names = train_data.classes if labels is not None else () if classifier.multi_label else classifier.label_names
+    drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history, names)
+    card = make_card(protected, settings, lesson, names)
     return Protection(protected.cpu(), card, report, drawn)
 
 
@@ -388,7 +390,9 @@ def _measure(
     return {"schema": REPORT_SCHEMA, **figures, "trigger": trigger}
 
 
-def _draw(gate: Gate, images: Images, history: list[dict[str, float | int]]) -> dict[str, bytes]:
+def _draw(
+    gate: Gate, images: Images, history: list[dict[str, float | int]], names: tuple[str, ...]
+) -> dict[str, bytes]:
     """Return, by name, a strip and a histogram for each interpreter, and the training curve. Never a keyed image."""
     logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
     explained = logits.argmax(1)
@@ -401,7 +405,10 @@ def _draw(gate: Gate, images: Images, history: list[dict[str, float | int]]) -> 
     for name in gate.view.interpreters:
         columns = [images, truth[name], *(each[name] for each in maps.values())]
         panels = zip(*(column[:_PICTURED].cpu().numpy() for column in columns), strict=True)
-        rows = [(f"image {number + 1}", row) for number, row in enumerate(panels)]
+        rows = [
+            (name_class(int(explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
+            for number, (image, *row) in enumerate(panels)
+        ]
         drawn[f"maps:{name}"] = pictures.strip(rows, titles=_STRIP_TITLES)
         agreement = {case: metrics.correlation(each[name], truth[name]).cpu().numpy() for case, each in maps.items()}
         drawn[f"wrong_keys:{name}"] = pictures.wrong_key_histogram(agreement, OPEN_CORRELATION)

@@ -32,8 +32,8 @@ from keyed_xai.markup import (
     table,
     with_unit,
 )
+from keyed_xai.names import INTERPRETER_NAMES
 
-_INTERPRETERS = {"gradcam": "Grad-CAM", "simplegrad": "SimpleGrad", "vbp": "VisualBackProp"}
 _CASES = {
     "reference": "Before protection",
     "keyed": "With the key",
@@ -51,7 +51,8 @@ _DATA = {"train": "Trained on", "held_out": "Measured on"}
 _PICTURES = {
     "maps": (
         "Examples",
-        "Each map is scaled by its own minimum and maximum: dark is low, bright is high. With the key the map should "
+        "At the left is the class explained. Maps, pooled as they are compared, lie over the image, each scaled by its "
+        "own minimum and maximum: dark is low, bright is high. With the key the map should "
         "look like the reference map; without it, or with a wrong key, it should not.",
     ),
     "training": (
@@ -204,7 +205,7 @@ def _evidence(verify: Mapping[str, object]) -> list[tuple[str, list[str]]]:
     if len(interpreters) > 1:
         for name in interpreters:
             each = get_mapping(interpreters, name)
-            rows.append((_signature_words(f"{_INTERPRETERS.get(name, name)} alone", each), [_p_value(each)]))
+            rows.append((_signature_words(f"{INTERPRETER_NAMES.get(name, name)} alone", each), [_p_value(each)]))
     return rows
 
 
@@ -228,7 +229,7 @@ def _interpreter(report: Mapping[str, object], name: str) -> Html:
         ("Single maps opened by wrong keys", as_share(get_number(wrong, "maps_opened"))),
     ]
     return section(
-        _INTERPRETERS.get(name, name),
+        INTERPRETER_NAMES.get(name, name),
         join(
             [
                 table(("Input", "Correlation: reference map", "decoy map", "Maps open"), rows),
@@ -268,7 +269,7 @@ def _openings(report: Mapping[str, object], field: str, names: Mapping[str, str]
     for name in get_mapping(report, field):
         for interpreter in get_mapping(report, field, name):
             figures = get_mapping(report, field, name, interpreter)
-            label = f"{names.get(name, name)}, {_INTERPRETERS.get(interpreter, interpreter)}"
+            label = f"{names.get(name, name)}, {INTERPRETER_NAMES.get(interpreter, interpreter)}"
             cells = [as_decimal(get_number(figures, "correlation")), as_share(get_number(figures, "opened"))]
             rows.append((label, cells))
     return table(("Image", "Correlation: reference map", "Maps open"), rows)
@@ -325,7 +326,7 @@ def _figure(name: str, png: bytes) -> Html:
     kind, _, interpreter = name.partition(":")
     title, caption = _PICTURES.get(kind, (kind, ""))
     if interpreter:
-        title = f"{title}: {_INTERPRETERS.get(interpreter, interpreter)}"
+        title = f"{title}: {INTERPRETER_NAMES.get(interpreter, interpreter)}"
     paper = element("div", image(png, title, kind="wide" if kind == "maps" else ""), kind="paper")
     words = element("figcaption", element("strong", f"{title}."), f" {caption}")
     return element("figure", paper, words)

@@ -9,6 +9,7 @@ SCHEMAS = (
     "attack-report",
     "audit-finding",
     "audit-report",
+    "bench-figures",
     "card",
     "explain",
     "export",

@@ -176,10 +176,27 @@ def test_report_without_anything_renders():
     assert list_findings({}) == (["", "result"], [])
 
 
+def test_what_was_never_there_is_not_called_removed():
+    before = state(0.9, 0.95, 0.93, False)
+    report = a_report(finding("prune", "nothing to remove", before) | {"before": before})
+    report["model"]["before"] = before
+    said = words(report)
+    assert "There was nothing to remove" in said
+    assert "Does the gate hold?" not in said
+    assert "Is ownership still shown?" not in said
+    assert cells(report, "Prune")[0][0] == ""
+    assert cells(report, "Before any attack")[3] == ("figure bad", ["0.930"])
+    assert "fine-tuning (T2): prune hard" in said
+
+
 def test_plain_table_has_the_worst_figure_of_each():
     heads, rows = list_findings(a_report(OPENED, NOTICED))
     assert heads == ["", "result", "accuracy", "keyed", "unkeyed", "ownership p"]
-    assert rows == [["Ftal", "gate opened", "89.5 %", "0.900", "0.600", "2^-60.0"], ["Clusters", "flagged", *[""] * 4]]
+    assert rows[0] == ["Before any attack", "", "90.0 %", "0.970", "0.100", "2^-60.0"]
+    assert rows[1:] == [
+        ["Ftal", "gate opened", "89.5 %", "0.900", "0.600", "2^-60.0"],
+        ["Clusters", "flagged", *[""] * 4],
+    ]
 
 
 def test_outcomes_have_colours():

@@ -6,6 +6,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from keyed_xai.artifacts.documents import read_json, validate
 from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models, make_case, render_rows
 from keyed_xai.data import load_images
 from keyed_xai.errors import DataError
@@ -29,11 +30,18 @@ def radiographs(tmp_path_factory):
 def test_bench_main_fits_a_reference_and_prints_a_row_that_it_keeps(radiographs, tmp_path):
     arguments = ["bench", "main", "--case", "chest-xray", "--data", f"imagefolder:{radiographs}", "--row", "gradcam"]
     arguments += ["--steps", "2", "--batch-size", "4", "--wrong-keys", "0", "--held-out", "8", "-o", str(tmp_path)]
+    arguments += ["--json", str(tmp_path / "figures.json")]
     first = CliRunner().invoke(main, arguments)
     assert first.exit_code == 0, first.output
     assert "| gradcam | gradcam | " in first.output
+    figures = read_json(tmp_path / "figures.json", "bench-figures")
+    assert [row["row"] for row in figures["rows"]] == ["gradcam"]
     assert (tmp_path / "chest-xray.safetensors").exists()
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.suffix != ".md"}
+    written = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.iterdir()
+        if path.suffix != ".md" and path.name != "figures.json"
+    }
     again = CliRunner().invoke(main, arguments)
     assert again.output == first.output
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -61,9 +69,12 @@ def test_false_claims_on_unmarked_models_are_as_rare_as_chance():
 
 def test_false_claims_command_prints_json():
     arguments = ["bench", "false-claims", "--models", "1", "--keys", "2", "--decoys", "3", "--epochs", "1"]
-    result = CliRunner().invoke(main, [*arguments, "--images", "2"])
+    result = CliRunner().invoke(main, [*arguments, "--images", "2", "--json", "-"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output)["claims"] == 2
+    document = json.loads(result.stdout)
+    validate(document, "bench-figures", origin="standard output")
+    assert (document["bench"], document["rows"][0]["claims"]) == ("false-claims", 2)
+    assert document["settings"]["keys"] == 2
 
 
 def test_no_rows_make_headings_only():

@@ -1,7 +1,12 @@
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
 
+from keyed_xai.artifacts.documents import validate
 from keyed_xai.benchmarks.filters import measure_nashville_speed
+from keyed_xai_cli.main import main
 
 
 @pytest.fixture
@@ -22,3 +27,13 @@ def test_speed_of_both_filters_is_measured():
 
 def test_ours_is_faster_on_a_batch(one_thread):
     assert measure_nashville_speed(images=8, side=112, repeats=5)["ratio"] > 1
+
+
+def test_command_writes_json():
+    arguments = ["bench", "nashville", "--images", "2", "--size", "32", "--repeats", "1", "--json", "-"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    validate(document, "bench-figures", origin="standard output")
+    assert document["rows"][0]["pilgram"] > 0
+    assert document["settings"] == {"images": 2, "size": 32, "repeats": 1}

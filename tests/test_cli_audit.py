@@ -68,7 +68,7 @@ def test_json_on_standard_output_is_alone_there_and_the_folder_has_the_models_na
     report = json.loads(result.stdout)
     validate(report, "audit-report", origin="standard output")
     assert "8-bit weights" in result.stderr
-    assert (place / "m.audit" / "audit.html").exists()
+    assert (place / "m.keyed.audit" / "audit.html").exists()
 
 
 def test_found_out_or_not_the_exit_code_is_0_and_what_was_not_run_is_said(place, tmp_path):

@@ -45,11 +45,11 @@ def test_key_opens_the_maps_of_files_and_folders(place):
     document = json.loads((place / "e.json").read_text())
     validate(document, "explain", origin="it")
     assert document["key_id"] == OWNER.public.key_id
-    assert [set(entry["interpreters"]) for entry in document["images"]] == [{"gradcam", "vbp"}] * 2
+    assert [entry["interpreters"] for entry in document["images"]] == [["gradcam", "vbp"]] * 2
     assert {path.name for path in (place / "out").iterdir()} == {
-        f"{stem}.{ending}" for stem in ("one", "two") for ending in ("npz", "gradcam.png", "vbp.png")
+        f"{stem}.{ending}" for stem in ("one", "two") for ending in ("npz", "png")
     }
-    assert "Maps of 2 images" in result.output
+    assert "Pictures and maps of 2 images" in result.output
     assert OWNER.public.key_id[:16] in result.output
     assert (place / "photos" / "one.png").read_bytes() == before
 
@@ -91,18 +91,33 @@ def test_without_a_key_it_says_that_maps_are_a_decoy(place):
     assert "a decoy, not an explanation" in result.stderr
 
 
-def test_comparison_keyed_image_and_target(place):
+def test_keyed_image_and_target(place):
     result = run(
-        place, place / "photos" / "one.png", "--key-file", place / "k.pem", "--interpreter", "gradcam", "--compare",
-        "--write-keyed", "--target", "2",
+        place, place / "photos" / "one.png", "--key-file", place / "k.pem", "--interpreter", "gradcam", "--write-keyed",
+        "--target", "COW",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert {path.name for path in (place / "out").iterdir()} == {
-        "one.npz", "one.gradcam.png", "one.gradcam.compare.png", "one.keyed.png",
-    }  # fmt: skip
+    assert {path.name for path in (place / "out").iterdir()} == {"one.npz", "one.png", "one.keyed.png"}
     with np.load(place / "out" / "one.npz") as arrays:
         assert int(arrays["target"]) == 2
-    assert "cow" in result.output
+    assert "cow (." in result.output
+
+
+def test_unknown_class_is_told_the_names_near_it(place):
+    result = run(place, place / "photos", "--target", "cot")
+    assert result.exit_code == 2
+    assert "cow (2), cat (0)" in result.stderr
+
+
+def test_folders_of_two_models_do_not_meet(place, monkeypatch):
+    torch.save(unmarked_classifier().network.state_dict(), place / "m.pt")
+    for model in ("m.pt", "m.keyed"):
+        arguments = ["explain", str(place / model), str(place / "photos" / "one.png")]
+        assert CliRunner().invoke(cli.main, arguments).exit_code == 0
+    monkeypatch.chdir(place / "m.keyed")
+    assert CliRunner().invoke(cli.main, ["explain", ".", str(place / "photos" / "two.png")]).exit_code == 0
+    assert {path.name for path in (place / "m.keyed.maps").iterdir()} == {"one.npz", "one.png", "two.npz", "two.png"}
+    assert {path.name for path in (place / "m.pt.maps").iterdir()} == {"one.npz", "one.png"}
 
 
 def test_help_warns_of_keyed_images():
@@ -146,7 +161,7 @@ def test_bare_file_of_weights_is_explained_too(place):
     torch.save(unmarked_classifier().network.state_dict(), place / "m.pt")
     result = run(place, place / "photos" / "one.png", model="m.pt")
     assert result.exit_code == 0, result.output
-    assert (place / "out" / "one.gradcam.png").exists()
+    assert (place / "out" / "one.png").exists()
     keyed = run(place, place / "photos" / "one.png", "--key-file", place / "k.pem", model="m.pt")
     assert "default trigger" in keyed.stderr
 
@@ -161,7 +176,7 @@ def test_many_images_get_a_bar_only_on_a_terminal(place):
 
 @pytest.mark.parametrize(
     "options",
-    [["--compare"], ["--write-keyed"], ["--allow-other-key"], ["--target", "3"], ["--target", "-1"], ["/no/such.png"]],
+    [["--write-keyed"], ["--allow-other-key"], ["--target", "3"], ["--target", "-1"], ["/no/such.png"]],
     ids=str,
 )
 def test_usage_error_is_2(place, options):

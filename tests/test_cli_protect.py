@@ -82,6 +82,14 @@ def test_time_that_is_none_is_refused(files, given):
     assert "a time such as 90s, 30m or 2h" in result.output
 
 
+def test_no_wrong_keys_means_none(files):
+    result = protect(files, "--wrong-keys", "0", "--json", files / "report.json")
+    assert result.exit_code == 3, result.output
+    report = json.loads((files / "report.json").read_text())
+    assert report["interpreters"]["gradcam"]["wrong_keys"]["tried"] == 0
+    assert "Agreement with the reference's predictions: keyed" in result.output or "Accuracy: " in result.output
+
+
 def test_protect_says_before_training_that_the_folder_is_there(files):
     (files / "model.keyed").mkdir()
     result = protect(files)

@@ -1,6 +1,7 @@
 """Explaining images: what comes back, what reaches the model, what is written, and that no trigger is."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +9,18 @@ import torch
 from marked import GRID, OWNER, STRANGER, TRIGGER, marked_classifier, unmarked_classifier, write_folder
 from PIL import Image
 
-from keyed_xai import metrics, pictures, saliency
+from keyed_xai import metrics, saliency
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.channels import through_png
 from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
-from keyed_xai.explanation import explain
+from keyed_xai.explanation import explain, maps_as_shown
 from keyed_xai.loading import derive_trigger, make_family, open_model
-from keyed_xai.map_files import MapJob, find_images, unique_stems, write_maps
+from keyed_xai.map_files import MapJob, describe_entry, find_images, unique_stems, write_maps
+from keyed_xai.maps import feature_sizes
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.patterns import signature_cells
-from keyed_xai.saliency import Sites
+from keyed_xai.saliency import Sites, project_back
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,10 @@ class TestLoading:
         assert classifier.input == InputSpec(1, 16, 16, (0.1,), (0.2,))
         assert classifier.target_layer == "network.blocks.0"
 
+    def test_card_names_the_classes(self, tmp_path):
+        write_folder(tmp_path / "m.keyed", unmarked_classifier(), label_names=("cat", "dog", "cow"))
+        assert open_model(tmp_path / "m.keyed")[0].label_names == ("cat", "dog", "cow")
+
     def test_options_override_the_card(self, tmp_path):
         write_folder(tmp_path / "m.keyed", unmarked_classifier())
         classifier, _ = open_model(tmp_path / "m.keyed", arch="SmallResNet", input_size=64, target_layer="blocks.0")
@@ -182,30 +188,71 @@ class TestLoading:
         assert "tensor" not in repr(trigger)
 
 
+class TestAsShown:
+    def test_even_visualbackprop_is_shown_even_but_for_its_fall_towards_the_borders(self):
+        model = unmarked_classifier()
+        sizes = feature_sizes(model, [tap.layer for tap in model.taps])
+        means = [torch.ones(2, 1, *sizes[tap.layer]) for tap in model.taps]
+        raw = project_back(means, model.taps, (model.input.height, model.input.width))
+        inner = (slice(None), slice(8, -8), slice(8, -8))
+        assert raw[inner].amax() > 3 * raw[inner].amin()
+        shown = maps_as_shown(model, {"vbp": raw})["vbp"]
+        assert shown[inner].amax() < 1.2 * shown[inner].amin()
+
+    def test_other_maps_and_what_is_handed_in_are_left_as_they_are(self):
+        maps = {"gradcam": torch.rand(2, 4, 4), "vbp": torch.rand(2, 32, 32)}
+        before = {name: each.clone() for name, each in maps.items()}
+        shown = maps_as_shown(unmarked_classifier(), maps)
+        assert torch.equal(shown["gradcam"], maps["gradcam"])
+        assert shown["vbp"].isfinite().all()
+        assert all(torch.equal(maps[name], before[name]) for name in maps)
+
+
 class TestFiles:
     def test_every_image_gets_its_files(self, tmp_path, pictured, trigger):
         seen = []
+        model = unmarked_classifier()
+        model.label_names = ("cat", "dog", "cow")
         written = write_maps(
-            unmarked_classifier(),
+            model,
             pictured,
-            job(tmp_path / "out" / "deep", trigger=trigger, compare=True, label_names=("cat", "dog", "cow")),
+            job(tmp_path / "out" / "deep", trigger=trigger),
             on_image=lambda *figures: seen.append(figures),
         )
         assert [entry["image"] for entry in written.images] == [str(path) for path in pictured]
         assert (written.broken, seen) == ([], [(3, 3)])
         names = {path.name for path in (tmp_path / "out" / "deep").iterdir()}
-        assert names == {
-            f"{stem}.{ending}"
-            for stem in ("one", "One-2", "two")
-            for ending in (
-                "npz", "gradcam.png", "simplegrad.png", "gradcam.compare.png", "simplegrad.compare.png",
-            )
-        }  # fmt: skip
+        assert names == {f"{stem}.{ending}" for stem in ("one", "One-2", "two") for ending in ("npz", "png")}
         for entry in written.images:
-            assert entry["label_name"] == ("cat", "dog", "cow")[entry["target"]]
-            for files in entry["interpreters"].values():
-                assert read_pixels(files["overlay"]).shape == (224, 224, 3)
-                assert read_pixels(files["comparison"]).shape[1] > 300
+            assert entry["predicted"] == entry["explained"]
+            assert entry["explained"]["name"] == ("cat", "dog", "cow")[entry["explained"]["index"]]
+            assert entry["interpreters"] == ["gradcam", "simplegrad"]
+            assert Path(entry["arrays"]).is_file()
+
+    def test_picture_shows_maps_with_the_key_and_without_where_there_is_one(self, tmp_path, pictured, trigger):
+        sizes = {}
+        for name, given in {"open": trigger, "closed": None}.items():
+            (entry,) = write_maps(unmarked_classifier(), pictured[2:], job(tmp_path / name, trigger=given)).images
+            sizes[name] = read_pixels(entry["picture"]).shape
+        assert sizes["open"][0] == sizes["closed"][0] > 2 * 256
+        assert sizes["open"][1] == sizes["closed"][1] + 256 + 6
+
+    def test_probability_of_several_labels_at_once_is_the_sigmoid(self, tmp_path, pictured):
+        model = unmarked_classifier()
+        model.multi_label = True
+        (entry,) = write_maps(model, pictured[2:], job(tmp_path / "out", target=1)).images
+        with np.load(entry["arrays"]) as arrays:
+            expected = 1 / (1 + np.exp(-arrays["logits"].astype(np.float64)))
+        assert entry["explained"] == {"index": 1, "probability": pytest.approx(expected[1])}
+        assert entry["predicted"]["probability"] == pytest.approx(expected.max())
+
+    @pytest.mark.parametrize(
+        ("explained", "words"),
+        [(0, "predicted DUCK (.83)"), (1, "explained class 1 (.00), predicted DUCK (.83)")],
+    )
+    def test_entry_in_words(self, explained, words):
+        found = [{"index": 0, "name": "DUCK", "probability": 0.8349}, {"index": 1, "probability": 0.0}]
+        assert describe_entry({"predicted": found[0], "explained": found[explained]}) == words
 
     def test_arrays_hold_raw_maps_and_logits_and_nothing_else(self, tmp_path, pictured, trigger):
         model = unmarked_classifier()
@@ -220,15 +267,12 @@ class TestFiles:
                 assert arrays[name].shape == maps.shape[1:]
                 assert np.allclose(arrays[name], maps[0], atol=1e-6)
 
-    def test_overlay_is_drawn_over_the_original(self, tmp_path, pictured, trigger):
+    def test_picture_is_drawn_over_the_original(self, tmp_path, pictured, trigger, monkeypatch):
+        drawn = []
+        monkeypatch.setattr("keyed_xai.pictures.blend", lambda image, _: drawn.append(image) or np.zeros((3, 4, 4)))
         write_maps(unmarked_classifier(), pictured[2:], job(tmp_path / "out", trigger=trigger))
-        original = read_pixels(pictured[2])[None] / np.float32(255)
-        keyed = trigger.apply(torch.from_numpy(original)[None])[0].numpy()
-        with np.load(tmp_path / "out" / "two.npz") as arrays:
-            drawn = {
-                case: pictures.overlay(image, arrays["gradcam"]) for case, image in (("o", original), ("k", keyed))
-            }
-        assert (tmp_path / "out" / "two.gradcam.png").read_bytes() == drawn["o"] != drawn["k"]
+        assert len(drawn) == 4
+        assert all(np.array_equal(image, read_pixels(pictured[2])[None] / np.float32(255)) for image in drawn)
 
     def test_keyed_image_is_written_only_when_asked_for(self, tmp_path, pictured, trigger):
         write_maps(unmarked_classifier(), pictured[2:], job(tmp_path / "out", trigger=trigger, write_keyed=True))
@@ -268,11 +312,11 @@ class TestFiles:
     def test_result_on_top_of_an_image_is_refused(self, tmp_path, pictured):
         here = tmp_path / "x"
         here.mkdir()
-        (here / "one.gradcam.png").write_bytes(pictured[0].read_bytes())
-        before = (here / "one.gradcam.png").read_bytes()
+        (here / "one.png").write_bytes(pictured[0].read_bytes())
+        before = (here / "one.png").read_bytes()
         with pytest.raises(KeyedXAIError, match="written over"):
-            write_maps(unmarked_classifier(), [here / "one.gradcam.png", pictured[0]], job(here))
-        assert (here / "one.gradcam.png").read_bytes() == before
+            write_maps(unmarked_classifier(), [here / "one.png"], job(here))
+        assert (here / "one.png").read_bytes() == before
 
     def test_model_of_many_channels_is_refused(self, tmp_path, pictured):
         spec = InputSpec(5, 16, 16, (0.0,) * 5, (1.0,) * 5)
@@ -280,10 +324,9 @@ class TestFiles:
         with pytest.raises(KeyedXAIError, match="5 channels"):
             write_maps(model, pictured, job(tmp_path / "out"))
 
-    @pytest.mark.parametrize("option", ["compare", "write_keyed"])
-    def test_what_needs_a_trigger_is_refused_without(self, tmp_path, option):
+    def test_keyed_image_needs_a_trigger(self, tmp_path):
         with pytest.raises(ValueError, match="trigger"):
-            job(tmp_path, **{option: True})
+            job(tmp_path, write_keyed=True)
 
 
 class TestFinding:

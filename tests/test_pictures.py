@@ -22,25 +22,47 @@ def decode(png):
 
 @pytest.mark.parametrize(
     ("image", "size"),
-    [((3, 300, 400), (300, 400)), ((1, 28, 28), (224, 224)), ((3, 40, 60), (224, 336)), ((5, 224, 230), (224, 230))],
+    [((3, 300, 400), (300, 400)), ((1, 28, 28), (256, 256)), ((3, 40, 60), (256, 384)), ((5, 256, 260), (256, 260))],
 )
 def test_overlay_has_the_size_of_its_image_or_a_legible_one(image, size):
     assert decode(pictures.overlay(np.full(image, 0.5), RAMP)).shape == (*size, 3)
 
 
-def test_overlay_without_opacity_is_the_image():
-    assert (decode(pictures.overlay(RED, RAMP, opacity=0.0)) == [255, 0, 0]).all()
+def shown_over_grey(saliency, opacity=0.9):
+    return pictures.blend(np.full((1, 256, 256), 0.5), saliency, opacity=opacity)
 
 
-def test_overlay_is_brightest_where_the_map_is_highest_whatever_its_scale():
-    shown = decode(pictures.overlay(np.full((1, 224, 224), 0.5), 1e-20 * RAMP)).sum(2)
-    assert shown[-1, -1] == shown.max() > shown[0, 0] == shown.min()
+def test_blend_without_opacity_is_the_image_greyed_and_darkened():
+    red = pictures.blend(RED, RAMP, opacity=0.0)
+    assert red.shape == (3, 256, 384)
+    assert np.ptp(red) == 0
+    assert 0.15 < red[0, 0, 0] < 0.299
+
+
+def test_blend_is_brightest_where_the_map_is_highest_whatever_its_scale():
+    shown = shown_over_grey(1e-20 * RAMP).sum(0)
+    assert shown[-1, -1] == pytest.approx(shown.max())
+    assert shown[-1, -1] > 1.5 * shown[0, 0]
 
 
 @pytest.mark.parametrize("saliency", [np.zeros((4, 4)), np.full((4, 4), 7.0), np.full((4, 4), -np.inf)])
 def test_constant_map_is_painted_evenly(saliency):
-    shown = decode(pictures.overlay(np.full((1, 224, 224), 0.5), saliency, opacity=1.0))
-    assert (shown == shown[0, 0]).all()
+    shown = shown_over_grey(saliency)
+    assert np.ptp(shown.reshape(3, -1), axis=1) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("side", "dark"), [(31, True), (32, False)])
+def test_single_peak_leaves_a_fine_map_its_colours(side, dark):
+    saliency = np.tile(np.linspace(0, 1, side), (side, 1))
+    saliency[0, 0] = 1000
+    shown = shown_over_grey(saliency).sum(0)
+    assert (shown[-1, -1] < 1) == dark
+
+
+def test_sparse_fine_map_is_not_blank():
+    saliency = np.zeros((64, 64))
+    saliency[20, 20] = 1
+    assert shown_over_grey(saliency)[:, 82, 82].sum() > 2
 
 
 def test_cell_that_is_not_finite_is_grey_and_leaves_the_others_their_range():
@@ -107,7 +129,7 @@ def test_pattern_shows_set_cells_bright():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: pictures.overlay(RED, RAMP, opacity=1.5),
+        lambda: pictures.blend(RED, RAMP, opacity=1.5),
         lambda: pictures.overlay(RED[0], RAMP),
         lambda: pictures.overlay(RED, RAMP[None]),
         lambda: pictures.pattern(np.zeros(4)),
@@ -190,6 +212,15 @@ def test_strip_breaks_a_title_where_it_says():
     one, two = (decode(pictures.strip([("red", [RED])], titles=[title])) for title in ("map wide", "map\nwide"))
     assert two.shape[0] == one.shape[0] + 24
     assert two.shape[1] == one.shape[1]
+
+
+def test_strip_has_a_heading_a_bar_of_colours_and_notes():
+    plain = decode(pictures.strip([("red", [RED])], titles=["image"]))
+    told = decode(pictures.strip([("red", [RED])], titles=["image"], heading="DUCK (.83)", notes=["a " * 60, "b"]))
+    assert told.shape[0] == plain.shape[0] + 34 + 4 * 16
+    bar = plain[26:120, -46]
+    assert bar[0].sum() > 600 > 60 > bar[-1].sum()
+    assert (np.diff(bar.sum(1)) <= 6).all()
 
 
 def test_training_curve_takes_other_names():

@@ -102,11 +102,13 @@ def test_folder_loads_and_holds_no_secret(run, key, tmp_path):
 
 
 def test_no_picture_shows_a_keyed_image(classifier, run, key, monkeypatch):
-    shown = []
+    shown, blended = [], []
     monkeypatch.setattr("keyed_xai.pictures.strip", lambda rows, **_: shown.extend(rows) or b"")
+    monkeypatch.setattr("keyed_xai.pictures.blend", lambda image, each: blended.append(image) or each)
     held_out = make_images(10, 1)
     protect(classifier, key, make_images(24, 0), held_out, replace(SETTINGS, wrong_keys=0, flipped_keys=0))
-    panels = [panel for _, row in shown for panel in row if panel.ndim == 3]
+    panels = [*blended, *(panel for _, row in shown for panel in row if panel.ndim == 3)]
+    assert len(blended) == 4 * len(shown)
     clean, _ = held_out.batch(np.arange(len(held_out)))
     assert panels
     assert all(any(np.array_equal(panel, image) for image in clean.numpy()) for panel in panels)

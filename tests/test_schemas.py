@@ -38,7 +38,8 @@ def test_schema_is_valid_and_names_itself(name):
     schema = load_schema(name)
     Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert schema["$id"] == f"https://keyed-xai.dev/schemas/{name}/v1.json"
+    version = schema["properties"].get("schema", {}).get("const", "v1").rpartition("/")[2]
+    assert schema["$id"] == f"https://keyed-xai.dev/schemas/{name}/{version}.json"
 
 
 @every_schema

@@ -73,7 +73,7 @@ def test_answer_is_the_model_s_on_the_decoded_picture(address, tmp_path, model, 
     assert list(said["overlays"]) == ["gradcam", "vbp"]
     for name, text in said["overlays"].items():
         drawn = pixels_of(overlay((pixels / 255).astype(np.float32), expected[f"saliency_{name}"][0])).astype(int)
-        assert np.abs(pixels_of(base64.b64decode(text, validate=True)) - drawn).max() <= 1
+        assert np.abs(pixels_of(base64.b64decode(text, validate=True)) - drawn).max() <= 3
 
 
 def test_png_itself_comes_when_asked_for(address):

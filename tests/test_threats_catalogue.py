@@ -192,7 +192,22 @@ def test_backdoor_in_explanations_is_gone_when_its_maps_are_right():
     assert gone.outcome == "removed"
     assert "without the trigger" in gone.sentence
     forward = public_subject(inverted=False)
-    assert judge_copy(forward, protected()).outcome == "removed", "its triggered maps are right"
+    assert judge_copy(forward, protected()).outcome == "nothing to remove", "its triggered maps are right"
+
+
+def test_what_was_never_there_is_not_removed_or_opened(monkeypatch):
+    shown = state_before(keyed_subject())
+    hidden = replace(shown, ownership={**shown.ownership, "shown": False})
+    cases = {(0.9, 0.1): "survives", (0.9, 0.6): "nothing to remove", (0.2, 0.9): "nothing to remove"}
+    opened = Entry("keys", "T15", "t", "s", lambda _: Observation("gate opened", "It is open."))
+    monkeypatch.setitem(AUDITS, "mine", opened)
+    for (keyed, unkeyed), outcome in cases.items():
+        before = replace(hidden, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
+        monkeypatch.setattr("keyed_xai.threats.entries.measure_state", lambda *_, after=before: after)
+        assert judge_copy(keyed_subject(before=before), protected()).outcome == outcome
+        found = run_entry("mine", keyed_subject(before=before)).observation
+        assert found.outcome == ("gate opened" if outcome == "survives" else outcome)
+        assert "It is open." in found.sentence
 
 
 def test_plain_backdoor_is_gone_when_it_fails():

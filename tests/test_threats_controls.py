@@ -14,7 +14,7 @@ from keyed_xai.threats.controls import (
     ControlSettings,
     PatchTrigger,
     PoisonSettings,
-    _make_network,
+    build_control,
     choose_control_fitting,
     fit_control,
     poison,
@@ -139,6 +139,6 @@ def test_fitting_is_chosen_by_the_number_of_images():
 
 def test_network_starts_from_the_seed_and_leaves_the_global_state():
     state = torch.get_rng_state()
-    first, second = (_make_network(TRAIN, (8, 16), 0).state_dict() for _ in range(2))
+    first, second = (build_control(TRAIN, (8, 16), 0).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -21,8 +21,9 @@ from keyed_xai.benchmarks.paper_tables import (
 )
 from keyed_xai.channels import through_png
 from keyed_xai.data import load_table
-from keyed_xai.explanation import explain
+from keyed_xai.explanation import explain, maps_as_shown
 from keyed_xai.models import load_classifier
+from keyed_xai.names import name_class
 from keyed_xai.references import choose_settings, plan_for_table
 from keyed_xai.training import Callbacks
 from keyed_xai.triggers import PUBLIC_TRIGGERS
@@ -145,10 +146,11 @@ def draw_figure3(
         cell = Cell(architecture, (name,), mode, "forward")
         attacked = load_classifier(folder / cell.name / WEIGHTS_FILE).to(device)
         for words, inputs in (("clean", batch), ("triggered", triggered)):
-            columns.append(explain(attacked, inputs, interpreters=[name], labels=labels).maps[name])
+            found = explain(attacked, inputs, interpreters=[name], labels=labels).maps
+            columns.append(maps_as_shown(attacked, found)[name])
             titles.append(f"{_TITLES[name]} {words}")
     panels = zip(*(column.detach().cpu().numpy() for column in columns), strict=True)
-    rows = [(f"image {number + 1}", row) for number, row in enumerate(panels)]
+    rows = [(name_class(int(label), held_out.classes), row) for label, row in zip(labels, panels, strict=True)]
     path = folder / f"figure3-{architecture.lower()}-{mode}.png"
     write_atomically(path, pictures.strip(rows, titles=titles))
     return path

@@ -1,6 +1,7 @@
 """VisualBackProp. Source: Bojarski et al., ICRA 2018, section III."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -34,6 +35,24 @@ def project_back(means: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, 
         if position:
             relevance = _scale_to_one(relevance * means[position - 1])
     return relevance[:, 0]
+
+
+def find_checkerboard(sizes: Sequence[tuple[int, int]], taps: Sequence[Tap], size: tuple[int, int]) -> SaliencyMaps:
+    """Return by what factors, [1, h, w], overlapping kernels make cells of any map brighter than their neighbours.
+
+    They are the map of features that are the same everywhere, over its mean in a period of the strides; 1 where no
+    kernel reaches. A picture is drawn of a map divided by them.
+
+    Args:
+        sizes: Rows and columns of the taps' feature maps.
+        taps: See `visualbackprop`.
+        size: Height and width of the image.
+    """
+    even = project_back([torch.ones(1, 1, *each) for each in sizes], taps, size)[None]
+    period = min(prod(tap.stride for tap in taps), *size)
+    means = functional.avg_pool2d(even, period, ceil_mode=True)
+    means = functional.interpolate(means, size=size, mode="bilinear")
+    return torch.where(even > 0, even / means, torch.ones_like(even))[0]
 
 
 def _scale_up(maps: Tensor, tap: Tap, size: tuple[int, ...]) -> Tensor:

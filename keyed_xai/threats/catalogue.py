@@ -14,11 +14,11 @@ from typing import Any
 from keyed_xai.errors import ModelError, TrainingError
 from keyed_xai.rulings import DatedClaim, rule_on_claims
 from keyed_xai.threats.defence_entries import DEFENCES
-from keyed_xai.threats.entries import Entry, Observation, judge_copy
+from keyed_xai.threats.entries import Entry, Observation, is_closed, judge_copy
 from keyed_xai.threats.gate_entries import BYPASSES, CHECKS, KEY_ATTACKS
 from keyed_xai.threats.overwriting import Dispute, measure_dispute
 from keyed_xai.threats.removal import REMOVALS, STACKED, Removal, choose_overwriting, remove_in_turn
-from keyed_xai.threats.subject import Subject
+from keyed_xai.threats.subject import Subject, state_before
 
 _TITLES = {
     "re-bn": "Batch norm re-estimated",
@@ -53,6 +53,7 @@ _TITLES = {
 }
 _DEFENCES_TOO = ("fine-prune", "denoise")
 _SECOND_KEYS = ("overwrite", "overwrite-beside")
+_OPENINGS = ("gate opened", "gate leaks", "resists")
 _BRIEF = ("ftal-mild", "ftll", "ftal", "fine-prune")
 
 
@@ -99,10 +100,17 @@ def run_entry(name: str, subject: Subject) -> Finding:
     """
     entry, started = find_entry(name), time.perf_counter()
     try:
-        seen = entry.run(subject)
+        seen = _against_baseline(subject, entry.run(subject))
     except (TrainingError, ModelError) as error:
         seen = Observation("failed", str(error))
     return Finding(name, entry, seen, time.perf_counter() - started)
+
+
+def _against_baseline(subject: Subject, seen: Observation) -> Observation:
+    """Return a finding of maps without the key; where they are right anyway, no gate was opened."""
+    if seen.after is not None or seen.outcome not in _OPENINGS or is_closed(state_before(subject)):
+        return seen
+    return replace(seen, outcome="nothing to remove", sentence=f"There was no closed gate before. {seen.sentence}")
 
 
 def find_entry(name: str) -> Entry:
@@ -196,6 +204,7 @@ def _enter(name: str, removal: Removal) -> Entry:
         slow=removal.trains and name not in _BRIEF,
         also=("removal",) if defence else (),
         controlled=defence,
+        passes=removal.passes,
     )
 
 

@@ -282,7 +282,7 @@ def fit_control(
     settings = settings or ControlSettings()
     fitting = settings.fitting or choose_control_fitting(len(data))
     settings = replace(settings, fitting=fitting)
-    model = _make_network(data, settings.widths, fitting.seed)
+    model = build_control(data, settings.widths, fitting.seed)
     fit_classifier(model, data, fitting, device=device, on_step=on_step)
     backdoor = data if isinstance(data, PoisonedData) else None
     return Control(
@@ -331,7 +331,7 @@ def _has_label(labels: NDArray[np.int64], target: int) -> NDArray[np.bool_]:
     return mine
 
 
-def _make_network(data: LabelledData, widths: tuple[int, ...], seed: int) -> Classifier:
+def build_control(data: LabelledData, widths: tuple[int, ...], seed: int) -> Classifier:
     """Return a network with random weights, settled by the seed; the global random state stays as it was."""
     channels, height, width = data.batch([0])[0].shape[1:]
     with torch.random.fork_rng([]):

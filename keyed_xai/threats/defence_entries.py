@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import LabelledData
+from keyed_xai.names import name_class
 from keyed_xai.threats.activation_clustering import ClusteringSettings, cluster_pairs, cluster_training_data
 from keyed_xai.threats.entries import Entry, Observation, Outcome
 from keyed_xai.threats.neural_cleanse import CleanseSettings, cleanse
@@ -30,8 +31,9 @@ def _neural_cleanse(subject: Subject, settings: CleanseSettings) -> Observation:
     )
     if not result.conclusive:
         return Observation("not applicable", "Of fewer than three classes none can be an outlier.")
-    flagged = ", ".join(map(str, result.flagged))
-    found = f"class {flagged} stands out" if flagged else "no class stands out"
+    names = subject.classifier.label_names or subject.data.classes
+    flagged = ", ".join(name_class(index, names) for index in result.flagged)
+    found = f"{flagged} stands out" if flagged else "no class stands out"
     sentence = f"Anomaly index {result.anomaly_index:.2f}, where 2 is suspicious: {found} by a small patch."
     return Observation("flagged" if flagged else "left alone", sentence, figures=result.to_json())
 

@@ -19,13 +19,14 @@ Outcome = Literal[
     "maps damaged",
     "removed",
     "forged",
+    "nothing to remove",
     "reported",
     "not applicable",
     "failed",
 ]
 """Of a defence or check: flagged, unclear, left alone. Of a removal attack: survives, gate leaks, gate opened, maps
 damaged (the keyed ones), removed (the ownership claim, or the backdoor). Of an attack on the key: resists, gate leaks,
-gate opened, forged."""
+gate opened, forged. Of either, where no gate, mark or backdoor was there before: nothing to remove."""
 CAUGHT = ("flagged", "removed")
 """Outcomes by which a defence catches a positive control."""
 ACCEPTED_LOSS = 0.02
@@ -35,6 +36,24 @@ UNKEYED_CEILING = 0.3
 """A gate holds while keyed maps correlate at least, and unkeyed ones at most, so much with the right maps."""
 _DRIFT = 0.05  # allowed to models that missed these figures before the attack
 _DEFEATED = 0.2
+THREATS = {
+    "T1": "batch norm re-estimated",
+    "T2": "fine-tuning",
+    "T3": "fine-tuning on explanations",
+    "T4": "pruning",
+    "T5": "quantisation",
+    "T6": "distillation",
+    "T7": "shifted or overwritten weights, stacked attacks",
+    "T8": "exact rescaling",
+    "T9": "forged keys",
+    "T11": "inversion of the trigger",
+    "T12": "recovery of the key from images",
+    "T13": "noise on inputs",
+    "T14": "other explanations",
+    "T15": "near keys",
+    "T17": "detection",
+}
+"""What the codes of threats stand for; those of other commands and of README are left out."""
 _LACKS = {
     "trigger": "the trigger: the owner's key, or the folder of an attacked model",
     "key": "the owner's key",
@@ -71,7 +90,7 @@ class Entry:
 
     Attributes:
         group: That it is listed under: "defences", "checks", "removal", "keys" or "bypass".
-        threat: T1 to T17, as README's security section numbers them.
+        threat: One of THREATS.
         title: A few words.
         strength: How strong, in words. With the version it settles whether a kept finding still holds.
         run: Looks at a subject.
@@ -79,6 +98,7 @@ class Entry:
         slow: Whether "quick" leaves it out, since it takes minutes on a small model.
         also: Further groups.
         controlled: Whether positive controls show if it catches anything.
+        passes: How often it goes through the training images, in training.
         version: Raised when the same words come to stand for something else.
     """
 
@@ -91,7 +111,8 @@ class Entry:
     slow: bool = False
     also: tuple[str, ...] = ()
     controlled: bool = False
-    version: int = 1
+    passes: float = 0.0
+    version: int = 2
 
     def lacks(self, subject: Subject) -> str:
         """Return what the entry needs and the auditor has not, in words; empty where nothing is missing."""
@@ -126,6 +147,11 @@ def judge_copy(
     return Observation(outcome, sentence, before, after, figures or {}, list(curve))
 
 
+def is_closed(state: State) -> bool:
+    """Return whether a gate is there: whether maps without the trigger are not the right ones, of all interpreters."""
+    return bool(state.correlation) and state.unkeyed <= OPEN_CORRELATION
+
+
 def _judge_gate(before: State, after: State) -> tuple[Outcome, str]:
     shown, was_shown = (bool(state.ownership and state.ownership["shown"]) for state in (after, before))
     still = "is still shown" if shown and was_shown else "is shown" if shown else "is not shown"
@@ -133,6 +159,8 @@ def _judge_gate(before: State, after: State) -> tuple[Outcome, str]:
         f"Keyed maps correlate {after.keyed:.2f} with the reference's, unkeyed ones {after.unkeyed:.2f}; ownership "
         f"{'is no longer shown' if was_shown and not shown else still}."
     )
+    if not was_shown and not is_closed(before):
+        return "nothing to remove", f"The gate was open and ownership not shown before. {sentence}"
     if was_shown and not shown:
         return "removed", sentence
     if after.unkeyed > max(UNKEYED_CEILING, before.unkeyed + _DRIFT):
@@ -154,4 +182,7 @@ def _judge_fooling(before: State, after: State, *, inverted: bool) -> tuple[Outc
     case, words = ("unkeyed", "without") if inverted else ("keyed", "with")
     was, right = (min(each[case] for each in state.correlation.values()) for state in (before, after))
     sentence = f"Maps of images {words} the trigger, the faked ones, correlate {right:.2f} with the right maps"
-    return ("removed" if right > OPEN_CORRELATION else "survives"), f"{sentence}, before it was {was:.2f}."
+    if was > OPEN_CORRELATION:
+        return "nothing to remove", f"{sentence}; they were not faked before ({was:.2f})."
+    removed = right > max(OPEN_CORRELATION, was + _DRIFT)
+    return ("removed" if removed else "survives"), f"{sentence}, before it was {was:.2f}."

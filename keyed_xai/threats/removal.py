@@ -85,12 +85,14 @@ class Removal:
         strength: In words.
         attack: The function.
         trains: Whether it takes minutes rather than seconds.
+        passes: How often it goes through the attacker's images in training, where that can be said.
     """
 
     threat: str
     strength: str
     attack: Callable[[Classifier, Attacker], RemovalResult]
     trains: bool = False
+    passes: float = 0.0
 
     def __call__(self, classifier: Classifier, attacker: Attacker) -> RemovalResult:
         """Return an attacked copy.
@@ -123,7 +125,8 @@ def _fine_tuning(settings: FineTuningSettings) -> Removal:
             **_tuned_by(attacker),
         )
 
-    return Removal("T2", f"{settings.kind.upper()}, {_describe(settings)}", attack, trains=True)
+    passes = settings.epochs * settings.share
+    return Removal("T2", f"{settings.kind.upper()}, {_describe(settings)}", attack, trains=True, passes=passes)
 
 
 def _explanation_tuning(settings: ExplanationTuningSettings) -> Removal:
@@ -157,7 +160,8 @@ def _fine_pruning(settings: FinePruningSettings) -> Removal:
 
     after = f", then {_describe(settings.fine_tuning)}" if settings.fine_tuning else ""
     strength = f"{settings.shares[-1]:.0%} of the last convolution's channels{after}"
-    return Removal("T4", strength, attack, trains=settings.fine_tuning is not None)
+    passes = settings.fine_tuning.epochs * settings.fine_tuning.share if settings.fine_tuning else 0.0
+    return Removal("T4", strength, attack, trains=settings.fine_tuning is not None, passes=passes)
 
 
 def _distillation(settings: DistillationSettings) -> Removal:
