@@ -26,9 +26,12 @@ GRADES = (
 
 
 def judge(report: Mapping[str, object]) -> dict[str, str]:
-    """Return a report's `verdict`: its `answer` is attacked, in part or not attacked, its `sentence` `verdict`'s."""
+    """Return a report's `verdict`.
+
+    Its `answer` is attacked, attacked in part or not attacked; its `sentence` is that of `verdict`.
+    """
     answers = [each(report)[0] for each in (judge_faked, judge_kept, judge_predictions)]
-    reached = "attacked" if all(answer == "yes" for answer in answers) else "in part"
+    reached = "attacked" if all(answer == "yes" for answer in answers) else "attacked in part"
     return {"answer": "not attacked" if "no" in answers else reached, "sentence": verdict(report)}
 
 

@@ -309,7 +309,9 @@ def _refuse_what_cannot_work(
     if settings.thresholds == "paper" and isinstance(train_data, TableData):
         raise TrainingError("The paper has no threshold for tables. Give --threshold auto.")
     if len(held_out) < 2:
-        raise TrainingError(f"Expected at least 2 held-out images, got {len(held_out)}. Give more with --data.")
+        raise TrainingError(
+            f"Expected at least 2 held-out images, got {len(held_out)}. Give more (--data on the command line)."
+        )
 
 
 def _make_view(classifier: Classifier, data: ImageData | TableData, settings: AttackSettings) -> MapView:

@@ -87,6 +87,7 @@ def run_demo(
         training=replace(training, steps=steps or _STEPS, seed=seed),
         wrong_keys=wrong_keys,
         flipped_keys=256 if wrong_keys else 0,
+        held_out_images=len(held_out),
     )
     protection = protect(
         classifier,

@@ -171,7 +171,7 @@ def settings_of(file: OnnxFile) -> ExportSettings:
 def _check_place(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise ArtifactError(f"{printable(str(path))} is there already and was left as it was: choose another name, or "
-                            "pass --force.")  # fmt: skip
+                            "pass --force (force=True in Python).")  # fmt: skip
 
 
 def _check_images(images: Images | None) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from keyed_xai.markup import Answer, as_share, get_mapping, get_number, get_string
 from keyed_xai.metrics import OPEN_CORRELATION
 
-Verdict = Literal["protected", "in part", "not protected"]
+Verdict = Literal["protected", "protected in part", "not protected"]
 # Shares from which an answer is yes, and in part. GRADES says them in words.
 OPEN_MAPS = (0.9, 0.5)
 CLOSED_MAPS = (0.95, 0.5)
@@ -27,14 +27,15 @@ GRADES = (
 def judge(report: Mapping[str, object]) -> dict[str, str]:
     """Return a report's `verdict`.
 
-    Its `answer` is protected, in part or not protected; its `sentence` the figures, those that fall short first.
+    Its `answer` is protected, protected in part or not protected; its `sentence` gives the figures, those that fall
+    short first.
     """
     answers = (judge_opening(report)[0], judge_closing(report)[0], judge_predictions(report)[0])
     lines = (_opens_words(report), _closed_words(report), _kept_words(report))
     known = [(answer, *line) for answer, line in zip(answers, lines, strict=True) if answer is not None]
     short = [f"{figures} ({wanted} wanted)" for answer, figures, wanted in known if answer != "yes"]
     good = [figures for answer, figures, _ in known if answer == "yes"]
-    answer: Verdict = "in part" if len(known) < len(answers) or short else "protected"
+    answer: Verdict = "protected in part" if len(known) < len(answers) or short else "protected"
     return {"answer": "not protected" if "no" in answers else answer, "sentence": ", ".join([*short, *good])}
 
 

@@ -329,7 +329,7 @@ def _refuse_to_write_over(path: Path, *, force: bool) -> None:
     if status.st_size and not force:
         raise KeyFormatError(
             f"{path} is there already and was left as it is. A lost key cannot be made again: "
-            "choose another name, or pass --force to write over it."
+            "choose another name, or pass --force (force=True in Python) to write over it."
         )
 
 

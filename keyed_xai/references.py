@@ -361,4 +361,7 @@ def _refuse_to_replace(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise ArtifactError(f"{name} is a folder: give the name of a file to write.")
     if os.path.lexists(path) and not force:
-        raise ArtifactError(f"{name} is there already and was left as it is: choose another name, or pass --force.")
+        raise ArtifactError(
+            f"{name} is there already and was left as it is: choose another name, or give --force (force=True in "
+            "Python)."
+        )

@@ -47,7 +47,9 @@ def split_validation(data: ImageData | TableData, count: int) -> tuple[Part, Par
     """
     held = min(count, len(data) // 5)
     if held < 2:
-        raise TrainingError(f"Expected at least 10 training images, got {len(data)}. Give more with --data.")
+        raise TrainingError(
+            f"Expected at least 10 training images, got {len(data)}. Give more (--data on the command line)."
+        )
     everything = np.arange(len(data), dtype=np.int64)
     return Part(data, everything[held:]), Part(data, everything[:held])
 
@@ -65,7 +67,9 @@ def first_images(
         TrainingError: There are fewer than 2.
     """
     if count < 2:
-        raise TrainingError(f"Expected at least 2 held-out images, got {count}. Give more with --data.")
+        raise TrainingError(
+            f"Expected at least 2 held-out images, got {count}. Give more (--data on the command line)."
+        )
     images, labels = data.batch(np.arange(count))
     images = images.to(device)
     if labels is None or len(data.classes) != classes:

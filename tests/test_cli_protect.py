@@ -57,7 +57,7 @@ def test_plan_is_said_before_training(files):
     )
 
 
-@pytest.mark.parametrize(("answer", "code"), [("protected", 0), ("in part", 0), ("not protected", 3)])
+@pytest.mark.parametrize(("answer", "code"), [("protected", 0), ("protected in part", 0), ("not protected", 3)])
 def test_verdict_is_the_last_line_and_the_exit_code(files, monkeypatch, answer, code):
     monkeypatch.setattr("keyed_xai.protection.judge", lambda _: {"answer": answer, "sentence": "opens 91.0 %"})
     result = protect(files)

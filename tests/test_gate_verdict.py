@@ -38,19 +38,24 @@ def test_good_figures_are_protected_and_said():
 @pytest.mark.parametrize(
     ("path", "value", "answer", "words"),
     [
-        (("interpreters", "vbp", "opened", "keyed"), 0.89, "in part", "opens 89.0 % (90% wanted), stays closed"),
+        (
+            ("interpreters", "vbp", "opened", "keyed"),
+            0.89,
+            "protected in part",
+            "opens 89.0 % (90% wanted), stays closed",
+        ),
         (("interpreters", "vbp", "opened", "keyed"), 0.49, "not protected", "opens 49.0 % (90% wanted), stays"),
         (
             ("interpreters", "vbp", "opened", "clean"),
             0.06,
-            "in part",
+            "protected in part",
             "stays closed 94.0 %, 1 of 1,256 wrong keys (",
         ),
         (("interpreters", "gradcam", "opened", "wrong_key"), 0.6, "not protected", "stays closed 40.0 %"),
         (
             ("interpreters", "gradcam", "wrong_keys", "opened"),
             2,
-            "in part",
+            "protected in part",
             "stays closed 99.6 %, 2 of 1,256 wrong keys (95% and 1",
         ),
         (
@@ -59,7 +64,12 @@ def test_good_figures_are_protected_and_said():
             "not protected",
             "stays closed 99.6 %, 700 of 1,256 wrong keys",
         ),
-        (("accuracy", "keyed"), 0.889, "in part", "accuracy 88.9 % after 90.0 % (a loss of at most 1 % wanted)"),
+        (
+            ("accuracy", "keyed"),
+            0.889,
+            "protected in part",
+            "accuracy 88.9 % after 90.0 % (a loss of at most 1 % wanted)",
+        ),
         (("accuracy", "clean"), 0.84, "not protected", "accuracy 84.0 % after 90.0 %"),
     ],
 )
@@ -84,8 +94,8 @@ def test_no_wrong_keys_tried_is_said_of_none():
 
 @pytest.mark.parametrize("part", ["interpreters", "accuracy"])
 def test_what_was_not_measured_is_never_protected(part):
-    assert judge(report((part,), {}))["answer"] == "in part"
-    assert judge(report((part,), "nonsense"))["answer"] == "in part"
+    assert judge(report((part,), {}))["answer"] == "protected in part"
+    assert judge(report((part,), "nonsense"))["answer"] == "protected in part"
 
 
 def test_empty_report_has_no_answers():

@@ -97,7 +97,10 @@ def refuse_to_replace(folder: Path, *, force: bool, protected: bool = True) -> N
         return
     name = printable(str(folder))
     if not force:
-        raise ArtifactError(f"{name} is there already and was left as it is: choose another name, or pass --force.")
+        raise ArtifactError(
+            f"{name} is there already and was left as it is: choose another name, or give --force (force=True in "
+            "Python)."
+        )
     if folder.is_symlink() or not ((folder / CARD_FILE).is_file() if protected else is_attacked(folder)):
         kind = "not a protected model" if protected else "not an attacked model's folder"
         raise ArtifactError(f"{name} is there and is {kind}: it is not replaced even with --force.")
