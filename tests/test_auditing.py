@@ -122,7 +122,7 @@ def test_finding_of_other_images_is_made_anew(tmp_path, counted):
 
 def test_entry_of_another_strength_version_or_damaged_file_is_run_anew(tmp_path, counted, monkeypatch):
     run(tmp_path / "a", "int8")
-    for entry in (replace(AUDITS["int8"], version=2), replace(AUDITS["int8"], strength="other")):
+    for entry in (replace(AUDITS["int8"], version=3), replace(AUDITS["int8"], strength="other")):
         monkeypatch.setitem(AUDITS, "int8", entry)
         run(tmp_path / "a", "int8", resume=True)
     (tmp_path / "a" / "findings" / "int8.json").write_text("{}")
@@ -226,7 +226,7 @@ def test_without_labels_or_by_wish_there_are_no_controls_and_a_note_says_so():
     unlabelled = make_image_data(64, 5, labelled=False)
     report = audit(keyed_suspect(), unlabelled, OTHERS, quick("activation-clustering")).report
     assert report["controls"] == {}
-    assert "no labels" in report["notes"][0]
+    assert any("no labels" in note for note in report["notes"])
     report = run(None, "activation-clustering", controls=False)
     assert "proves nothing" in report["notes"][0]
     assert run(None, "int8")["notes"] == []
