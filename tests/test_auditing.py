@@ -228,8 +228,8 @@ def test_without_labels_or_by_wish_there_are_no_controls_and_a_note_says_so():
     assert report["controls"] == {}
     assert any("no labels" in note for note in report["notes"])
     report = run(None, "activation-clustering", controls=False)
-    assert "proves nothing" in report["notes"][0]
-    assert run(None, "int8")["notes"] == []
+    assert any("proves nothing" in note for note in report["notes"])
+    assert not any("proves nothing" in note for note in run(None, "int8")["notes"])
 
 
 def test_labels_of_other_classes_are_left_aside():
