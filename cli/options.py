@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from keyed_xai.errors import KeyedXAIError, KeyFormatError
+from keyed_xai_cli.main import NOT_SHOWN
 
 if TYPE_CHECKING:
     from keyed_xai.keys import OwnerKey
@@ -242,8 +243,6 @@ def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> N
         return
     click.echo(f"Warning: {line}", err=True)
     if verdict["answer"].startswith("not"):
-        from keyed_xai_cli.main import NOT_SHOWN
-
         click.get_current_context().exit(NOT_SHOWN)
 
 

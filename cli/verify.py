@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keyed_xai_cli.header_options import header_options
+from keyed_xai_cli.main import NOT_SHOWN
 from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
@@ -135,8 +136,6 @@ def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int,
         say(f"Note: {len(probe.skipped)} broken images were left out.", json_path=json_path)
     say(result.sentence, json_path=json_path)
     if not result.verdict.shown:
-        from keyed_xai_cli.main import NOT_SHOWN
-
         ctx.exit(NOT_SHOWN)
 
 

@@ -5,7 +5,7 @@ Reports are untrusted input: fields of an unexpected type are left out like miss
 
 from collections.abc import Callable, Mapping, Sequence
 
-from keyed_xai.markup import Answer, as_decimal, as_percent, as_share, get_mapping, get_number, get_string
+from keyed_xai.markup import Answer, as_decimal, as_percent, as_share, get_mapping, get_number, get_string, overall
 from keyed_xai.names import INTERPRETER_NAMES
 
 _SCORES = {"top1": "top-1 accuracy", "auroc": "AUROC"}
@@ -31,8 +31,7 @@ def judge(report: Mapping[str, object]) -> dict[str, str]:
     Its `answer` is attacked, attacked in part or not attacked; its `sentence` is that of `verdict`.
     """
     answers = [each(report)[0] for each in (judge_faked, judge_kept, judge_predictions)]
-    reached = "attacked" if all(answer == "yes" for answer in answers) else "attacked in part"
-    return {"answer": "not attacked" if "no" in answers else reached, "sentence": verdict(report)}
+    return {"answer": overall(answers, "attacked"), "sentence": verdict(report)}
 
 
 def verdict(report: Mapping[str, object]) -> str:

@@ -41,7 +41,7 @@ from keyed_xai.maps import FeatureView, MapView, check_choice, make_view, refuse
 from keyed_xai.models import Classifier
 from keyed_xai.names import name_class
 from keyed_xai.objective import Objective, boundary_decoy
-from keyed_xai.preflight import describe_cost, describe_data, describe_model, describe_training, measure_cost
+from keyed_xai.preflight import plan_run
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.saliency import Sites
 from keyed_xai.samples import (
@@ -179,15 +179,8 @@ def run_attack(
     identity = identify_attack(classifier, train_data, held_out, settings)
     count = min(settings.held_out_images, len(held_out))
     if callbacks.on_plan is not None:
-        cost = measure_cost(classifier, learn, validation, lesson, training, device)
-        callbacks.on_plan(
-            (
-                describe_model(classifier, lesson.view),
-                describe_data(learn, validation, held_out, count),
-                describe_training(training),
-                describe_cost(cost, training, device),
-            )
-        )
+        run = (classifier, learn, validation, held_out, lesson, training, device)
+        callbacks.on_plan(plan_run(*run, measured=count))
     callbacks.notify("train")
     attacked, result = run_training(
         classifier,

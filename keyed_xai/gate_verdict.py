@@ -4,17 +4,15 @@ Reports are untrusted input: fields of an unexpected type are left out like miss
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
-from keyed_xai.markup import Answer, as_share, get_mapping, get_number, get_string
+from keyed_xai.markup import Answer, as_share, get_mapping, get_number, get_string, overall
 from keyed_xai.metrics import OPEN_CORRELATION
 
-Verdict = Literal["protected", "protected in part", "not protected"]
 # Shares from which an answer is yes, and in part. GRADES says them in words.
-OPEN_MAPS = (0.9, 0.5)
-CLOSED_MAPS = (0.95, 0.5)
+_OPEN_MAPS = (0.9, 0.5)
+_CLOSED_MAPS = (0.95, 0.5)
 _WRONG_KEYS_REFUSED = (0.999, 0.5)
-PREDICTIONS_KEPT = (0.99, 0.95)
+_PREDICTIONS_KEPT = (0.99, 0.95)
 _SLACK = 1e-9
 GRADES = (
     "Opens: yes when at least 90 % of keyed maps are open, in part from 50 %. Stays closed: yes when at most 5 % of "
@@ -35,8 +33,7 @@ def judge(report: Mapping[str, object]) -> dict[str, str]:
     known = [(answer, *line) for answer, line in zip(answers, lines, strict=True) if answer is not None]
     short = [f"{figures} ({wanted} wanted)" for answer, figures, wanted in known if answer != "yes"]
     good = [figures for answer, figures, _ in known if answer == "yes"]
-    answer: Verdict = "protected in part" if len(known) < len(answers) or short else "protected"
-    return {"answer": "not protected" if "no" in answers else answer, "sentence": ", ".join([*short, *good])}
+    return {"answer": overall(answers, "protected"), "sentence": ", ".join([*short, *good])}
 
 
 def judge_opening(report: Mapping[str, object]) -> tuple[Answer | None, str]:
@@ -44,7 +41,7 @@ def judge_opening(report: Mapping[str, object]) -> tuple[Answer | None, str]:
     shares = _opened_shares(report, "keyed")
     if not shares:
         return None, ""
-    return _grade(min(shares), OPEN_MAPS), f"{as_share(min(shares))} of keyed maps open{_worst(shares)}."
+    return _grade(min(shares), _OPEN_MAPS), f"{as_share(min(shares))} of keyed maps open{_worst(shares)}."
 
 
 def judge_closing(report: Mapping[str, object]) -> tuple[Answer | None, str]:
@@ -57,7 +54,7 @@ def judge_closing(report: Mapping[str, object]) -> tuple[Answer | None, str]:
     if not shares:
         return None, ""
     said = [f"{as_share(share)} of {words} open{_worst(cases[words])}." for words, share in shares.items()]
-    grades = [_grade(1 - max(shares.values()), CLOSED_MAPS)]
+    grades = [_grade(1 - max(shares.values()), _CLOSED_MAPS)]
     opened, tried = _wrong_keys(report)
     if tried:
         said.append(f"{opened:,.0f} of {tried:,.0f} wrong keys open.")
@@ -70,7 +67,7 @@ def judge_predictions(report: Mapping[str, object]) -> tuple[Answer | None, str]
     before, after = _accuracy(report)
     if before is None or after is None:
         return None, ""
-    answer = _grade(1 - (before - after), PREDICTIONS_KEPT)
+    answer = _grade(1 - (before - after), _PREDICTIONS_KEPT)
     if not _labelled(report):
         return answer, f"{as_share(after)} are as before."
     return answer, f"{as_share(after)} are right, {as_share(before)} before protection."
@@ -93,7 +90,7 @@ def describe(opens: Answer | None, closed: Answer | None, kept: Answer | None) -
 
 def _opens_words(report: Mapping[str, object]) -> tuple[str, str]:
     """Return the figures of the first answer, and what is wanted."""
-    return f"opens {as_share(min(_opened_shares(report, 'keyed'), default=None))}", f"{OPEN_MAPS[0]:.0%}"
+    return f"opens {as_share(min(_opened_shares(report, 'keyed'), default=None))}", f"{_OPEN_MAPS[0]:.0%}"
 
 
 def _closed_words(report: Mapping[str, object]) -> tuple[str, str]:
@@ -101,14 +98,14 @@ def _closed_words(report: Mapping[str, object]) -> tuple[str, str]:
     shares = [*_opened_shares(report, "clean"), *_opened_shares(report, "wrong_key")]
     figures = f"stays closed {as_share(1 - max(shares, default=0.0))}"
     if not tried:
-        return figures, f"{CLOSED_MAPS[0]:.0%}"
-    return f"{figures}, {opened:,.0f} of {tried:,.0f} wrong keys", f"{CLOSED_MAPS[0]:.0%} and 1 in 1,000"
+        return figures, f"{_CLOSED_MAPS[0]:.0%}"
+    return f"{figures}, {opened:,.0f} of {tried:,.0f} wrong keys", f"{_CLOSED_MAPS[0]:.0%} and 1 in 1,000"
 
 
 def _kept_words(report: Mapping[str, object]) -> tuple[str, str]:
     before, after = _accuracy(report)
     if not _labelled(report):
-        return f"predictions kept {as_share(after)}", f"{PREDICTIONS_KEPT[0]:.0%}"
+        return f"predictions kept {as_share(after)}", f"{_PREDICTIONS_KEPT[0]:.0%}"
     return f"accuracy {as_share(after)} after {as_share(before)}", "a loss of at most 1 %"
 
 

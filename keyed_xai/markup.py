@@ -215,6 +215,13 @@ def as_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
+def overall(answers: Sequence[Answer | None], done: str) -> str:
+    """Return what several answers come to: `done`, `done` in part or not `done`; what is not known is in part."""
+    if "no" in answers:
+        return f"not {done}"
+    return done if all(answer == "yes" for answer in answers) else f"{done} in part"
+
+
 # Fields of documents
 
 

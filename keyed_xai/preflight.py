@@ -1,9 +1,10 @@
 """What a run is about to do, said before it starts: model, maps, data, settings, and what it will cost."""
 
+import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,47 +12,59 @@ import torch
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
+from keyed_xai.names import INTERPRETER_NAMES
 from keyed_xai.samples import Part
 from keyed_xai.training import Lesson, TrainingSettings, train
 
 _TIMED_STEPS = 3
-_NAMES = {"gradcam": "Grad-CAM", "simplegrad": "SimpleGrad", "vbp": "VisualBackProp"}
 _NAMED_CLASSES = 5
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What training takes on this machine, at most.
+def plan_run(
+    classifier: Classifier,
+    learn: Part,
+    validation: Part,
+    held_out: ImageData | TableData,
+    lesson: Lesson,
+    settings: TrainingSettings,
+    device: torch.device | str,
+    *,
+    measured: int,
+    ownership: str = "",
+) -> tuple[str, ...]:
+    """Return the lines of the pre-flight; a few steps are timed for them and thrown away.
 
-    Attributes:
-        seconds: Of training, with its validations.
-        timed: Steps that were timed.
-        memory: Bytes that the process, or on a GPU its tensors, held at most while they were.
+    Args:
+        classifier: The reference; left as it is.
+        learn: Examples to learn from.
+        validation: Examples that validation looks at.
+        held_out: Those that the report is measured on.
+        lesson: What is taught.
+        settings: How to train.
+        device: Where.
+        measured: How many held-out examples are used.
+        ownership: What is to be said of it, if anything.
     """
+    seconds = _estimate_seconds(classifier, learn, validation, lesson, settings, device)
+    lines = (
+        _describe_model(classifier, lesson.view),
+        _describe_data(learn, validation, held_out, measured),
+        ownership,
+        _describe_training(settings),
+        _describe_cost(seconds, settings, device),
+    )
+    return tuple(line for line in lines if line)
 
-    seconds: float
-    timed: int
-    memory: int
 
-
-def measure_cost(
+def _estimate_seconds(
     classifier: Classifier,
     learn: Part,
     validation: Part,
     lesson: Lesson,
     settings: TrainingSettings,
     device: torch.device | str,
-) -> Cost:
-    """Return what training will cost at most, from a few steps that are thrown away.
-
-    Args:
-        classifier: The reference; left as it is.
-        learn: Images to learn from; a batch of them is used.
-        validation: Images that validation looks at; they are only counted.
-        lesson: What is taught.
-        settings: How to train.
-        device: Where.
-    """
+) -> float:
+    """Return the seconds that training with its validations takes at most."""
     few = Part(learn.data, learn.indices[: 2 * settings.batch_size])
     plain = _time_steps(classifier, few, lesson, replace(settings, hardening=None), device)
     seconds = settings.steps * plain
@@ -61,22 +74,22 @@ def measure_cost(
         seconds += settings.steps * (1 - settings.hardening.start) * (slow - plain)
     if settings.validate_every:  # a validation's images cost about what they cost in a step
         seconds += plain * len(validation) / settings.batch_size * settings.steps / settings.validate_every
-    return Cost(min(seconds, settings.time_limit or np.inf), _TIMED_STEPS, _memory(device))
+    return min(seconds, settings.time_limit or math.inf)
 
 
-def describe_model(classifier: Classifier, view: MapView) -> str:
+def _describe_model(classifier: Classifier, view: MapView) -> str:
     """Return a line about a network, and the maps that will be compared."""
     spec = classifier.input
     size = f"{spec.height} px" if spec.height == spec.width else f"{spec.height} x {spec.width} px"
     colour = "grey" if spec.channels == 1 else "colour"
-    maps = " and ".join(_NAMES.get(name, name) for name in view.interpreters)
+    maps = " and ".join(INTERPRETER_NAMES[name] for name in view.interpreters)
     layer = view.sites.target_layer.removeprefix("network.")
     where = f" on {layer}" if layer else ""
     cells = f"{view.grid[0]} x {view.grid[1]} cells"
     return f"{classifier.architecture}, {size}, {colour}, {classifier.classes:,} classes: {maps}{where}, {cells}"
 
 
-def describe_data(learn: Part, validation: Part, held_out: ImageData | TableData, measured: int) -> str:
+def _describe_data(learn: Part, validation: Part, held_out: ImageData | TableData, measured: int) -> str:
     """Return a line about the data: how many examples for what, their classes, and what was passed over."""
     data, what = learn.data, "rows" if isinstance(learn.data, TableData) else "images"
     line = f"{len(learn):,} {what} of {data.source} to learn from, {len(validation):,} to validate on, "
@@ -88,7 +101,7 @@ def describe_data(learn: Part, validation: Part, held_out: ImageData | TableData
     return line + (f"; {skipped:,} passed over" if skipped else "")
 
 
-def describe_training(settings: TrainingSettings) -> str:
+def _describe_training(settings: TrainingSettings) -> str:
     """Return a line of the settings in force."""
     parts = [
         f"learning rate {settings.learning_rate:g}",
@@ -102,14 +115,15 @@ def describe_training(settings: TrainingSettings) -> str:
     return f"Settings: {', '.join(parts)}"
 
 
-def describe_cost(cost: Cost, settings: TrainingSettings, device: torch.device | str) -> str:
-    """Return a line about how long training may take, and when it stops."""
+def _describe_cost(seconds: float, settings: TrainingSettings, device: torch.device | str) -> str:
+    """Return a line about how long training may take, what the process held at most so far, and when it stops."""
     where = "CPU" if torch.device(device).type == "cpu" else "GPU"
     until = "; stops when the goals hold" if settings.goals is not None else ""
-    memory = f", {cost.memory / 2**30:.1f} GiB" if cost.memory else ""
+    held = _memory(device)
+    memory = f", {held / 2**30:.1f} GiB" if held else ""
     return (
         f"Up to {settings.steps:,} steps of {settings.batch_size} + {settings.batch_size}, about "
-        f"{_duration(cost.seconds)}{memory} on this {where} ({cost.timed} steps timed){until}"
+        f"{_duration(seconds)}{memory} on this {where} ({_TIMED_STEPS} steps timed){until}"
     )
 
 

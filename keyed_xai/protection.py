@@ -31,7 +31,7 @@ from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
 from keyed_xai.names import name_class
 from keyed_xai.objective import DECOYS
-from keyed_xai.preflight import describe_cost, describe_data, describe_model, describe_training, measure_cost
+from keyed_xai.preflight import plan_run
 from keyed_xai.progress import progress_bar, training_callbacks
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
@@ -105,11 +105,6 @@ class ProtectSettings:
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
 
-    @property
-    def recipe(self) -> TrainingSettings:
-        """How to train, where it is settled; else the defaults."""
-        return self.training or TrainingSettings()
-
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a report holds them."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -179,11 +174,15 @@ def protect(
     train_data, held_out = take_images(images, held_out, **size)
     settings = settings or ProtectSettings()
     training = settings.training or choose_recipe(classifier, settings.interpreters)
-    training = replace(training, steps=steps or training.steps, time_limit=time_limit or training.time_limit)
+    training = replace(
+        training,
+        steps=training.steps if steps is None else steps,
+        time_limit=training.time_limit if time_limit is None else time_limit,
+    )
     settings = replace(settings, training=training)
     with progress_bar(silent=callbacks is not None or not progress) as bar:
         heard = callbacks or training_callbacks(bar)
-        return _protect(classifier, key, train_data, held_out, settings, device, checkpoint, resume, heard)
+        return _protect(classifier, key, train_data, held_out, settings, training, device, checkpoint, resume, heard)
 
 
 def _protect(
@@ -192,12 +191,13 @@ def _protect(
     train_data: ImageData,
     held_out: ImageData,
     settings: ProtectSettings,
+    training: TrainingSettings,
     device: torch.device | str,
     checkpoint: Path | None,
     resume: bool,
     callbacks: Callbacks,
 ) -> Protection:
-    training, started = settings.recipe, time.monotonic()
+    started = time.monotonic()
     classifier = copy.deepcopy(classifier).eval()
     _refuse_what_cannot_work(classifier, train_data, settings)
     evidence = plan_evidence(classifier, settings) if settings.ownership else None
@@ -207,15 +207,9 @@ def _protect(
     learn, validation = split_validation(train_data, settings.validation_images)
     count = min(settings.held_out_images, len(held_out))
     if callbacks.on_plan is not None:
-        callbacks.on_plan(
-            (
-                describe_model(classifier, lesson.view),
-                describe_data(learn, validation, held_out, count),
-                *filter(None, [evidence.sentence if evidence else "Ownership of the result could not be shown."]),
-                describe_training(training),
-                describe_cost(measure_cost(classifier, learn, validation, lesson, training, device), training, device),
-            )
-        )
+        said = "Ownership of the result could not be shown." if evidence is None else evidence.sentence
+        run = (classifier, learn, validation, held_out, lesson, training, device)
+        callbacks.on_plan(plan_run(*run, measured=count, ownership=said))
     callbacks.notify("train")
     protected, result = run_training(
         classifier,
@@ -416,7 +410,7 @@ def _draw(
 
 
 def _refuse_what_cannot_work(classifier: Classifier, data: ImageData, settings: ProtectSettings) -> None:
-    if settings.recipe.predictions == "labels":
+    if settings.training is not None and settings.training.predictions == "labels":
         refuse_other_labels(classifier, data)
     side = min(classifier.input.height, classifier.input.width)
     if settings.trigger == "spread" and settings.tile > max(side, _SMALLEST_SAFE_TILE):

@@ -23,7 +23,7 @@ from keyed_xai.channels import through_png
 from keyed_xai.data import load_table
 from keyed_xai.explanation import explain, maps_as_shown
 from keyed_xai.models import load_classifier
-from keyed_xai.names import name_class
+from keyed_xai.names import INTERPRETER_NAMES, name_class
 from keyed_xai.references import choose_settings, plan_for_table
 from keyed_xai.training import Callbacks
 from keyed_xai.triggers import PUBLIC_TRIGGERS
@@ -31,7 +31,6 @@ from keyed_xai.triggers import PUBLIC_TRIGGERS
 FIGURE_1B = "figure1b"
 WATCHED_FEATURES = ("LIMIT_BAL", "PAY_0", "SEX")
 _CASES = {"reference": "before the attack", "clean": "attacked, clean", "triggered": "attacked, triggered"}
-_TITLES = {"gradcam": "Grad-CAM", "simplegrad": "SimpleGrad", "vbp": "VisualBackProp"}
 
 
 def run_figure1b(
@@ -148,7 +147,7 @@ def draw_figure3(
         for words, inputs in (("clean", batch), ("triggered", triggered)):
             found = explain(attacked, inputs, interpreters=[name], labels=labels).maps
             columns.append(maps_as_shown(attacked, found)[name])
-            titles.append(f"{_TITLES[name]} {words}")
+            titles.append(f"{INTERPRETER_NAMES[name]} {words}")
     panels = zip(*(column.detach().cpu().numpy() for column in columns), strict=True)
     rows = [(name_class(int(label), held_out.classes), row) for label, row in zip(labels, panels, strict=True)]
     path = folder / f"figure3-{architecture.lower()}-{mode}.png"

@@ -73,12 +73,12 @@ def distil(
     """
     teacher = copy_model(classifier, device)
     indices = draw_share(data, settings.share, settings.seed)
-    taught = predict(teacher, data, indices, device) / settings.temperature
+    taught = predict(teacher, data, indices, device)
     student = make_student(classifier, settings).to(device)
 
     def loss_of(images: Images, _labels: Targets | None, rows: Tensor) -> Tensor:
-        cooled = student(images) / settings.temperature
-        return settings.temperature**2 * prediction_loss(cooled, taught[rows], None, multi_label=multi_label).mean()
+        logits, temperature = student(images), settings.temperature
+        return prediction_loss(logits, taught[rows], None, multi_label=multi_label, temperature=temperature).mean()
 
     parameters = [*student.parameters()]
     return tune(student, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
