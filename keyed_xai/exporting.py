@@ -20,7 +20,7 @@ from keyed_xai.errors import ArtifactError
 from keyed_xai.export.building import ExportSettings, build_model, digest_weights
 from keyed_xai.export.parity import IMAGES, Figures, Runner, compare, open_session, random_images, refuse_disagreement
 from keyed_xai.models import Classifier
-from keyed_xai.models.modes import evaluating
+from keyed_xai.models.modes import evaluating, plain_torch
 from keyed_xai.runtime import Runtime
 from keyed_xai.tensors import Images
 from keyed_xai.versions import package_versions
@@ -61,6 +61,7 @@ class ExportResult:
         }
 
 
+@plain_torch()
 def export_onnx(
     classifier: Classifier,
     path: Path,
@@ -105,6 +106,7 @@ def export_onnx(
     return ExportResult(file, parity)
 
 
+@plain_torch()
 def check_onnx(
     path: Path,
     classifier: Classifier,

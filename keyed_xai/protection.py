@@ -1,6 +1,5 @@
 """From a model and an owner key to a protected model: choose settings, train, measure, write."""
 
-import copy
 import hashlib
 import json
 import time
@@ -25,6 +24,9 @@ from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, network_state
+from keyed_xai.models.copying import copy_network
+from keyed_xai.models.modes import plain_torch
+from keyed_xai.models.origin import settle_origin
 from keyed_xai.objective import DECOYS
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
@@ -121,6 +123,7 @@ class Protection:
     pictures: dict[str, bytes] = field(repr=False)
 
 
+@plain_torch()
 def protect(
     classifier: Classifier,
     key: OwnerKey,
@@ -151,7 +154,8 @@ def protect(
         ArtifactError: The checkpoint cannot be used.
         ModelError: The model lacks a layer that the maps need.
     """
-    classifier = copy.deepcopy(classifier).eval()
+    classifier = copy_network(classifier).eval()
+    settle_origin(classifier)
     settings, callbacks = settings or ProtectSettings(), callbacks or Callbacks()
     training = settings.training or choose_recipe(classifier, settings.interpreters)
     settings = replace(settings, training=training)

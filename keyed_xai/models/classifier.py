@@ -60,6 +60,7 @@ class Classifier(nn.Module):
         file_names: Tensor names inside the network to names in the file it came from, in the file's order.
         label_names: Names of the classes; empty where they are not known.
         multi_label: Whether every logit is a yes or no of its own.
+        notes: Sentences about how the file was read: the prefix taken off, what was left out, which weights were taken.
     """
 
     mean: Tensor
@@ -91,6 +92,7 @@ class Classifier(nn.Module):
         self.file_names = dict(file_names) if file_names is not None else None
         self.label_names = label_names
         self.multi_label = multi_label
+        self.notes: tuple[str, ...] = ()
         like = next(network.parameters(), torch.zeros(()))
         for name in ("mean", "std"):
             values = torch.tensor(getattr(input, name), dtype=like.dtype, device=like.device)

@@ -16,6 +16,7 @@ from keyed_xai.architectures import TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models.catalogue import build_network, build_without_memory, default_input, plain_input, shapes_of
 from keyed_xai.models.classifier import Classifier, InputSpec
+from keyed_xai.models.copying import copy_network
 from keyed_xai.models.files import ModelFile, read_model_file
 from keyed_xai.models.layers import Trace, derive_taps, find_target_layer, trace_network
 from keyed_xai.models.recognise import Recognised, canonical_names, recognise_architecture
@@ -49,6 +50,7 @@ def load_classifier(
     target_layer: str | None = None,
     taps: Sequence[Tap | str] | None = None,
     allow_pickle: bool = False,
+    network: nn.Module | None = None,
     card: Mapping[str, object] | None = None,
     require_map: bool = True,
     any_channels: bool = False,
@@ -67,6 +69,7 @@ def load_classifier(
         target_layer: Of Grad-CAM, inside the user's network or (``network.``...) inside the classifier.
         taps: Layers of VisualBackProp; names alone have their kernels and strides derived.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
+        network: A module of one's own, of which the file has the weights; a copy is used. In place of `arch`.
         card: The card beside the file, already read; the one inside the file if not given.
         require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
         any_channels: Whether the weights may take grey images where `mean` and `std` are of colour ones, or the other
@@ -77,20 +80,26 @@ def load_classifier(
     """
     found = read_model_file(path, allow_pickle=allow_pickle)
     card = found.card or {} if card is None else card
-    named = arch or _own_architecture(card, found)
     flags = _Flags(input_size, mean, std, any_channels)
-    if found.module is not None:
-        network, source, architecture = found.module, "pickle", type(found.module).__name__
+    notes: tuple[str, ...] = ()
+    if network is not None:
+        network, file_names = _fill(network, found, arch)
+        source, architecture = "python", _own_name(card) or type(network).__name__
+        channels = _first_channels(network) or _card_channels(card) or 3
+        spec = _choose_input(plain_input(channels), card, flags)
+    elif found.module is not None:
+        network, source, architecture = copy_network(found.module), "pickle", type(found.module).__name__
         channels = _first_channels(network) or _card_channels(card) or 3
         spec = _choose_input(plain_input(channels), card, flags)
         file_names = {name: name for name in network.state_dict()}
     else:
+        named = arch or _own_architecture(card)
         known = recognise_architecture(found.tensors, arch=named, hints=found.hints)
-        source, architecture = known.source, known.architecture
+        source, architecture, notes = known.source, known.architecture, known.notes
         file_names = {name: file_name for file_name, name in canonical_names(found.tensors).items()}
         state = {name: found.tensors[file_name] for name, file_name in file_names.items()}
         spec = _choose_input(_default_input(known, state), card, flags)
-        network = _rebuild(known, state, spec)
+        network = rebuild(known, state, spec)
     expected = classes if classes is not None else _whole(card, "num_classes")
     card_taps = _card_taps(card) if target_layer is None else None
     classifier = wrap_network(
@@ -106,6 +115,7 @@ def load_classifier(
         multi_label=card.get("multi_label") is True,
         require_map=require_map,
     )
+    classifier.notes = notes
     return classifier.eval()
 
 
@@ -206,11 +216,11 @@ def _inner_names(network: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
+def rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
     """Return the network with the weights given."""
 
     def build() -> nn.Module:
-        return build_network(
+        network = build_network(
             known.source,
             known.architecture,
             classes=known.classes,
@@ -218,6 +228,9 @@ def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) ->
             size=(spec.height, spec.width),
             shapes=shapes_of(state),
         )
+        if known.head is not None:
+            network.set_submodule(known.head.module, known.head.build())
+        return network
 
     network = build_without_memory(build)
     _assign(network, state)
@@ -279,17 +292,48 @@ def _first_channels(network: nn.Module) -> int | None:
     return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
 
 
-def _own_architecture(card: Mapping[str, object], found: ModelFile) -> str | None:
+def _own_architecture(card: Mapping[str, object]) -> str | None:
     """Return the architecture that a card names, with its source."""
     architecture, source = _text(card, "architecture"), _text(card, "source")
-    if architecture is None or found.module is not None:
+    if architecture is None:
         return None
     if source in OWN_CODE:
-        raise ModelError(
-            f"the card says that {architecture} is a module of the owner's own, so weights alone cannot be loaded. "
-            "Build the module in Python, load the weights into it and pass it to wrap_network; or give --arch."
-        )
+        raise ModelError(f"the card says that {describe_own_code(architecture)}")
     return f"{source}:{architecture}" if source else architecture
+
+
+def describe_own_code(architecture: str) -> str:
+    """Return what to do with weights of somebody's own network."""
+    return (
+        f"{architecture} is a network of its owner's own code, which weights alone do not rebuild. Give --factory "
+        "PACKAGE.MODULE:CALLABLE, which makes it (network=... in Python), or --arch."
+    )
+
+
+def _own_name(card: Mapping[str, object]) -> str | None:
+    """Return the name that a card has for a network of one's own."""
+    return _text(card, "architecture") if _text(card, "source") in OWN_CODE else None
+
+
+def _fill(network: nn.Module, found: ModelFile, arch: str | None) -> tuple[nn.Module, dict[str, str]]:
+    """Return a copy of a user's network with a file's weights, and its names of tensors to the file's."""
+    if arch is not None or found.module is not None:
+        other = "an architecture (--arch)" if arch is not None else "a pickled module in the file"
+        raise ModelError(f"a network of your own and {other} were given: give one of the two.")
+    network = copy_network(network)
+    own = network.state_dict()
+    plain = {name: name for name in found.tensors}
+    names = plain if all(name in own for name in plain) else canonical_names(found.tensors)
+    extra = [name for name in names.values() if name not in own]
+    missing = [name for name in own if name not in names.values() and not name.endswith("num_batches_tracked")]
+    for what, wrong in (("lacks", missing), ("has, beyond them,", extra)):
+        if wrong:
+            raise ModelError(
+                f"the file must hold the tensors of {type(network).__name__}, but {what} {len(wrong)} "
+                f"({', '.join(wrong[:4])}). Give the weights of this network."
+            )
+    _assign(network, {name: found.tensors[file_name] for file_name, name in names.items()})
+    return network, {name: file_name for file_name, name in names.items()}
 
 
 def _card_channels(card: Mapping[str, object]) -> int | None:

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from keyed_xai.errors import ModelError
 from keyed_xai.models import catalogue
 from keyed_xai.models.catalogue import SOURCES, Shapes
+from keyed_xai.models.heads import Head, list_heads
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 _OLD_NAMES = (  # renamed by torchvision itself when it loads its own older files
@@ -18,6 +19,7 @@ _OLD_NAMES = (  # renamed by torchvision itself when it loads its own older file
     (re.compile(r"^(encoder\.layers\.encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
     (re.compile(r"^(encoder\.layers\.encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
 )
+_LARGEST_HEAD = 6  # tensors of torchvision's heads: three linear layers
 _SHOWN = 4  # tensors or names listed in a message
 
 
@@ -30,12 +32,16 @@ class Recognised:
         source: ``keyed_xai``, ``torchvision``, ``efficientnet_lite_pytorch`` or ``timm``.
         classes: Number of logits, from the last layer's weight.
         channels: Of the image, from the first convolution's weight; 1 for rows of a table.
+        head: Layers in place of the architecture's own last ones; None where it has its own.
+        notes: What whoever loads the weights should know.
     """
 
     architecture: str
     source: str
     classes: int
     channels: int
+    head: Head | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,10 @@ def recognise_architecture(
         if fits:
             return (hinted or fits)[0] if len(fits) == 1 or hinted else _refuse_ambiguous(fits)
         closest += [result for result in results if isinstance(result, _Mismatch)]
+    headed = _other_heads(shapes)
+    headed = [fit for fit in headed if fit.architecture in set(hints)] or headed
+    if headed:
+        return headed[0] if len(headed) == 1 else _refuse_ambiguous(headed)
     _refuse_unknown(shapes, closest)
 
 
@@ -127,6 +137,9 @@ def _recognise_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> Recog
     for result in results:
         if isinstance(result, Recognised):
             return result
+    headed = _other_heads(shapes, candidates)
+    if headed:
+        return headed[0]
     worst = min((result for result in results if isinstance(result, _Mismatch)), key=len)
     raise ModelError(
         f"the weights do not fit {worst.architecture} ({worst.source}): {worst}. Name another architecture with "
@@ -173,6 +186,36 @@ def _compare(source: str, architecture: str, shapes: Shapes) -> Recognised | _Mi
     if missing or extra or reshaped or classes < 1 or channels < 1:
         return _Mismatch(architecture, source, missing, extra, reshaped)
     return Recognised(architecture, source, classes, channels)
+
+
+def _other_heads(shapes: Shapes, named: Sequence[tuple[str, str]] | None = None) -> list[Recognised]:
+    """Return the architectures, all or some named, that weights fit but for a head of other layers."""
+    found: dict[tuple[str, str], Recognised] = {}
+    for head in list_heads(shapes):
+        body = {name: shape for name, shape in shapes.items() if not name.startswith(f"{head.module}.")}
+        for source, architecture in _headless(body, head) if named is None else named:
+            expected = catalogue.signature(source, architecture, shapes)
+            own = {name: shape for name, shape in expected.items() if name.startswith(f"{head.module}.")}
+            widths = [shape[1] for shape in own.values() if len(shape) == 2]
+            fit = _compare(source, architecture, {**body, **own}) if widths[:1] == [head.inputs] else None
+            if isinstance(fit, Recognised):
+                headed = replace(fit, classes=head.classes, head=head, notes=head.notes)
+                found.setdefault((source, architecture), headed)
+        if found:
+            break
+    return list(found.values())
+
+
+def _headless(body: Shapes, head: Head) -> list[tuple[str, str]]:
+    """Return architectures that may have a body: with a linear head, or torchvision's with as many tensors."""
+    usual = {**body, f"{head.module}.weight": (), f"{head.module}.bias": ()}
+    for source in ("torchvision", "timm"):
+        found = [(source, name) for name in _candidates(source, usual)]
+        if found:
+            return found
+    count = sum(not name.endswith("num_batches_tracked") for name in body)
+    groups = [group for group in catalogue.name_table()["torchvision"] if 0 <= group.tensors - count <= _LARGEST_HEAD]
+    return [("torchvision", name) for group in groups for name in group.architectures]
 
 
 def _refuse_ambiguous(fits: list[Recognised]) -> NoReturn:
