@@ -133,18 +133,21 @@ def _run_process(network: str, limits: Limits) -> Iterator[list[Any]]:
         os.close(inlet)
         _work(network, limits, outlet)
     os.close(outlet)
-    done, late, deadline = [], False, time.monotonic() + limits.seconds
-    with os.fdopen(inlet) as lines:
-        while not (late := not select.select([lines], [], [], max(0, deadline - time.monotonic()))[0]):
-            line = lines.readline()
-            if not line:
-                break
+    said, late, deadline = [], False, time.monotonic() + limits.seconds
+    rest = b""
+    while not (late := not select.select([inlet], [], [], max(0, deadline - time.monotonic()))[0]):
+        chunk = os.read(inlet, 2**16)
+        if not chunk:
+            break
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
             event = json.loads(line)
-            done.append(event)
+            said.append(event[0])
             yield event
+    os.close(inlet)
     os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    step = next((name for name in STEPS if name not in {event[0] for event in done}), STEPS[-1])
+    step = next((name for name in STEPS if name not in said), STEPS[-1])
     if late:
         yield [step, "over the limit", f"not done after {limits.seconds:.0f} s"]
     elif os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:

@@ -13,6 +13,7 @@ from keyed_xai.errors import ModelError
 from keyed_xai.loading import open_model
 from keyed_xai.maps import join_maps
 from keyed_xai.models import Classifier
+from keyed_xai.models.copying import copy_network
 from keyed_xai.models.modes import evaluating, plain_torch
 from keyed_xai.saliency import INTERPRETERS, Sites
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
@@ -74,6 +75,8 @@ def explain(
     if isinstance(model, ProtectedModel):
         interpreters = interpreters or model.card.interpreters
         model, _ = open_model(model.weights, card=model.card, network=network)
+    if any(each.is_inference() for each in model.parameters()):
+        model = copy_network(model)
     names = tuple(interpreters or ("gradcam",))
     _check(model, images, names, labels, batch_size)
     sites = Sites(model.target_layer, model.taps)

@@ -243,3 +243,21 @@ def test_a_file_never_chooses_a_factory(tmp_path, package):
     torch.save({"state_dict": Mine().state_dict(), "card": card, "factory": "own_factories:failing"}, "m.pt")
     with pytest.raises(ModelError, match="own code, which weights alone do not rebuild"):
         load_classifier("m.pt")
+
+
+@pytest.mark.parametrize(("size", "sides"), [("24x40", (24, 40)), ("24X40", (24, 40)), ("32", (32, 32))])
+def test_input_size_may_be_height_and_width(size, sides, key, tmp_path):
+    torch.save(SmallResNet(1, 3, (4, 6, 6)).state_dict(), tmp_path / "m.pt")
+    write_owner_key(tmp_path / "k.pem", key)
+    options = [*OPTIONS[:-4], "--data", "fashion-mnist", "--input-size", size]
+    made = run("protect", tmp_path / "m.pt", "--key-file", tmp_path / "k.pem", *options)
+    assert made.exit_code == 0, made.output
+    assert tuple(json.loads((tmp_path / "m.keyed" / "card.json").read_text())["input_size"][1:]) == sides
+
+
+@pytest.mark.parametrize("size", ["0x40", "24x", "x", "24x40x3", "-24", "5000", "a", "٢٤"])
+def test_other_input_sizes_are_refused(size, tmp_path):
+    torch.save(SmallResNet(1, 3, (4, 6, 6)).state_dict(), tmp_path / "m.pt")
+    result = run("verify", tmp_path / "m.pt", "--public-key", tmp_path / "m.pt", f"--input-size={size}")
+    assert result.exit_code == 2
+    assert "height x width as in 96x160" in " ".join(result.output.split())

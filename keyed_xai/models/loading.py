@@ -174,6 +174,7 @@ def wrap_network(
         file_names=file_names,
         label_names=tuple(label_names) if len(label_names) == found else (),
         multi_label=multi_label,
+        probability=trace.probability,
     )
 
 

@@ -102,6 +102,7 @@ def explain(
             run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
         labels = run.logits.argmax(1) if labels is None else labels
         maps = {name: INTERPRETERS[name](run, labels, sites, create_graph=create_graph) for name in interpreters}
+        maps = {name: each.to(images.dtype) for name, each in maps.items()}  # a forward may use autocast
     if create_graph:
         return run.logits, maps
     return run.logits.detach(), {name: each.detach() for name, each in maps.items()}

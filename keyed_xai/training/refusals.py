@@ -19,8 +19,8 @@ _ADVICE = {
     ),
     r"modified by an inplace operation|in-place": "Do without operations in place in its forward",
     r"does not require grad|not have been used in the graph": (
-        "Its logits must depend on the target layer and the image by operations with gradients: no no_grad, detach or "
-        "NumPy in its forward"
+        "Its logits must depend on the target layer and the image by operations with gradients: no no_grad, detach, "
+        "NumPy, or reentrant checkpointing in its forward"
     ),
     r"dtype|scalar type|Half|BFloat16": "Let its forward keep the type of the images, float32",
 }
