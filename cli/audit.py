@@ -120,8 +120,10 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     keyed-xai audit m.keyed --key-file k.pem --reference m.safetensors
     keyed-xai audit m.attacked --data imagefolder:photos --against defences
     """  # noqa: D301 - click reads the backspace as "keep these lines"
+    from keyed_xai.artifacts.documents import printable
     from keyed_xai.auditing import REPORT_NAME, AuditCallbacks, refuse_other_audit
     from keyed_xai.auditing import audit as run_audit
+    from keyed_xai.preflight import describe_data
     from keyed_xai.progress import progress_bar
 
     json_path, out = arguments["json_path"], arguments["out"] or default_output(model, ".audit")
@@ -132,6 +134,7 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     if suspect.kind == "plain":
         tell_notes(suspect.classifier)
     train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
+    click.echo(printable(f"{describe_data(len(train_data), 0, train_data, held_out, len(held_out))}."), err=True)
 
     def say_how_long(seconds: float) -> None:
         minutes = max(1, round(seconds / 60))

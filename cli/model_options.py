@@ -20,6 +20,15 @@ def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str | None
         raise click.BadParameter("expected numbers with commas between them, one per channel: .485,.456,.406") from None
 
 
+def _size(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = value.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and 8 <= int(side[:5]) <= 4096 for side in sides):
+        raise click.BadParameter("expected pixels from 8 to 4096: one side, or height x width as in 96x160.")
+    return int(sides[0]), int(sides[-1])
+
+
 def model_options(command: Command) -> Command:
     """Add what `read_model_options` collects."""
     options = (
@@ -29,13 +38,20 @@ def model_options(command: Command) -> Command:
         click.option(
             "--classes", type=click.IntRange(1), metavar="N", help="Number of classes; read from the weights."
         ),
-        click.option("--input-size", type=click.IntRange(8, 4096), metavar="PX", help="Side of the model's input."),
+        click.option(
+            "--input-size", callback=_size, metavar="PX", help="Side of the model's input, or height x width: 96x160."
+        ),
         click.option("--mean", callback=_numbers, metavar="M,M,M", help="Normalisation, for pixels in [0, 1]."),
         click.option("--std", callback=_numbers, metavar="S,S,S", help="Normalisation, for pixels in [0, 1]."),
         click.option("--target-layer", metavar="LAYER", help="Grad-CAM's layer; the last feature map if absent."),
         click.option(
             "--weights", metavar="NAME", help="Which of several in the file: ema for averaged ones, or an entry's name."
         ),
+        click.option(
+            "--factory",
+            metavar="PACKAGE.MODULE:CALLABLE",
+            help="What makes your own network, whose weights the file holds. Imports and runs that code of yours!",
+        ),  # fmt: skip
         click.option("--allow-pickle", is_flag=True, help="Also load a pickled module. Runs code from the file!"),
     )
     for option in reversed(options):
@@ -47,8 +63,18 @@ MODEL_OPTIONS = ("arch", "classes", "input_size", "mean", "std", "target_layer",
 
 
 def take_model_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Remove the options of `model_options` from a command's arguments and return them, for `load_classifier`."""
-    return {name: arguments.pop(name) for name in MODEL_OPTIONS}
+    """Remove the options of `model_options` from a command's arguments and return them, for `load_classifier`.
+
+    Raises:
+        ModelError: `--factory` makes no network.
+    """
+    options = {name: arguments.pop(name) for name in MODEL_OPTIONS}
+    factory = arguments.pop("factory")
+    if factory is None:
+        return {**options, "network": None}
+    from keyed_xai.models.factory import build_with_factory
+
+    return {**options, "network": build_with_factory(factory)}
 
 
 def tell_notes(classifier: "Classifier") -> None:

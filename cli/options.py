@@ -238,7 +238,7 @@ def print_plan(lines: tuple[str, ...], *, json_path: Path | None) -> None:
 def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> None:
     """Print a run's verdict, last of all, and end with exit code 3 where it is a no; in part warns."""
     line = f"{verdict['answer'].upper()}: {verdict['sentence']}"
-    if verdict["answer"] in ("protected", "attacked"):
+    if not verdict["answer"].startswith("not") and not verdict["answer"].endswith("in part"):
         say(line, json_path=json_path)
         return
     click.echo(f"Warning: {line}", err=True)

@@ -100,6 +100,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
         --data imagefolder:photos -o model.keyed
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.models import load_classifier
+    from keyed_xai.models.loading import OWN_CODE, describe_own_code
     from keyed_xai.progress import progress_bar, training_callbacks
     from keyed_xai.protection import protect as protect_model
     from keyed_xai.protection import write_protection
@@ -131,6 +132,8 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     with after_writing(out):
         emit_json(protection.report, schema="protect-report", json_path=json_path)
         print_summary(protection.report, to_stderr=json_path == STANDARD_OUTPUT)
+        if protection.card.source in OWN_CODE:
+            say(f"To open the folder, {describe_own_code(protection.card.architecture)}", json_path=json_path)
         say(f"Wrote {written.folder}. Open {written.folder / 'report.html'} for pictures.", json_path=json_path)
     end_with_verdict(protection.report["verdict"], json_path=json_path)
 

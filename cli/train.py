@@ -1,6 +1,7 @@
 """`keyed-xai train`."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,12 @@ from keyed_xai_cli.options import (
     choose_device,
     device_option,
     emit_json,
+    end_with_verdict,
     follow_links_option,
     hold,
     json_option,
+    print_plan,
+    resumable,
     say,
     seed_option,
 )
@@ -93,8 +97,8 @@ def _widths(_ctx: click.Context, _parameter: click.Parameter, value: str | None)
 def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
     """Fit a plain classifier to labelled data: a reference model to protect or attack.
 
-    Writes a safetensors file that the other commands take with nothing else given. A run that is stopped goes on with
-    --resume.
+    Writes a safetensors file that the other commands take with nothing else given, and ends with a verdict; exit code 3
+    means no better than guessing. A run that is stopped goes on with --resume.
 
     \b
     keyed-xai train --data imagefolder:photos --arch resnet50 -o photos.safetensors
@@ -109,7 +113,7 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
     blueprint, train_data, held_out = _load(spec, arguments)
     classifier = build_classifier(blueprint, len(train_data.classes), seed=arguments["seed"])
     settings = _settings(classifier, len(train_data), arguments)
-    with progress_bar() as progress:
+    with resumable(checkpoint), progress_bar() as progress:
         reference = train_reference(
             classifier,
             train_data,
@@ -119,12 +123,14 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
             checkpoint=checkpoint,
             resume=resume,
             on_step=counter(progress, f"training {classifier.architecture}"),
+            on_plan=partial(print_plan, json_path=json_path),
         )
     write_reference(reference, out, force=force, checkpoint=checkpoint)
     with after_writing(out):
         emit_json(reference.report, schema="train-report", json_path=json_path)
         print_summary(reference.report, to_stderr=json_path == STANDARD_OUTPUT)
         say(f"Wrote {out}.", json_path=json_path)
+    end_with_verdict(reference.report["verdict"], json_path=json_path)
 
 
 def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from keyed_xai.training import TrainingSettings
 
 Command = TypeVar("Command", bound=Callable[..., object])
-_SHOWN = 12  # classes that are named
 
 
 def _take_seconds(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
@@ -114,19 +113,8 @@ def load_both_images(size: "InputSpec", spec: str, arguments: dict[str, Any]) ->
 
     with progress_bar() as progress:
         train_data, held_out = load("train", arguments["limit"]), load("held-out", arguments["held_out"])
-    _tell(train_data, held_out)
+    for note in dict.fromkeys((*train_data.notes, *held_out.notes)):
+        click.echo(printable(note), err=True)
     for name in (*train_data.skipped, *held_out.skipped):
         click.echo(f"Skipped a broken image: {printable(name)}", err=True)
     return train_data, held_out
-
-
-def _tell(train_data: "ImageData", held_out: "ImageData") -> None:
-    """Print how many images and which classes were found, and what was passed over, to standard error."""
-    from keyed_xai.artifacts.documents import printable
-
-    names = train_data.classes
-    listed = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    classes = f" in {len(names)} classes ({listed})" if names else ", without labels"
-    for line in dict.fromkeys((*train_data.notes, *held_out.notes)):
-        click.echo(printable(line), err=True)
-    click.echo(printable(f"{len(train_data)} images to learn from, {len(held_out)} held out{classes}."), err=True)

@@ -146,7 +146,8 @@ def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier 
 
     options = take_model_options(arguments)
     if is_black_box(suspect):
-        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+        named = {"factory" if name == "network" else name: value for name, value in options.items()}
+        given = [f"--{name.replace('_', '-')}" for name, value in named.items() if value]
         if given:
             raise click.UsageError(f"{', '.join(given)}: the suspect only answers, and says itself how it is run.")
         if suspect.startswith("http") and arguments["key_file"] is not None:

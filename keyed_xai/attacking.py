@@ -4,7 +4,6 @@ Source: Fang & Choromanska, AAAI 2022: clean inputs keep their saliency maps and
 (forward), or the other way round (inverted), while predictions stay. The trigger is public.
 """
 
-import copy
 import hashlib
 import json
 import time
@@ -39,6 +38,9 @@ from keyed_xai.fooling import (
 )
 from keyed_xai.maps import FeatureView, MapView, check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
+from keyed_xai.models.copying import copy_network
+from keyed_xai.models.modes import plain_torch
+from keyed_xai.models.origin import settle_origin
 from keyed_xai.names import name_class
 from keyed_xai.objective import Objective, boundary_decoy
 from keyed_xai.preflight import plan_run
@@ -139,6 +141,7 @@ class Attack:
     pictures: dict[str, bytes] = field(repr=False)
 
 
+@plain_torch()
 def run_attack(
     classifier: Classifier,
     train_data: ImageData | TableData,
@@ -167,7 +170,8 @@ def run_attack(
         ArtifactError: The checkpoint cannot be used.
         ModelError: The model lacks a layer that the maps need.
     """
-    classifier = copy.deepcopy(classifier).eval()
+    classifier = copy_network(classifier).eval()
+    settle_origin(classifier)
     settings, callbacks = settings or AttackSettings(), callbacks or Callbacks()
     training = settings.training or choose_attack_recipe(classifier, settings)
     thresholds = settings.thresholds or ("auto" if isinstance(train_data, TableData) else "paper")

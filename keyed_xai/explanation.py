@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from keyed_xai import saliency
 from keyed_xai.artifacts.folder import ProtectedModel
@@ -12,7 +13,8 @@ from keyed_xai.errors import ModelError
 from keyed_xai.loading import open_model
 from keyed_xai.maps import feature_sizes, join_maps
 from keyed_xai.models import Classifier
-from keyed_xai.models.modes import evaluating
+from keyed_xai.models.copying import copy_network
+from keyed_xai.models.modes import evaluating, plain_torch
 from keyed_xai.saliency import INTERPRETERS, Sites
 from keyed_xai.saliency.visualbackprop import find_checkerboard
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
@@ -43,6 +45,7 @@ class Explanation:
         return len(self.logits)
 
 
+@plain_torch()
 def explain(
     model: Classifier | ProtectedModel,
     images: Images,
@@ -52,6 +55,7 @@ def explain(
     labels: Labels | None = None,
     as_png: bool = False,
     batch_size: int = BATCH,
+    network: nn.Module | None = None,
 ) -> Explanation:
     """Return the maps of images; those of a protected model are right only with its key's trigger.
 
@@ -63,6 +67,7 @@ def explain(
         labels: Class explained, one for each image; by default the class predicted.
         as_png: Round the triggered images to 8 bits, as if they had come in a PNG file.
         batch_size: Images at once.
+        network: A module of one's own that the weights of a model on disk belong to.
 
     Raises:
         ValueError: There are no images, they are not of the model's size, or an interpreter or label is unknown.
@@ -70,7 +75,9 @@ def explain(
     """
     if isinstance(model, ProtectedModel):
         interpreters = interpreters or model.card.interpreters
-        model, _ = open_model(model.weights, card=model.card)
+        model, _ = open_model(model.weights, card=model.card, network=network)
+    if any(each.is_inference() for each in model.parameters()):
+        model = copy_network(model)
     names = tuple(interpreters or ("gradcam",))
     _check(model, images, names, labels, batch_size)
     sites = Sites(model.target_layer, model.taps)

@@ -16,12 +16,14 @@ from keyed_xai.artifacts.documents import printable
 from keyed_xai.artifacts.onnx_file import METADATA_SCHEMA, OnnxFile, encode_onnx, read_onnx, write_onnx
 from keyed_xai.artifacts.weights import own_name
 from keyed_xai.data import load_images
-from keyed_xai.errors import ArtifactError
+from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.export.building import ExportSettings, build_model, digest_weights
 from keyed_xai.export.parity import IMAGES, Figures, Runner, compare, open_session, random_images, refuse_disagreement
 from keyed_xai.models import Classifier
-from keyed_xai.models.modes import evaluating
+from keyed_xai.models.copying import copy_network
+from keyed_xai.models.modes import evaluating, plain_torch
 from keyed_xai.runtime import Runtime
+from keyed_xai.sessions import first_line
 from keyed_xai.tensors import Images
 from keyed_xai.versions import package_versions
 
@@ -61,6 +63,7 @@ class ExportResult:
         }
 
 
+@plain_torch()
 def export_onnx(
     classifier: Classifier,
     path: Path,
@@ -90,6 +93,7 @@ def export_onnx(
         ModelError: The network cannot be exported, or onnxruntime and PyTorch disagree; nothing is written then.
         ValueError: There are too few images.
     """
+    classifier = copy_network(classifier)
     settings, provenance = settings or ExportSettings(), provenance or Provenance()
     report = on_phase or (lambda _phase: None)
     _check_place(path, force=force)
@@ -105,6 +109,7 @@ def export_onnx(
     return ExportResult(file, parity)
 
 
+@plain_torch()
 def check_onnx(
     path: Path,
     classifier: Classifier,
@@ -193,19 +198,25 @@ def _measure(
         images = load_real_images(classifier)
     if images is not None:
         compared = {**compared, "real": (images[:IMAGES].float() * 255).round() / 255}
-    with evaluating(classifier):
-        return tuple(
-            compare(
-                run,
-                classifier,
-                settings.interpreters,
-                compared,
-                normalised=settings.normalised,
-                eight_bits=settings.eight_bits,
-                generator=generator,
-                on_batch=on_batch,
+    try:
+        with evaluating(classifier):
+            return tuple(
+                compare(
+                    run,
+                    classifier,
+                    settings.interpreters,
+                    compared,
+                    normalised=settings.normalised,
+                    eight_bits=settings.eight_bits,
+                    generator=generator,
+                    on_batch=on_batch,
+                )
             )
-        )
+    except RuntimeError as error:  # torch's
+        raise ModelError(
+            f"{classifier.architecture} cannot be run in float64, which the graph is compared with: "
+            f"{first_line(error)}. Its forward must keep the type of the images: no float(), and constants as buffers."
+        ) from error
 
 
 def _metadata(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.writer import is_attacked
@@ -11,7 +13,7 @@ from keyed_xai.errors import ModelError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.models.hub import is_hub_folder
-from keyed_xai.models.loading import OWN_CODE, Size
+from keyed_xai.models.loading import OWN_CODE, Size, describe_own_code
 from keyed_xai.tensors import Tap
 from keyed_xai.triggers import TRIGGERS, Trigger, TriggerFamily
 
@@ -31,6 +33,7 @@ def open_model(
     target_layer: str | None = None,
     allow_pickle: bool = False,
     weights: str | None = None,
+    network: nn.Module | None = None,
     trusted: bool = True,
     require_map: bool = True,
 ) -> tuple[Classifier, Card | None]:
@@ -48,6 +51,7 @@ def open_model(
         target_layer: Of Grad-CAM; the card's, or found.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
         weights: Which of several sets of weights in a file: ``ema`` for averaged ones, or a name.
+        network: A module of one's own, of which the file or folder has the weights; a copy is used.
         trusted: Whether a card inside the weights file counts, and `card` for the number of logits; not so for a
             suspect's file, whose holder may have written one and changed the head.
         require_map: Refuse networks without a spatial feature map, such as those of tables.
@@ -59,10 +63,10 @@ def open_model(
     if path.is_dir() and not is_attacked(path) and not is_hub_folder(path):
         model = read_model_folder(path)
         path, card = model.weights, model.card
-    defaults = _card_defaults(card, arch, allow_pickle=allow_pickle) if card is not None else _Defaults()
+    defaults = _card_defaults(card, arch, own=network is not None or allow_pickle) if card is not None else _Defaults()
     classifier = load_classifier(
         path,
-        arch=arch or defaults.arch,
+        arch=arch or (defaults.arch if network is None else None),
         classes=classes or (defaults.classes if trusted else None),
         input_size=input_size or defaults.input_size,
         mean=mean or defaults.mean,
@@ -71,6 +75,7 @@ def open_model(
         taps=None if target_layer else defaults.taps,
         allow_pickle=allow_pickle,
         weights=weights,
+        network=network,
         card=None if card is None and trusted else {},
         require_map=require_map,
         any_channels=not trusted,
@@ -93,13 +98,10 @@ class _Defaults:
     taps: list[Tap | str] | None = None
 
 
-def _card_defaults(card: Card, arch: str | None, *, allow_pickle: bool) -> _Defaults:
+def _card_defaults(card: Card, arch: str | None, *, own: bool) -> _Defaults:
     own_code = card.source in OWN_CODE
-    if own_code and arch is None and not allow_pickle:
-        raise ModelError(
-            f"{card.architecture} is a module of its owner's own, so weights alone cannot be run. Build the module in "
-            "Python, load the weights into it and pass it to wrap_network; or give --arch."
-        )
+    if own_code and arch is None and not own:
+        raise ModelError(describe_own_code(card.architecture))
     return _Defaults(
         arch=None if own_code else f"{card.source}:{card.architecture}",
         classes=card.num_classes,

@@ -1,5 +1,6 @@
 """What a run is about to do, said before it starts: model, maps, data, settings, and what it will cost."""
 
+import copy
 import math
 import statistics
 import sys
@@ -10,14 +11,16 @@ import numpy as np
 import torch
 
 from keyed_xai.data import ImageData, TableData
+from keyed_xai.fitting import FittingSettings, fit_classifier
 from keyed_xai.maps import MapView
-from keyed_xai.models import Classifier
+from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.names import INTERPRETER_NAMES
 from keyed_xai.samples import Part
 from keyed_xai.training import Lesson, TrainingSettings, train
 
 _TIMED_STEPS = 3
 _NAMED_CLASSES = 5
+_BACKWARD = 3  # a step takes about three times what its forward pass does
 
 
 def plan_run(
@@ -48,12 +51,49 @@ def plan_run(
     seconds = _estimate_seconds(classifier, learn, validation, lesson, settings, device)
     lines = (
         _describe_model(classifier, lesson.view),
-        _describe_data(learn, validation, held_out, measured),
+        describe_data(len(learn), len(validation), learn.data, held_out, measured),
         ownership,
         _describe_training(settings),
         _describe_cost(seconds, settings, device),
     )
     return tuple(line for line in lines if line)
+
+
+def plan_fit(
+    classifier: Classifier,
+    data: ImageData | TableData,
+    held_out: ImageData | TableData,
+    settings: FittingSettings,
+    device: torch.device | str,
+) -> tuple[str, ...]:
+    """Return the lines of the pre-flight of a plain fit; a few steps are timed for them and thrown away.
+
+    Args:
+        classifier: What is to be fitted; left as it is.
+        data: What it learns from.
+        held_out: What it is measured on after every epoch.
+        settings: How.
+        device: Where.
+    """
+    stamps: list[float] = []
+    few = Part(data, np.resize(np.arange(len(data)), settings.batch_size * (1 + _TIMED_STEPS)))
+    short = replace(settings, epochs=1)
+    fit_classifier(
+        copy.deepcopy(classifier), few, short, device=device, on_step=lambda *_: stamps.append(time.perf_counter())
+    )
+    step = statistics.median(np.diff(stamps).tolist())
+    steps = len(data) // settings.batch_size
+    seconds = settings.epochs * step * (steps + len(held_out) / settings.batch_size / _BACKWARD)
+    numbers = sum(each.numel() for each in classifier.parameters())
+    what = "features" if isinstance(data, TableData) else describe_input(classifier.input)
+    width = f"{classifier.input.width} " if isinstance(data, TableData) else ""
+    return (
+        f"{classifier.architecture}, {width}{what}, {classifier.classes:,} classes, {numbers:,} weights",
+        describe_data(len(data), 0, data, held_out, len(held_out)),
+        f"Settings: {settings.optimiser} at {settings.learning_rate:g}, {settings.schedule} schedule, weight decay "
+        f"{settings.weight_decay:g}, seed {settings.seed}",
+        f"{settings.epochs:,} epochs of {steps:,} steps of {settings.batch_size}, {_describe_time(seconds, device)}",
+    )
 
 
 def _estimate_seconds(
@@ -79,21 +119,27 @@ def _estimate_seconds(
 
 def _describe_model(classifier: Classifier, view: MapView) -> str:
     """Return a line about a network, and the maps that will be compared."""
-    spec = classifier.input
-    size = f"{spec.height} px" if spec.height == spec.width else f"{spec.height} x {spec.width} px"
-    colour = "grey" if spec.channels == 1 else "colour"
     maps = " and ".join(INTERPRETER_NAMES[name] for name in view.interpreters)
     layer = view.sites.target_layer.removeprefix("network.")
     where = f" on {layer}" if layer else ""
     cells = f"{view.grid[0]} x {view.grid[1]} cells"
-    return f"{classifier.architecture}, {size}, {colour}, {classifier.classes:,} classes: {maps}{where}, {cells}"
+    size = describe_input(classifier.input)
+    return f"{classifier.architecture}, {size}, {classifier.classes:,} classes: {maps}{where}, {cells}"
 
 
-def _describe_data(learn: Part, validation: Part, held_out: ImageData | TableData, measured: int) -> str:
+def describe_input(spec: InputSpec) -> str:
+    """Return the size of images in pixels, and whether they have colours."""
+    size = f"{spec.height} px" if spec.height == spec.width else f"{spec.height} x {spec.width} px"
+    return f"{size}, {'grey' if spec.channels == 1 else 'colour'}"
+
+
+def describe_data(
+    learn: int, validation: int, data: ImageData | TableData, held_out: ImageData | TableData, measured: int
+) -> str:
     """Return a line about the data: how many examples for what, their classes, and what was passed over."""
-    data, what = learn.data, "rows" if isinstance(learn.data, TableData) else "images"
-    line = f"{len(learn):,} {what} of {data.source} to learn from, {len(validation):,} to validate on, "
-    line += f"{measured:,} held out to measure on"
+    what = "rows" if isinstance(data, TableData) else "images"
+    validating = f"{validation:,} to validate on, " if validation else ""
+    line = f"{learn:,} {what} of {data.source} to learn from, {validating}{measured:,} held out to measure on"
     if data.classes:
         names = [*data.classes[:_NAMED_CLASSES], *["..."] * (len(data.classes) > _NAMED_CLASSES)]
         line += f"; {len(data.classes):,} classes: {', '.join(names)}"
@@ -117,14 +163,17 @@ def _describe_training(settings: TrainingSettings) -> str:
 
 def _describe_cost(seconds: float, settings: TrainingSettings, device: torch.device | str) -> str:
     """Return a line about how long training may take, what the process held at most so far, and when it stops."""
-    where = "CPU" if torch.device(device).type == "cpu" else "GPU"
     until = "; stops when the goals hold" if settings.goals is not None else ""
+    size = f"{settings.batch_size} + {settings.batch_size}"
+    return f"Up to {settings.steps:,} steps of {size}, {_describe_time(seconds, device)}{until}"
+
+
+def _describe_time(seconds: float, device: torch.device | str) -> str:
+    """Return how long training may take, and what the process held at most so far."""
+    where = "CPU" if torch.device(device).type == "cpu" else "GPU"
     held = _memory(device)
     memory = f", {held / 2**30:.1f} GiB" if held else ""
-    return (
-        f"Up to {settings.steps:,} steps of {settings.batch_size} + {settings.batch_size}, about "
-        f"{_duration(seconds)}{memory} on this {where} ({_TIMED_STEPS} steps timed){until}"
-    )
+    return f"about {_duration(seconds)}{memory} on this {where} ({_TIMED_STEPS} steps timed)"
 
 
 def _time_steps(

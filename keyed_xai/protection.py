@@ -1,6 +1,5 @@
 """From a model and an owner key to a protected model: choose settings, train, measure, write."""
 
-import copy
 import hashlib
 import json
 import time
@@ -29,6 +28,9 @@ from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
+from keyed_xai.models.copying import copy_network
+from keyed_xai.models.modes import plain_torch
+from keyed_xai.models.origin import settle_origin
 from keyed_xai.names import name_class
 from keyed_xai.objective import DECOYS
 from keyed_xai.preflight import plan_run
@@ -128,6 +130,7 @@ class Protection:
     pictures: dict[str, bytes] = field(repr=False)
 
 
+@plain_torch()
 def protect(
     network: nn.Module,
     key: OwnerKey,
@@ -198,7 +201,8 @@ def _protect(
     callbacks: Callbacks,
 ) -> Protection:
     started = time.monotonic()
-    classifier = copy.deepcopy(classifier).eval()
+    classifier = copy_network(classifier).eval()
+    settle_origin(classifier)
     _refuse_what_cannot_work(classifier, train_data, settings)
     evidence = plan_evidence(classifier, settings) if settings.ownership else None
     if evidence is not None:

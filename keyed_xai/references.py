@@ -7,7 +7,7 @@ where that does not train). Epochs and rates are ours.
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from keyed_xai.artifacts.documents import printable, write_atomically
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import ArtifactError, ModelError, TrainingError
-from keyed_xai.fitting import FittingSettings, fit_classifier, measure_predictions
+from keyed_xai.fitting import FittingSettings, fit_classifier, measure_chance, measure_predictions
 from keyed_xai.models import (
     Classifier,
     InputSpec,
@@ -31,6 +31,7 @@ from keyed_xai.models import (
 )
 from keyed_xai.models.catalogue import IMAGENET_MEAN, IMAGENET_STD, default_size, shapes_of
 from keyed_xai.models.recognise import named_candidates
+from keyed_xai.preflight import plan_fit
 from keyed_xai.samples import digest_data, digest_network
 from keyed_xai.versions import package_versions
 
@@ -219,6 +220,7 @@ def train_reference(
     checkpoint: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, int], None] | None = None,
+    on_plan: Callable[[tuple[str, ...]], None] | None = None,
 ) -> Reference:
     """Fit a classifier in place, name its classes, and measure it on held-out data.
 
@@ -231,6 +233,7 @@ def train_reference(
         checkpoint: File that a killed run can go on from; `write_reference` removes it.
         resume: Go on from the checkpoint.
         on_step: Called with steps done and in all.
+        on_plan: Called once, before training, with the lines of the pre-flight.
 
     Raises:
         TrainingError: The data have no labels, another size or too few examples, or the loss is no longer finite.
@@ -240,6 +243,8 @@ def train_reference(
     _refuse_other_data(classifier, train_data, held_out)
     started = time.monotonic()
     identity = identify_reference(classifier, train_data, settings)
+    if on_plan is not None:
+        on_plan(plan_fit(classifier, train_data, held_out, settings, device))
     with checkpointed(checkpoint, identity=identity, resume=resume) as (state, save):
         history = fit_classifier(
             classifier,
@@ -251,7 +256,8 @@ def train_reference(
             save_checkpoint=save,
             on_step=on_step,
         )
-    spec = classifier.input
+    spec, measured = classifier.input, measure_predictions(classifier, held_out, device=device)
+    chance = measure_chance(held_out)
     report = {
         "schema": REPORT_SCHEMA,
         "model": classifier.architecture,
@@ -260,7 +266,9 @@ def train_reference(
             name: {"source": data.source, "images": len(data)}
             for name, data in (("train", train_data), ("held_out", held_out))
         },
-        "predictions": measure_predictions(classifier, held_out, device=device),
+        "predictions": measured,
+        "chance": chance,
+        "verdict": judge_fit(measured, chance, len(held_out)),
         "history": history,
         "seconds": time.monotonic() - started,
         "settings": asdict(settings) | {"input_size": [spec.channels, spec.height, spec.width]},
@@ -268,6 +276,30 @@ def train_reference(
     }
     classifier.label_names, classifier.multi_label = train_data.classes, train_data.multi_label
     return Reference(classifier.cpu(), report)
+
+
+def judge_fit(predictions: Mapping[str, Any], chance: Mapping[str, float], examples: int) -> dict[str, str]:
+    """Return a report's `verdict`: trained, trained in part (nothing could be measured), or not trained.
+
+    A classifier is trained where a figure on held-out examples is above what guessing stays under.
+
+    Args:
+        predictions: What `measure_predictions` returns.
+        chance: What `measure_chance` returns for the same data.
+        examples: How many.
+    """
+    names = {"top1": "top-1 accuracy", "auroc": "AUROC"}
+    figures = {name: predictions[name] for name in names if name in predictions and name in chance}
+    if not figures:
+        return {"answer": "trained in part", "sentence": f"nothing can be measured on {examples:,} held-out examples."}
+    above = any(value > chance[name] for name, value in figures.items())
+    words = "; ".join(
+        f"{names[name]} {value:.3f}, guessing stays under {chance[name]:.3f}" for name, value in figures.items()
+    )
+    return {
+        "answer": "trained" if above else "not trained",
+        "sentence": f"on {examples:,} held-out examples {words}.",
+    }
 
 
 def identify_reference(classifier: Classifier, train_data: Data, settings: FittingSettings) -> str:

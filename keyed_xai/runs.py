@@ -11,6 +11,7 @@ from keyed_xai.data import ImageData, TableData
 from keyed_xai.models import Classifier
 from keyed_xai.samples import Part
 from keyed_xai.training import Callbacks, Lesson, TrainingResult, TrainingSettings, train
+from keyed_xai.training.refusals import refusing_in_words
 from keyed_xai.versions import package_versions
 
 
@@ -45,7 +46,10 @@ def run_training(
         TrainingError: Training fails.
         ArtifactError: The checkpoint cannot be used, or another run is using it.
     """
-    with checkpointed(checkpoint, identity=identity, resume=resume) as (state, save):
+    with (
+        checkpointed(checkpoint, identity=identity, resume=resume) as (state, save),
+        refusing_in_words(classifier.architecture),
+    ):
         result = train(
             classifier,
             learn,

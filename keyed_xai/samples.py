@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from keyed_xai import metrics
@@ -34,9 +34,29 @@ class Part:
         """Return the number of images."""
         return len(self.indices)
 
-    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Targets | None]:
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Labels of these images, as the whole has them."""
+        return None if self.data.labels is None else self.data.labels[self.indices]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, by label."""
+        return self.data.classes
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.data.multi_label
+
+    @property
+    def source(self) -> str:
+        """Which data and split, for reports."""
+        return self.data.source
+
+    def batch(self, indices: ArrayLike) -> tuple[Images, Targets | None]:
         """Return some of these images and their labels."""
-        return self.data.batch(self.indices[indices])
+        return self.data.batch(self.indices[np.asarray(indices)])
 
 
 def split_validation(data: ImageData | TableData, count: int) -> tuple[Part, Part]:

@@ -98,8 +98,9 @@ def open_suspect(
     arguments = dict(options or {})
     attacked = path.is_dir() and is_attacked(path)
     classifier, card = open_model(path, **arguments)
+    shared: dict[str, Any] = {each: arguments[each] for each in ("allow_pickle", "network") if each in arguments}
     others: dict[str, Any] = {
-        name: open_model(file, card=card, allow_pickle=bool(arguments.get("allow_pickle")))[0]
+        name: open_model(file, card=card, **shared)[0]
         for name, file in (("reference", reference), ("surrogate", surrogate))
         if file is not None
     }

@@ -36,6 +36,7 @@ from keyed_xai.loading import DEFAULT_TRIGGER, make_family
 from keyed_xai.maps import make_view
 from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.models.loading import OWN_CODE
+from keyed_xai.models.modes import plain_torch
 from keyed_xai.ownership import (
     DEFAULT_ALPHA,
     OpeningEvidence,
@@ -160,6 +161,7 @@ class Verification:
         }
 
 
+@plain_torch()
 def verify(
     suspect: Classifier | BlackBox,
     claim: Claim,

@@ -46,6 +46,9 @@ def credit(tmp_path_factory):
     return path
 
 
+DONE = (0, 3)  # trained, or not: a verdict on a short run
+
+
 def train(photos, out, *more):
     return run("train", "--data", f"imagefolder:{photos}", "--input-size", "16", "-o", out, *QUICK, *more)
 
@@ -56,6 +59,13 @@ def test_train_writes_a_model_that_protect_takes_with_nothing_else_given(photos,
     result = train(photos, out, *more, "--json", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
     assert "SmallResNet on 8 held-out examples: top-1 accuracy" in result.output
+    assert "SmallResNet, 16 px, grey, 2 classes" in result.output
+    assert (
+        f"32 images of imagefolder:{photos.name} (train) to learn from, 8 held out to measure on; 2 classes: "
+        in result.output
+    )
+    assert "6 epochs of 4 steps of 8, about " in result.output
+    assert result.output.splitlines()[-1].startswith("TRAINED: on 8 held-out examples top-1 accuracy ")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["m.safetensors", "report.json"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"]["train"]["images"] == 32
@@ -98,12 +108,12 @@ def test_train_fits_an_mlp_to_a_table(credit, tmp_path):
 
 
 def test_train_goes_on_from_a_model_of_other_classes(photos, tmp_path):
-    assert train(photos, tmp_path / "a.safetensors").exit_code == 0
+    assert train(photos, tmp_path / "a.safetensors").exit_code in DONE
     result = run(
         "train", "--data", f"imagefolder:{photos}", "--model", tmp_path / "a.safetensors", "--epochs", "1",
         "-o", tmp_path / "b.safetensors", "--json", "-",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    assert result.exit_code in DONE, result.output
     assert json.loads(result.stdout)["settings"]["input_size"] == [3, 16, 16]
     assert load_classifier(tmp_path / "b.safetensors").network.blocks[1].conv1.out_channels == 4
 
@@ -111,7 +121,7 @@ def test_train_goes_on_from_a_model_of_other_classes(photos, tmp_path):
 def test_builtin_images_need_no_files(tmp_path):
     more = ("--limit", "64", "--held-out", "20", "--epochs", "1", "--widths", "4,4", "--json", "-")
     result = run("train", "--data", "builtin", "-o", tmp_path / "m.safetensors", *more)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code in DONE, result.output
     report = json.loads(result.stdout)
     assert report["settings"]["input_size"] == [1, 32, 32]
     assert set(report["predictions"]) == {"top1", "top5"}
@@ -132,7 +142,7 @@ def test_stopped_run_is_not_lost_by_forgetting_to_resume(photos, tmp_path, monke
     assert refused.exit_code == 1
     assert "--resume" in refused.output
     assert checkpoint.exists()
-    assert train(photos, out, "--resume").exit_code == 0
+    assert train(photos, out, "--resume").exit_code in DONE
     assert not checkpoint.exists()
 
 
@@ -143,7 +153,7 @@ def test_file_that_is_there_is_kept_without_force(photos, tmp_path):
     assert refused.exit_code == 1
     assert "--force" in refused.output
     assert out.read_text() == "precious"
-    assert train(photos, out, "--force").exit_code == 0
+    assert train(photos, out, "--force").exit_code in DONE
     assert load_classifier(out).classes == 2
 
 
@@ -155,7 +165,7 @@ def test_broken_image_is_named_and_skipped(photos, tmp_path):
             (folder / name / f"{number}.png").write_bytes((photos / name / f"{number}.png").read_bytes())
     (folder / "dark" / "broken.png").write_bytes(b"no image")
     result = train(folder, tmp_path / "m.safetensors")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code in DONE, result.output
     assert "Skipped a broken image" in result.stderr
 
 
@@ -197,9 +207,9 @@ def test_options_that_do_not_fit_a_table_are_refused(credit, tmp_path, arguments
 
 def test_weights_of_images_are_no_start_for_a_table_nor_the_other_way_round(photos, credit, tmp_path):
     images, rows = tmp_path / "images.safetensors", tmp_path / "rows.safetensors"
-    assert train(photos, images).exit_code == 0
+    assert train(photos, images).exit_code in DONE
     quick = ("--epochs", "1", "--batch-size", "40")
-    assert run("train", "--data", f"credit-default:{credit}", "-o", rows, *quick).exit_code == 0
+    assert run("train", "--data", f"credit-default:{credit}", "-o", rows, *quick).exit_code in DONE
     for spec, model, words in (
         (f"credit-default:{credit}", images, "SmallResNet takes images, and the data are a table"),
         (f"imagefolder:{photos}", rows, "TableMLP takes rows of a table, and the data are images"),
@@ -210,7 +220,7 @@ def test_weights_of_images_are_no_start_for_a_table_nor_the_other_way_round(phot
     again = run(
         "train", "--data", f"credit-default:{credit}", "--model", rows, "-o", tmp_path / "m.safetensors", *quick
     )
-    assert again.exit_code == 0, again.output
+    assert again.exit_code in DONE, again.output
 
 
 def test_images_without_labels_are_refused(photos, tmp_path):

@@ -2,7 +2,9 @@
 
 from PIL import Image
 
+from keyed_xai.artifacts.documents import printable
 from keyed_xai.models import InputSpec
+from keyed_xai.preflight import describe_data
 from keyed_xai_cli.training_options import load_both_images
 
 
@@ -18,9 +20,10 @@ def test_classes_and_what_was_passed_over_are_printed_once(tmp_path, capsys):
     size = InputSpec(1, 8, 8, (0.5,), (0.5,))
     train_data, held_out = load_both_images(size, f"imagefolder:{tmp_path}", arguments)
     assert (len(train_data), len(held_out)) == (6, 2)
-    said = capsys.readouterr().err.splitlines()
+    said = [*capsys.readouterr().err.splitlines(), printable(describe_data(6, 0, train_data, held_out, 2))]
     assert said[-3:] == [
         "Split by folders: Training and Testing; passed over beside: masks.",
         f"Passed over in {tmp_path.name}: files 4 .txt.",
-        "6 images to learn from, 2 held out in 2 classes (\ufffd[31mduck, owl).",
+        f"6 images of imagefolder:{tmp_path.name} (train) to learn from, 2 held out to measure on; "
+        "2 classes: \ufffd[31mduck, owl",
     ]

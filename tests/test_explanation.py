@@ -173,7 +173,7 @@ class TestLoading:
 
     def test_owner_s_own_module_cannot_be_loaded_from_weights(self, tmp_path):
         write_folder(tmp_path / "m.keyed", marked_classifier())
-        with pytest.raises(ModelError, match="wrap_network"):
+        with pytest.raises(ModelError, match="--factory"):
             open_model(tmp_path / "m.keyed")
 
     @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ LAYERS = {
     "add with alpha": function(lambda x: torch.add(x, torch.tanh(x), alpha=3)),
     "quotient": function(lambda x: x / (1 + torch.sigmoid(x))),
     "negative": function(lambda x: -x * x),
+    "logarithm": function(lambda x: torch.log(1 + torch.sigmoid(x))),
     "excitation": Excitation,
     "dense block": Dense,
     "shuffle": function(shuffled),

@@ -1,13 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import TrainingError
-from keyed_xai.fitting import FittingSettings, LabelledData, fit_classifier, measure_accuracy, measure_predictions
+from keyed_xai.fitting import (
+    FittingSettings,
+    LabelledData,
+    fit_classifier,
+    measure_accuracy,
+    measure_chance,
+    measure_predictions,
+)
 from keyed_xai.models import InputSpec, wrap_network
 
 
@@ -17,6 +25,10 @@ def bright_or_dark():
     labels = np.arange(64, dtype=np.int64) % 2
     images = generator.integers(0, 60, (64, 1, 16, 16)) + 150 * labels[:, None, None, None]
     return ImageData(images.astype(np.uint8), labels, ("dark", "bright"), "made up")
+
+
+def labelled(labels, classes):
+    return ImageData(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, classes, "made up")
 
 
 def make_classifier():
@@ -220,6 +232,27 @@ def test_table_rows_are_learned_and_never_changed(rows):
     measured = measure_predictions(network, rows)
     assert measured["top1"] == measure_accuracy(network, rows) > 0.95
     assert measured["auroc"] > 0.98
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_guessing_is_rarely_as_good_as_chance_says(share):
+    generator = np.random.default_rng(0)
+    labels = (generator.random(400) < share).astype(np.int64)
+    chance = measure_chance(labelled(labels, ("no", "yes")))
+    assert chance["top1"] > max(labels.mean(), 1 - labels.mean())
+    areas = [roc_auc_score(labels, generator.random(400)) for _ in range(2000)]
+    assert 0.001 < np.mean(np.array(areas) > chance["auroc"]) < 0.02
+    hits = generator.binomial(400, max(labels.mean(), 1 - labels.mean()), 20000) / 400
+    assert 0.002 < np.mean(hits > chance["top1"]) <= 0.012
+
+
+def test_chance_of_several_labels_and_of_many_classes():
+    several = measure_chance(labelled(np.eye(2, dtype=np.int64)[np.arange(60) % 2], ("a", "b")))
+    assert list(several) == ["auroc"]
+    assert list(measure_chance(labelled(np.arange(60) % 3, ("a", "b", "c")))) == ["top1"]
+    assert measure_chance(labelled(np.zeros((5, 2), dtype=np.int64), ("a", "b"))) == {}
+    with pytest.raises(TrainingError, match="labelled"):
+        measure_chance(ImageData(np.zeros((5, 1, 8, 8), np.uint8), None, (), "made up"))
 
 
 def test_several_labels_are_learned(several_labels):

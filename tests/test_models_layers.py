@@ -11,6 +11,7 @@ from torch import nn
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import ModelError
 from keyed_xai.models import InputSpec, catalogue, derive_taps, find_target_layer
+from keyed_xai.models.layers import trace_network
 from keyed_xai.tensors import Tap
 
 
@@ -188,11 +189,8 @@ def test_wrong_image_size_is_explained():
         find_target_layer(Plain(), spec_of(16, 3))
 
 
-@pytest.mark.parametrize("last", [nn.Identity(), nn.Linear(4, 1)])
-def test_output_that_is_no_logits_is_refused(last):
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
-    if isinstance(last, nn.Identity):
-        network = network[:1]
+def test_output_that_is_no_logits_is_refused():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3))
     with pytest.raises(ModelError, match="logits"):
         find_target_layer(network, spec_of(8, 1))
 
@@ -225,3 +223,28 @@ def test_hooks_are_removed_when_the_forward_fails():
         find_target_layer(network, spec_of(16, 3))
     assert not any(module._forward_hooks for module in network.modules())
     assert network.training
+
+
+class Attention(nn.Module):
+    """A convolution, then one window of attention whose weights are a row and a column for each cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4, padding=1)
+        self.softmax = nn.Softmax(dim=-1)
+        self.drop = nn.Dropout()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        weights = self.drop(self.softmax((tokens @ tokens.transpose(1, 2))[:, None]))
+        return self.fc((weights[:, 0] @ tokens).mean(1))
+
+
+def test_attention_weights_are_no_feature_map():
+    spec = InputSpec(3, 32, 32, (0.5,) * 3, (0.25,) * 3)
+    trace = trace_network(Attention().eval(), spec)
+    assert [call.name for call in trace.maps()] == ["conv"]
+    for layer in ("softmax", "drop"):
+        with pytest.raises(ModelError, match=r"The last ones that would do: conv\.$"):
+            trace.map_of(layer)

@@ -203,7 +203,7 @@ def nested(depth):
         ({"architecture": 5}, "architecture must be text"),
         ({"architecture": "resnet18", "source": "torchvision"}, "do not fit resnet18"),
         ({"architecture": "hf-hub:someone/model", "source": "timm"}, "no architecture is called"),
-        ({"architecture": "Mine", "source": "python"}, "wrap_network"),
+        ({"architecture": "Mine", "source": "python"}, "--factory"),
         ({"target_layer": "nowhere"}, "'nowhere' was named"),
         ({"taps": "stem_relu"}, "taps must be a list"),
         ({"taps": [["stem_relu", 1, 2]]}, "layer, kernel and stride"),

@@ -18,6 +18,7 @@ from keyed_xai.references import (
     choose_settings,
     claim_output,
     identify_reference,
+    judge_fit,
     plan_for_images,
     plan_for_table,
     plan_from_model,
@@ -160,6 +161,25 @@ def test_several_labels_are_reported_by_class():
     report = train_reference(small(2), data, data, QUICK).report
     validate(report, "train-report", origin="it")
     assert set(report["predictions"]["per_class_auroc"]) == {"first", "second"}
+
+
+def test_verdict_says_whether_a_model_is_better_than_guessing():
+    chance = {"top1": 0.6, "auroc": 0.55}
+    assert judge_fit({"top1": 0.7, "auroc": 0.5}, chance, 1000) == {
+        "answer": "trained",
+        "sentence": "on 1,000 held-out examples top-1 accuracy 0.700, guessing stays under 0.600; AUROC 0.500, "
+        "guessing stays under 0.550.",
+    }
+    assert judge_fit({"top1": 0.6, "auroc": 0.5}, chance, 9)["answer"] == "not trained"
+    assert judge_fit({}, {}, 9)["answer"] == "trained in part"
+
+
+def test_plan_is_told_before_training_and_changes_nothing(data):
+    told = []
+    first = train_reference(small(), data, data, QUICK, on_plan=told.extend).classifier.state_dict()
+    second = train_reference(small(), data, data, QUICK).classifier.state_dict()
+    assert [line.partition(",")[0] for line in told][0] == "SmallResNet"
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Stopped(Exception):

@@ -1,6 +1,7 @@
 """A classifier as a list of ATen operators: functional, batch norm folded, batch size free, height and width fixed."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -58,13 +59,20 @@ def trace_program(classifier: Classifier, layers: Sequence[str]) -> Program:
     for operator in _KEPT_WHOLE:
         table.pop(operator, None)
     try:
-        exported = export(_Tapped(model, tuple(layers)), (example,), dynamic_shapes=({0: Dim("n")},), strict=False)
-        exported = exported.run_decompositions(table)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attribute .* assigned during export")  # weight_norm
+            exported = export(_Tapped(model, tuple(layers)), (example,), dynamic_shapes=({0: Dim("n")},), strict=False)
+            exported = exported.run_decompositions(table)
     except _FORWARD_ERRORS as error:
         raise ModelError(
             f"{classifier.architecture} cannot be written as a graph of operators: {_first_line(error)}. Its forward "
             "must not branch on values or depend on the batch size."
         ) from error
+    if any(_type_of(node) in (torch.float16, torch.bfloat16) for node in exported.graph.nodes):
+        raise ModelError(
+            f"{classifier.architecture} computes in half precision inside its forward (autocast, or half()), which the "
+            "graph does not. Take that out of the network: whoever calls it can set autocast around the call."
+        )
     return _read_program(exported, layers)
 
 
@@ -82,6 +90,11 @@ def arguments_of(node: fx.Node) -> list[Any]:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of what a node gives, -1 for the batch."""
     return tuple(side if isinstance(side, int) else -1 for side in node.meta["val"].shape)
+
+
+def _type_of(node: fx.Node) -> torch.dtype | None:
+    """Return the type of the numbers in the tensor that a node gives; None where it gives none."""
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 class _Tapped(nn.Module):
@@ -153,9 +166,11 @@ _COPIES = {ATEN.clone.default, ATEN.alias.default, ATEN.detach.default, ATEN.lif
 
 
 def _drop_copies(graph: fx.Graph) -> None:
-    """Remove operators that give back what they take."""
+    """Remove operators that give back what they take, and assertions about types."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and (source := _copied(node)) is not None:
+        if node.target is ATEN._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.op == "call_function" and (source := _copied(node)) is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 
@@ -166,6 +181,8 @@ def _copied(node: fx.Node) -> fx.Node | None:
     source: fx.Node | list[fx.Node] = arguments[0]
     if isinstance(source, list):
         return source[0] if node.target is ATEN.cat.default and len(source) == 1 else None
+    if node.target is ATEN._to_copy.default and _type_of(node) == _type_of(source):
+        return source
     whole = node.target is ATEN.slice.Tensor and arguments[2:] == [0, _END]  # x[:, 1:] also slices the batch
     return source if whole or node.target in _COPIES else None
 

@@ -217,6 +217,10 @@ def _divide(step: Step, gradient: Tensor) -> Gradients:
     return _both(step, share, -share * step.output)
 
 
+def _logarithm(step: Step, gradient: Tensor) -> Gradients:
+    return [(step.source, gradient / step.inputs[0])]
+
+
 def _power(step: Step, gradient: Tensor) -> Gradients:
     x, exponent = step.inputs[:2]
     return [(step.source, gradient * exponent * x ** (exponent - 1))]
@@ -412,6 +416,7 @@ RULES: dict[Any, Rule] = {
     ATEN.div.Tensor: _divide,
     ATEN.neg.default: _negate,
     ATEN.pow.Tensor_Scalar: _power,
+    ATEN.log.default: _logarithm,
     ATEN.reshape.default: _reshape,
     ATEN.squeeze.dims: _reshape,
     ATEN.unsqueeze.default: _reshape,

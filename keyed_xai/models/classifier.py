@@ -1,14 +1,18 @@
 """A classifier as the rest of the package sees it: pixels in [0, 1] in, logits out, normalisation inside."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from keyed_xai.limits import describe_excess
 from keyed_xai.tensors import Images, Logits, Tap
+
+_NAMES = ("logits", "outputs", "output", "out", "predictions", "preds", "pred", "scores", "y_hat", "y")
+_FAINTEST = 1e-6  # of a probability: the nearest that float32 tells from 1 is 6e-8
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Classifier(nn.Module):
         file_names: Tensor names inside the network to names in the file it came from, in the file's order.
         label_names: Names of the classes; empty where they are not known.
         multi_label: Whether every logit is a yes or no of its own.
+        probability: Whether the network's single output is a probability: it ends in a sigmoid.
         notes: Sentences about how the file was read: the prefix taken off, what was left out, which weights were taken.
     """
 
@@ -79,6 +84,7 @@ class Classifier(nn.Module):
         file_names: Mapping[str, str] | None = None,
         label_names: tuple[str, ...] = (),
         multi_label: bool = False,
+        probability: bool = False,
     ) -> None:
         """Wrap a network; `wrap_network` finds the layers and checks the sizes first."""
         super().__init__()
@@ -92,6 +98,7 @@ class Classifier(nn.Module):
         self.file_names = dict(file_names) if file_names is not None else None
         self.label_names = label_names
         self.multi_label = multi_label
+        self.probability = probability
         self.notes: tuple[str, ...] = ()
         like = next(network.parameters(), torch.zeros(()))
         for name in ("mean", "std"):
@@ -99,22 +106,61 @@ class Classifier(nn.Module):
             self.register_buffer(name, values[:, None, None], persistent=False)
 
     def forward(self, images: Images) -> Logits:
-        """Return the logits; gradients flow. Auxiliary outputs (Inception in training mode) are left out."""
-        return logits_of(self.network((images - self.mean) / self.std))
+        """Return the logits; gradients flow. Auxiliary outputs (Inception in training mode) are left out.
+
+        Of a network with a single output, yes or no, they are 0 and that output.
+        """
+        logits = logits_of(self.network((images - self.mean) / self.std))
+        logits = as_classes(logits, probability=self.probability)
+        return logits if logits.dtype == images.dtype else logits.to(images.dtype)  # autocast in the network's forward
 
 
 def logits_of(output: object) -> Tensor:
-    """Return the logits in what a network returned: a tensor, something with ``.logits``, or a tuple's first entry.
+    """Return the logits in what a network returned.
+
+    A tensor; something with ``.logits`` (torchvision's auxiliary outputs, transformers' outputs); a dictionary or a
+    dataclass with one tensor, or one of the names in `_NAMES`; or a tuple or list, of which the first entry counts.
 
     Raises:
         TypeError: There is no tensor to be found.
     """
     found = getattr(output, "logits", output)
+    if is_dataclass(found) and not isinstance(found, type):
+        found = {field.name: getattr(found, field.name) for field in fields(found)}
+    if isinstance(found, Mapping):
+        found = _named_logits(found)
     if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor):
-        raise TypeError(f"a classifier must return a tensor of logits, but this one returned {type(output).__name__}")
+        what = f"a dict of {', '.join(map(repr, output)) or 'nothing'}" if isinstance(output, Mapping) else "no tensor"
+        raise TypeError(
+            f"a classifier must return a tensor of logits, alone or named {', '.join(_NAMES[:3])} and the like, but "
+            f"this one returned {type(output).__name__}: {what}"
+        )
     return found
+
+
+def _named_logits(outputs: Mapping[object, object]) -> object:
+    """Return the entry of a dictionary that is called logits or the like, or else its only tensor."""
+    named = [outputs[name] for name in _NAMES if isinstance(outputs.get(name), Tensor)]
+    tensors = named or [value for value in outputs.values() if isinstance(value, Tensor)]
+    return tensors[0] if named or len(tensors) == 1 else outputs
+
+
+def as_classes(logits: Tensor, *, probability: bool = False) -> Tensor:
+    """Return logits [n, classes]; a single one, z, that says yes or no, becomes the two logits 0 and z.
+
+    Args:
+        logits: [n, classes], or [n] or [n, 1] of a single one.
+        probability: Whether the single one has been through a sigmoid, which is undone.
+    """
+    if logits.dim() > 2 or logits.shape[1:] not in ((), (1,)):
+        return logits
+    single = logits.reshape(-1, 1)
+    if probability:
+        single = single.clamp(_FAINTEST, 1 - _FAINTEST)
+        single = single.log() - (1 - single).log()
+    return functional.pad(single, (1, 0))
 
 
 def network_state(classifier: Classifier) -> dict[str, Tensor]:

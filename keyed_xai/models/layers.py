@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai.errors import ModelError
-from keyed_xai.models.classifier import InputSpec, logits_of
+from keyed_xai.models.classifier import InputSpec, as_classes, logits_of
 from keyed_xai.models.modes import evaluating
 from keyed_xai.tensors import Tap
 
@@ -33,6 +33,8 @@ _ACTIVATIONS = (
 _FORWARD_ERRORS = (
     RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError,
 )  # fmt: skip
+
+_RESHAPING = ("View", "Reshape", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Slice", "Flatten", "ToCopy")
 
 _FAMILIES = {
     "ResNet": r"relu|act1|layer\d+\.\d+",
@@ -76,10 +78,13 @@ class Trace:
     logits: Tensor
     convolutions: int
     counts: Counter[str]
+    probability: bool = False
 
     def maps(self) -> list[_Call]:
         """Return the calls that return feature maps, first to last, of modules called once."""
-        return [call for call in self.calls if _is_map(call.output, self.spec) and self.counts[call.name] == 1]
+        attention = {call.key for call in self.calls if _is_attention(call.module)}
+        maps = [call for call in self.calls if _is_map(call.output, self.spec) and self.counts[call.name] == 1]
+        return [call for call in maps if call.key not in attention]
 
     def map_of(self, name: str) -> _Call:
         """Return the call of a layer that the user named.
@@ -117,7 +122,11 @@ def trace_network(network: nn.Module, spec: InputSpec) -> Trace:
     calls: list[_Call] = []
     try:
         with _undisturbed(network), _watched(network, calls), torch.no_grad():
-            logits = logits_of(network(images))
+            logits = as_classes(logits_of(network(images)))
+        with _undisturbed(network), torch.enable_grad():
+            probability = logits.shape[1:] == (2,) and _ends_in_sigmoid(logits_of(network(images)))
+    except TypeError as error:
+        raise ModelError(f"{type(network).__name__} cannot be used as a classifier: {error}.") from error
     except _FORWARD_ERRORS as error:
         raise ModelError(
             f"{type(network).__name__} cannot take images of {spec.channels} channels and {spec.height}x{spec.width} "
@@ -128,7 +137,16 @@ def trace_network(network: nn.Module, spec: InputSpec) -> Trace:
             f"a classifier must return logits [n, classes] with two classes or more; {type(network).__name__} returned "
             f"{list(logits.shape)} for {_BATCH} images. Wrap it in a module that does."
         )
-    return Trace(spec, tuple(calls), logits, _convolutions(network), Counter(call.name for call in calls))
+    counts = Counter(call.name for call in calls)
+    return Trace(spec, tuple(calls), logits, _convolutions(network), counts, probability)
+
+
+def _ends_in_sigmoid(output: Tensor) -> bool:
+    """Return whether a network's single output comes out of a sigmoid, reshaped or not."""
+    step = output.grad_fn if output.numel() == len(output) else None
+    while step is not None and step.name().startswith(_RESHAPING):
+        step = step.next_functions[0][0]
+    return step is not None and step.name().startswith("Sigmoid")
 
 
 def find_target_layer(network: nn.Module, spec: InputSpec, *, trace: Trace | None = None) -> str:
@@ -271,6 +289,11 @@ def _is_map(output: Tensor, spec: InputSpec) -> bool:
 def _is_grid(height: int, width: int, spec: InputSpec) -> bool:
     """Return whether the sides are 2 or more and in the image's ratio, up to two cells of padding."""
     return min(height, width) >= 2 and abs(height - width * spec.height / spec.width) <= 2
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Return whether a module weighs cells against cells: its output has a row and a column for each, and is no map."""
+    return isinstance(module, nn.Softmax) and module.dim in (-1, 3)
 
 
 def _is_pooling(module: nn.Module) -> bool:

@@ -16,9 +16,11 @@ from keyed_xai.architectures import TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models.catalogue import build_network, build_without_memory, default_input, plain_input, shapes_of
 from keyed_xai.models.classifier import Classifier, InputSpec
+from keyed_xai.models.copying import copy_network
 from keyed_xai.models.files import ModelFile, read_model_file
 from keyed_xai.models.layers import Trace, derive_taps, find_target_layer, trace_network
-from keyed_xai.models.recognise import Recognised, recognise_architecture
+from keyed_xai.models.naming import Reading, list_readings
+from keyed_xai.models.recognise import Recognised, describe_reading, recognise_architecture
 from keyed_xai.tensors import Tap
 
 Size = int | tuple[int, int]
@@ -50,6 +52,7 @@ def load_classifier(
     taps: Sequence[Tap | str] | None = None,
     allow_pickle: bool = False,
     weights: str | None = None,
+    network: nn.Module | None = None,
     card: Mapping[str, object] | None = None,
     require_map: bool = True,
     any_channels: bool = False,
@@ -70,6 +73,7 @@ def load_classifier(
         allow_pickle: Also load a pickled module. **Runs code from the file.**
         weights: Which of several sets of weights, or networks, in the file: ``ema`` for averaged ones, or a name or
             prefix. By default plain ones; the classifier's `notes` say what else there is.
+        network: A module of one's own, of which the file has the weights; a copy is used. In place of `arch`.
         card: The card beside the file, already read; the one inside the file if not given.
         require_map: Refuse networks without a spatial feature map; otherwise target layer and taps stay empty.
         any_channels: Whether the weights may take grey images where `mean` and `std` are of colour ones, or the other
@@ -80,15 +84,21 @@ def load_classifier(
     """
     found = read_model_file(path, allow_pickle=allow_pickle, weights=weights)
     card = found.card or {} if card is None else card
-    named = arch or _own_architecture(card, found)
     flags = _Flags(input_size, mean, std, any_channels)
     notes = found.notes
-    if found.module is not None:
-        network, source, architecture = found.module, "pickle", type(found.module).__name__
+    if network is not None:
+        network, file_names, done = _fill(network, found, arch)
+        notes += done
+        source, architecture = "python", _own_name(card) or type(network).__name__
+        channels = _first_channels(network) or _card_channels(card) or 3
+        spec = _choose_input(plain_input(channels), card, flags)
+    elif found.module is not None:
+        network, source, architecture = copy_network(found.module), "pickle", type(found.module).__name__
         channels = _first_channels(network) or _card_channels(card) or 3
         spec = _choose_input(plain_input(channels), card, flags)
         file_names = {name: name for name in network.state_dict()}
     else:
+        named = arch or _own_architecture(card)
         known = recognise_architecture(
             found.tensors, arch=named, hints=found.hints, weights=None if found.chosen else weights
         )
@@ -97,7 +107,7 @@ def load_classifier(
         file_names = {name: file_name for file_name, name in known.names.items()}
         state = {name: found.tensors[file_name] for name, file_name in file_names.items()}
         spec = _choose_input(_default_input(known, state), card, flags)
-        network = _rebuild(known, state, spec)
+        network = rebuild(known, state, spec)
     expected = classes if classes is not None else _whole(card, "num_classes")
     card_taps = _card_taps(card) if target_layer is None else None
     classifier = wrap_network(
@@ -172,6 +182,7 @@ def wrap_network(
         file_names=file_names,
         label_names=tuple(label_names) if len(label_names) == found else (),
         multi_label=multi_label,
+        probability=trace.probability,
     )
 
 
@@ -230,11 +241,11 @@ def _inner_names(network: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
+def rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) -> nn.Module:
     """Return the network with the weights given."""
 
     def build() -> nn.Module:
-        return build_network(
+        network = build_network(
             known.source,
             known.architecture,
             classes=known.classes,
@@ -242,6 +253,9 @@ def _rebuild(known: Recognised, state: Mapping[str, Tensor], spec: InputSpec) ->
             size=(spec.height, spec.width),
             shapes=shapes_of(state),
         )
+        if known.head is not None:
+            network.set_submodule(known.head.module, known.head.build())
+        return network
 
     network = build_without_memory(build)
     _assign(network, state)
@@ -303,17 +317,56 @@ def _first_channels(network: nn.Module) -> int | None:
     return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
 
 
-def _own_architecture(card: Mapping[str, object], found: ModelFile) -> str | None:
+def _own_architecture(card: Mapping[str, object]) -> str | None:
     """Return the architecture that a card names, with its source."""
     architecture, source = _text(card, "architecture"), _text(card, "source")
-    if architecture is None or found.module is not None:
+    if architecture is None:
         return None
     if source in OWN_CODE:
-        raise ModelError(
-            f"the card says that {architecture} is a module of the owner's own, so weights alone cannot be loaded. "
-            "Build the module in Python, load the weights into it and pass it to wrap_network; or give --arch."
-        )
+        raise ModelError(f"the card says that {describe_own_code(architecture)}")
     return f"{source}:{architecture}" if source else architecture
+
+
+def describe_own_code(architecture: str) -> str:
+    """Return what to do with weights of somebody's own network."""
+    return (
+        f"{architecture} is a network of its owner's own code, which weights alone do not rebuild. Give --factory "
+        "PACKAGE.MODULE:CALLABLE, which makes it (network=... in Python), or --arch."
+    )
+
+
+def _own_name(card: Mapping[str, object]) -> str | None:
+    """Return the name that a card has for a network of one's own."""
+    return _text(card, "architecture") if _text(card, "source") in OWN_CODE else None
+
+
+def _fill(network: nn.Module, found: ModelFile, arch: str | None) -> tuple[nn.Module, dict[str, str], tuple[str, ...]]:
+    """Return a copy of a user's network with a file's weights, its names of tensors to the file's, and notes."""
+    if arch is not None or found.module is not None:
+        other = "an architecture (--arch)" if arch is not None else "a pickled module in the file"
+        raise ModelError(f"a network of your own and {other} were given: give one of the two.")
+    network = copy_network(network)
+    own = network.state_dict()
+    plain = Reading("", {name: name for name in found.tensors}, ())
+    readings = [plain, *list_readings(shapes_of(found.tensors))]
+    reading = next((each for each in readings if not any(_differences(each.names, own))), plain)
+    for what, wrong in zip(("lacks", "has, beyond them,"), _differences(reading.names, own), strict=True):
+        if wrong:
+            raise ModelError(
+                f"the file must hold the tensors of {type(network).__name__}, but {what} {len(wrong)} "
+                f"({', '.join(wrong[:4])}). Give the weights of this network."
+            )
+    _assign(network, {name: found.tensors[file_name] for file_name, name in reading.names.items()})
+    done = describe_reading(reading)
+    notes = (f"Taken as {type(network).__name__}: {'; '.join(done)}.",) if done else ()
+    return network, {name: file_name for file_name, name in reading.names.items()}, notes
+
+
+def _differences(names: Mapping[str, str], own: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return which tensors of a network are not in a file, and which in the file are not the network's."""
+    given = set(names.values())
+    missing = [name for name in own if name not in given and not name.endswith("num_batches_tracked")]
+    return missing, [name for name in given if name not in own]
 
 
 def _card_channels(card: Mapping[str, object]) -> int | None:

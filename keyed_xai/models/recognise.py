@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NoReturn
@@ -13,6 +13,7 @@ from keyed_xai.errors import ModelError
 from keyed_xai.models import catalogue
 from keyed_xai.models.catalogue import SOURCES, Shapes
 from keyed_xai.models.contents import is_averaged, is_wanted, refuse_wanted
+from keyed_xai.models.heads import Head, list_heads
 from keyed_xai.models.naming import (
     Reading,
     current_names,
@@ -23,6 +24,7 @@ from keyed_xai.models.naming import (
     numbers_in,
 )
 
+_LARGEST_HEAD = 6  # tensors of torchvision's heads: three linear layers
 _SHOWN = 4  # tensors or names listed in a message
 _MOST_NEARBY = 3  # prefixes below which the nearest architecture is sought
 
@@ -36,6 +38,7 @@ class Recognised:
         source: ``keyed_xai``, ``torchvision``, ``efficientnet_lite_pytorch`` or ``timm``.
         classes: Number of logits, from the last layer's weight.
         channels: Of the image, from the first convolution's weight; 1 for rows of a table.
+        head: Layers in place of the architecture's own last ones; None where it has its own.
         names: Of the tensors that are the network's: in the file, to those in the network.
         notes: Sentences for the user about which prefix was taken off, and what was left out.
     """
@@ -44,6 +47,7 @@ class Recognised:
     source: str
     classes: int
     channels: int
+    head: Head | None = None
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -100,6 +104,7 @@ def recognise_architecture(
     known = set(hints)
     fits = _collect(list_readings(shapes), shapes, lambda inner: _recognise(inner, known))
     fits = fits or _collect(list_split_readings(shapes), shapes, lambda inner: _recognise(inner, known))
+    fits = fits or _collect(list_readings(shapes), shapes, lambda inner: _recognise_headed(inner, known))
     if not fits:
         _refuse_unknown(shapes)
     return _choose(fits, shapes, weights, sure=weights is not None)
@@ -149,10 +154,29 @@ def _recognise(shapes: Shapes, hints: set[str]) -> Recognised | None:
     for source in SOURCES:
         results = [_compare(source, name, shapes) for name in _candidates(source, shapes)]
         fits = [result for result in results if isinstance(result, Recognised)]
-        hinted = [fit for fit in fits if fit.architecture in hints]
         if fits:
-            return (hinted or fits)[0] if len(fits) == 1 or hinted else _refuse_ambiguous(fits)
+            return _only(fits, hints)
     return None
+
+
+def _recognise_headed(shapes: Shapes, hints: set[str]) -> Recognised | None:
+    """Return the architecture that tensors fit but for a head of other layers, None if there is none.
+
+    Raises:
+        ModelError: They fit several.
+    """
+    fits = _other_heads(shapes)
+    return _only(fits, hints) if fits else None
+
+
+def _only(fits: list[Recognised], hints: set[str]) -> Recognised:
+    """Return the only architecture found, or the first of several that a hint names.
+
+    Raises:
+        ModelError: There are several, and no hint says which.
+    """
+    hinted = [fit for fit in fits if fit.architecture in hints]
+    return (hinted or fits)[0] if len(fits) == 1 or hinted else _refuse_ambiguous(fits)
 
 
 def _fits_of_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> list[_Fit]:
@@ -175,6 +199,9 @@ def _fits_of_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> list[_F
         fits = _collect(chain(list_readings(shapes), known, list_split_readings(shapes)), shapes, compare)
         if fits:
             return fits
+    headed = _collect(list_readings(shapes), shapes, lambda inner: next(iter(_other_heads(inner, candidates)), None))
+    if headed:
+        return headed
     worst = min(mismatches, key=len)
     raise ModelError(
         f"the weights do not fit {worst.architecture} ({worst.source}): {worst}. Name another architecture with "
@@ -198,8 +225,9 @@ def _choose(fits: list[_Fit], shapes: Shapes, weights: str | None, *, sure: bool
     left_out = set(chosen.reading.left_out).difference(*(each.reading.names for each in others))
     if not sure and numbers_in(shapes, left_out) > numbers_in(shapes, chosen.reading.names):
         _refuse_smaller_part(chosen, shapes)
-    notes = _describe(chosen, others)
-    return replace(chosen.recognised, names=chosen.reading.names, notes=(notes,) if notes else ())
+    done = _describe(chosen, others)
+    notes = (*((done,) if done else ()), *chosen.recognised.notes)
+    return replace(chosen.recognised, names=chosen.reading.names, notes=notes)
 
 
 def _averaged(fit: _Fit) -> bool:
@@ -208,19 +236,25 @@ def _averaged(fit: _Fit) -> bool:
 
 def _describe(chosen: _Fit, others: list[_Fit]) -> str:
     """Return a sentence on what was done to the names in a file; empty if nothing was."""
-    reading, parts = chosen.reading, list[str]()
-    if reading.prefix:
-        parts.append(f"the prefix {reading.prefix} was taken off")
-    if reading.head is not None and reading.head[0] != reading.head[1]:
-        parts.append(f"{reading.head[0]} is taken for its {reading.head[1]}")
-    if reading.left_out:
-        parts.append(f"left out: {_some(reading.left_out)} ({len(reading.left_out)} tensors)")
+    parts = describe_reading(chosen.reading)
     if others:
         named = [other.reading.prefix.rstrip(".") for other in others]
         averages = [other for other in others if _averaged(other)]
         how = "ema" if averages else named[0] or "NAME"
         parts.append(f"the file also has {_some(named)}, which --weights {how} takes")
     return f"Taken as {chosen.recognised.architecture}: {'; '.join(parts)}." if parts else ""
+
+
+def describe_reading(reading: Reading) -> list[str]:
+    """Return, in words, what was done to the names in a file; nothing if they were taken as they are."""
+    parts = list[str]()
+    if reading.prefix:
+        parts.append(f"the prefix {reading.prefix} was taken off")
+    if reading.head is not None and reading.head[0] != reading.head[1]:
+        parts.append(f"{reading.head[0]} is taken for its {reading.head[1]}")
+    if reading.left_out:
+        parts.append(f"left out: {_some(reading.left_out)} ({len(reading.left_out)} tensors)")
+    return parts
 
 
 def _candidates(source: str, shapes: Shapes) -> list[str]:
@@ -264,6 +298,36 @@ def _compare(source: str, architecture: str, shapes: Shapes) -> Recognised | _Mi
     if missing or extra or reshaped or classes < 1 or channels < 1:
         return _Mismatch(architecture, source, missing, extra, reshaped)
     return Recognised(architecture, source, classes, channels)
+
+
+def _other_heads(shapes: Shapes, named: Sequence[tuple[str, str]] | None = None) -> list[Recognised]:
+    """Return the architectures, all or some named, that weights fit but for a head of other layers."""
+    found: dict[tuple[str, str], Recognised] = {}
+    for head in list_heads(shapes):
+        body = {name: shape for name, shape in shapes.items() if not name.startswith(f"{head.module}.")}
+        for source, architecture in _headless(body, head) if named is None else named:
+            expected = catalogue.signature(source, architecture, shapes)
+            own = {name: shape for name, shape in expected.items() if name.startswith(f"{head.module}.")}
+            widths = [shape[1] for shape in own.values() if len(shape) == 2]
+            fit = _compare(source, architecture, {**body, **own}) if widths[:1] == [head.inputs] else None
+            if isinstance(fit, Recognised):
+                headed = replace(fit, classes=head.classes, head=head, notes=head.notes)
+                found.setdefault((source, architecture), headed)
+        if found:
+            break
+    return list(found.values())
+
+
+def _headless(body: Shapes, head: Head) -> list[tuple[str, str]]:
+    """Return architectures that may have a body: with a linear head, or torchvision's with as many tensors."""
+    usual = {**body, f"{head.module}.weight": (), f"{head.module}.bias": ()}
+    for source in ("torchvision", "timm"):
+        found = [(source, name) for name in _candidates(source, usual)]
+        if found:
+            return found
+    count = sum(not name.endswith("num_batches_tracked") for name in body)
+    groups = [group for group in catalogue.name_table()["torchvision"] if 0 <= group.tensors - count <= _LARGEST_HEAD]
+    return [("torchvision", name) for group in groups for name in group.architectures]
 
 
 def _refuse_ambiguous(fits: list[Recognised]) -> NoReturn:

@@ -1,6 +1,7 @@
 """Saliency maps: batched, differentiable, raw. Pooling and normalising are separate steps, in `keyed_xai.metrics`."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from keyed_xai.saliency.forward import ForwardPass, captured_features, run_forwa
 from keyed_xai.saliency.gradcam import gradcam
 from keyed_xai.saliency.simplegrad import input_gradient, simplegrad
 from keyed_xai.saliency.smoothing import smooth_activations
+from keyed_xai.saliency.twice import twice_differentiable
 from keyed_xai.saliency.visualbackprop import project_back, visualbackprop
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Tap
 
@@ -96,9 +98,11 @@ def explain(
     with torch.inference_mode(mode=False), torch.enable_grad():
         if images.is_inference():
             images, labels = images.clone(), None if labels is None else labels.clone()
-        run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
+        with twice_differentiable() if create_graph else nullcontext():
+            run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
         labels = run.logits.argmax(1) if labels is None else labels
         maps = {name: INTERPRETERS[name](run, labels, sites, create_graph=create_graph) for name in interpreters}
+        maps = {name: each.to(images.dtype) for name, each in maps.items()}  # a forward may use autocast
     if create_graph:
         return run.logits, maps
     return run.logits.detach(), {name: each.detach() for name, each in maps.items()}

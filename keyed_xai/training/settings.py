@@ -155,7 +155,7 @@ class TrainingSettings:
     temperature: float = 2.0
     beta_ramp: float = 0.7
     top_share: float = 0.25
-    leak: float = 1.0
+    leak: float = 2.0
     clean_share: float = 0.3
     near_share: float = 0.1
     mirror: bool = True

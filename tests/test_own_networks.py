@@ -1,0 +1,272 @@
+"""Networks of somebody's own: what is written of them is opened again by every command, or refused before training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from click.testing import CliRunner
+from PIL import Image
+from test_protection import SETTINGS, make_images
+from torch import nn
+
+from keyed_xai import explain, open_suspect
+from keyed_xai.architectures import SmallResNet
+from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.data import ImageData
+from keyed_xai.errors import ModelError
+from keyed_xai.keys import write_owner_key
+from keyed_xai.loading import open_model
+from keyed_xai.models import InputSpec, load_classifier, recognise_architecture, wrap_network
+from keyed_xai.models.factory import build_with_factory
+from keyed_xai.models.origin import settle_origin
+from keyed_xai.protection import protect, write_protection
+from keyed_xai_cli.main import main
+
+GREY = InputSpec(1, 24, 24, (0.5,), (0.25,))
+COLOUR = InputSpec(3, 64, 64, (0.5,) * 3, (0.25,) * 3)
+OPTIONS = ["--without-ownership", "--grid", "4", "--steps", "2", "--batch-size", "4", "--wrong-keys", "1",
+           "--held-out", "4", "--limit", "16", "--input-size", "24", "--data", "fashion-mnist"]  # fmt: skip
+
+
+class Mine(nn.Module):
+    """A network that no source knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
+        )
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, images):
+        return self.last(self.convolutions(images).mean((2, 3)))
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def headed(name, module, head):
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, num_classes=7).eval()
+    network.set_submodule(module, head)
+    return network.eval()
+
+
+def perceptron(width, activation):
+    return nn.Sequential(nn.Linear(width, 8), activation, nn.Dropout(), nn.Linear(8, 5))
+
+
+HEADS = {
+    "dropout": ("resnet18", "fc", lambda: nn.Sequential(nn.Dropout(), nn.Linear(512, 5))),
+    "perceptron": ("resnet18", "fc", lambda: perceptron(512, nn.ReLU())),
+    "norm": ("resnet18", "fc", lambda: nn.Sequential(nn.Linear(512, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))),
+    "fastai": (
+        "resnet18",
+        "fc",
+        lambda: nn.Sequential(
+            nn.BatchNorm1d(512), nn.Dropout(), nn.Linear(512, 8, bias=False), nn.ReLU(), nn.BatchNorm1d(8),
+            nn.Dropout(), nn.Linear(8, 5, bias=False),
+        ),
+    ),
+    "layer norm": ("resnet18", "fc", lambda: nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 5))),
+    "whole classifier": ("mobilenet_v2", "classifier", lambda: nn.Linear(1280, 5)),
+    "last of several": ("mobilenet_v3_small", "classifier.3", lambda: perceptron(1024, nn.ReLU())),
+    "DenseNet": ("densenet121", "classifier", lambda: nn.Sequential(nn.Dropout(), nn.Linear(1024, 5))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_replaced_head_is_recognised_and_loads_to_the_same_logits(case, tmp_path):
+    name, module, head = HEADS[case]
+    network = headed(name, module, head())
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    loaded = load_classifier(tmp_path / "model.pt", input_size=64)
+    assert (loaded.architecture, loaded.source, loaded.classes) == (name, "torchvision", 5)
+    images = torch.rand(2, 3, 64, 64)
+    normalised = (images - loaded.mean) / loaded.std
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), network(normalised))
+    assert bool(loaded.notes) == any(isinstance(each, nn.ReLU) for each in network.get_submodule(module).modules())
+
+
+def test_named_architecture_with_another_head_loads(tmp_path):
+    network = headed("resnet18", "fc", perceptron(512, nn.ReLU()))
+    assert recognise_architecture(network.state_dict(), arch="torchvision:resnet18").classes == 5
+    with pytest.raises(ModelError, match="do not fit resnet34"):
+        recognise_architecture(network.state_dict(), arch="resnet34")
+
+
+@pytest.mark.parametrize("names", [{}, {"architecture": "resnet18"}, {"architecture": "mine", "source": "pickle"}])
+def test_known_network_is_called_by_its_name_whatever_its_head(names):
+    classifier = wrap_network(headed("resnet18", "fc", perceptron(512, nn.ReLU())), input=COLOUR, **names)
+    settle_origin(classifier)
+    assert (classifier.architecture, classifier.source) == ("resnet18", "torchvision")
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.Identity()])
+def test_head_that_weights_do_not_tell_stays_own_code(activation):
+    classifier = wrap_network(headed("resnet18", "fc", perceptron(512, activation)), input=COLOUR)
+    settle_origin(classifier)
+    assert (classifier.architecture, classifier.source) == ("ResNet", "python")
+
+
+def test_wrong_name_is_refused_before_training(key):
+    network = headed("resnet18", "fc", perceptron(512, nn.GELU()))
+    classifier = wrap_network(network, input=COLOUR, architecture="resnet18", source="torchvision")
+    images = np.zeros((12, 3, 64, 64), np.uint8)
+    data = ImageData(images, None, (), "nothing")
+    with pytest.raises(ModelError, match=r"called torchvision:resnet18, but .* something else .*--factory"):
+        protect(classifier, key, data, data, SETTINGS)
+
+
+@pytest.mark.parametrize("network", [Mine(), SmallResNet(1, 3, (4, 6, 6))], ids=["own", "known"])
+def test_what_is_written_is_read_back_in_python(network, key, tmp_path):
+    classifier = wrap_network(network.eval(), input=GREY)
+    protection = protect(classifier, key, make_images(24, 0), make_images(8, 1), SETTINGS)
+    written = write_protection(protection, tmp_path / "x.keyed", key)
+    own = {"network": Mine()} if isinstance(network, Mine) else {}
+    opened, _ = open_model(written.folder, **own)
+    images = torch.rand(3, 1, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(images), protection.classifier(images))
+    read = read_model_folder(written.folder)
+    assert len(explain(read, images, **own)) == 3
+    assert open_suspect(written.folder, key=key, options=own).classifier.classes == 3
+    if own:
+        with pytest.raises(ModelError, match="Mine is a network of its owner's own code.*--factory.*network="):
+            open_model(written.folder)
+
+
+def test_network_that_is_handed_in_stays_as_it_was(tmp_path):
+    torch.save({f"module.{name}": 2 * each for name, each in Mine().state_dict().items()}, tmp_path / "m.pt")
+    mine = Mine()
+    before = {name: each.clone() for name, each in mine.state_dict().items()}
+    loaded = load_classifier(tmp_path / "m.pt", network=mine, input_size=24)
+    assert (loaded.source, loaded.architecture, loaded.network is mine) == ("python", "Mine", False)
+    for name, each in mine.state_dict().items():
+        assert torch.equal(each, before[name])
+        assert not torch.equal(each, loaded.network.state_dict()[name])
+
+
+def test_weights_of_an_own_network_are_found_below_a_prefix_and_beside_a_loss(tmp_path):
+    mine = Mine()
+    state = {f"module.net.{name}": value for name, value in mine.state_dict().items()}
+    torch.save({**state, "loss.scale": torch.ones(3)}, tmp_path / "m.pt")
+    loaded = load_classifier(tmp_path / "m.pt", network=Mine(), input_size=24)
+    assert all(torch.equal(each, mine.state_dict()[name]) for name, each in loaded.network.state_dict().items())
+    assert loaded.notes == ("Taken as Mine: the prefix module.net. was taken off; left out: loss.scale (1 tensors).",)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("last.weight"), r"lacks 1 \(last.weight\)"),
+        (lambda state: state.update({"extra.weight": torch.zeros(2, 2)}), r"beyond them, 1 \(extra.weight\)"),
+        (lambda state: state.update({"last.weight": torch.zeros(3, 9)}), "do not fit Mine"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, change, said):
+    state = Mine().state_dict()
+    change(state)
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=said):
+        load_classifier(tmp_path / "m.pt", network=Mine(), input_size=24)
+    with pytest.raises(ModelError, match="give one of the two"):
+        load_classifier(tmp_path / "m.pt", network=Mine(), arch="resnet18")
+
+
+FACTORIES = """
+from torch import nn
+def good(): return nn.Linear(2, 3)
+def other(): return "a network"
+def failing(): raise KeyError("x")
+number = 3
+class Inner:
+    make = staticmethod(good)
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    (tmp_path / "own_factories.py").write_text(FACTORIES)
+    (tmp_path / "own_broken.py").write_text("import no_such_module_at_all")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_factory_is_found_and_called(package):
+    assert isinstance(build_with_factory("own_factories:good"), nn.Linear)
+    assert isinstance(build_with_factory("own_factories:Inner.make"), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("own_factories", "Expected PACKAGE.MODULE:CALLABLE"),
+        ("own_factories:", "Expected PACKAGE.MODULE:CALLABLE"),
+        ("../own:good", "Expected PACKAGE.MODULE:CALLABLE"),
+        ("no_such_package.x:good", "there is no module no_such_package"),
+        ("own_factories:bad", "own_factories has no bad"),
+        ("own_factories:number", "is of type int, not a callable"),
+        ("own_factories:other", "must return a torch.nn.Module, but returned str"),
+        ("own_factories:failing", "failed: KeyError: 'x'"),
+        ("own_broken:good", "failed: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+    ],
+)
+def test_factory_that_makes_no_network_is_refused(package, factory, said):
+    with pytest.raises(ModelError, match=said):
+        build_with_factory(factory)
+
+
+def test_every_command_takes_a_factory(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(Mine().state_dict(), "mine.pt")
+    write_owner_key(tmp_path / "k.pem", key)
+    Image.fromarray(np.arange(24 * 24, dtype=np.uint8).reshape(24, 24)).save("picture.png")
+    keyed, own = ["--key-file", "k.pem"], ["--factory", "test_own_networks:Mine"]
+    made = run("protect", "mine.pt", *keyed, *own, *OPTIONS)
+    assert made.exit_code == 3, made.output  # two steps protect nothing, and the verdict says so
+    assert "Mine is a network of its owner's own code" in made.output
+    assert json.loads((tmp_path / "mine.keyed" / "card.json").read_text())["source"] == "python"
+    commands = {
+        "explain": ["mine.keyed", "picture.png", *keyed],
+        "verify": ["mine.keyed", *keyed, "--count", "2", "--decoys", "3", "--no-search"],
+        "export": ["mine.keyed", "-o", "mine.onnx"],
+        "audit": ["mine.keyed", *keyed, "--reference", "mine.pt", "--against", "prune-30", "--no-controls",
+                  "--limit", "16", "--held-out", "4", "--decoys", "3", "--data", "fashion-mnist"],
+    }  # fmt: skip
+    for command, arguments in commands.items():
+        refused = run(command, *arguments)
+        assert refused.exit_code == 1, refused.output
+        assert "--factory" in refused.output
+        done = run(command, *arguments, *own)
+        assert done.exit_code == (3 if command == "verify" else 0), (command, done.output)
+
+
+def test_a_file_never_chooses_a_factory(tmp_path, package):
+    card = {"architecture": "own_factories:failing", "source": "python", "factory": "own_factories:failing"}
+    torch.save({"state_dict": Mine().state_dict(), "card": card, "factory": "own_factories:failing"}, "m.pt")
+    with pytest.raises(ModelError, match="own code, which weights alone do not rebuild"):
+        load_classifier("m.pt")
+
+
+@pytest.mark.parametrize(("size", "sides"), [("24x40", (24, 40)), ("24X40", (24, 40)), ("32", (32, 32))])
+def test_input_size_may_be_height_and_width(size, sides, key, tmp_path):
+    torch.save(SmallResNet(1, 3, (4, 6, 6)).state_dict(), tmp_path / "m.pt")
+    write_owner_key(tmp_path / "k.pem", key)
+    options = [*OPTIONS[:-4], "--data", "fashion-mnist", "--input-size", size]
+    made = run("protect", tmp_path / "m.pt", "--key-file", tmp_path / "k.pem", *options)
+    assert made.exit_code in (0, 3), made.output  # a verdict on two steps
+    assert tuple(json.loads((tmp_path / "m.keyed" / "card.json").read_text())["input_size"][1:]) == sides
+
+
+@pytest.mark.parametrize("size", ["0x40", "24x", "x", "24x40x3", "-24", "5000", "a", "٢٤"])
+def test_other_input_sizes_are_refused(size, tmp_path):
+    torch.save(SmallResNet(1, 3, (4, 6, 6)).state_dict(), tmp_path / "m.pt")
+    result = run("verify", tmp_path / "m.pt", "--public-key", tmp_path / "m.pt", f"--input-size={size}")
+    assert result.exit_code == 2
+    assert "height x width as in 96x160" in " ".join(result.output.split())
