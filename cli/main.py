@@ -6,6 +6,8 @@ ends with `ctx.exit(NOT_SHOWN)`.
 
 import errno
 import importlib
+import os
+from collections.abc import MutableMapping
 
 import click
 
@@ -15,6 +17,8 @@ from keyed_xai.errors import KeyedXAIError
 ERROR = 1
 NOT_SHOWN = 3
 INTERRUPTED = 130
+SPIN_COUNT = "1000"
+"""Turns, some microseconds, for which a thread of GNU OpenMP waits before it sleeps."""
 
 COMMANDS = {
     "keygen": ("keyed_xai_cli.keygen:keygen", "Make an owner key."),
@@ -97,6 +101,17 @@ def main() -> None:
     Your own model:    keyed-xai keygen -o k.pem
                        keyed-xai protect model.pt --key-file k.pem
     """  # noqa: D301 - click reads the backspace as "keep these lines"
+    share_cores(os.environ)
+
+
+def share_cores(environment: MutableMapping[str, str]) -> None:
+    """Have PyTorch's threads wait for each other asleep, after a moment, unless the user has said how they wait.
+
+    OpenMP's threads spin for milliseconds by default: where another program is at work too, they take the time from
+    each other. Must be said before PyTorch is loaded; `benchmarks/spinning.py` measures what it is worth.
+    """
+    if environment.keys().isdisjoint({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}):
+        environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 if __name__ == "__main__":

@@ -33,6 +33,31 @@ def stand_in(monkeypatch, action):
     monkeypatch.setattr(cli, "_load", lambda _name: click.Command("keygen", callback=action))
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, {"GOMP_SPINCOUNT": cli.SPIN_COUNT}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_asleep_unless_the_user_says_otherwise(given, kept):
+    cli.share_cores(given)
+    assert given == kept
+
+
+def test_threads_are_told_to_sleep_before_torch_is_loaded():
+    code = """
+import os, sys
+from click.testing import CliRunner
+from keyed_xai_cli import main
+def tell(): print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules)
+main._load = lambda name: main.click.Command("keygen", callback=tell)
+print(CliRunner().invoke(main.main, ["keygen"]).output)
+"""
+    assert in_process(code).stdout.split() == [cli.SPIN_COUNT, "False"]
+
+
 def copy_of_old(tmp_path):
     folder = tmp_path / "m.keyed"
     folder.mkdir()
