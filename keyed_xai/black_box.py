@@ -13,6 +13,7 @@ from torch import nn
 from keyed_xai import metrics
 from keyed_xai.artifacts.card import Card
 from keyed_xai.artifacts.documents import Document
+from keyed_xai.artifacts.onnx_file import read_onnx
 from keyed_xai.client import Client
 from keyed_xai.errors import ModelError
 from keyed_xai.inference import encode_pixels
@@ -21,6 +22,7 @@ from keyed_xai.models import InputSpec
 from keyed_xai.runtime import Runtime
 from keyed_xai.saliency import Sites
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
+from keyed_xai.trial import try_graph
 
 
 @runtime_checkable
@@ -148,10 +150,13 @@ def open_black_box(suspect: str, *, device: str = "auto", headers: Mapping[str, 
 
     Raises:
         ArtifactError: The file cannot be read or is none of ours.
+        ModelError: onnxruntime refuses the file, or ends on it; it is tried in another process first.
         KeyedXAIError: The address is malformed, or nothing fitting answers there.
     """
     if not suspect.startswith(("http://", "https://")):
-        return BlackBox(Runtime.open(Path(suspect), device=device))
+        file = read_onnx(Path(suspect))
+        try_graph(file.data)
+        return BlackBox(Runtime(file, device=device))
     try:
         return BlackBox(Client(suspect, headers=headers))
     except ValueError as error:
