@@ -245,7 +245,8 @@ def _make_safetensors(card: Card, state: Mapping[str, torch.Tensor]) -> Callable
             text = mutations.mutate_json(header, random)
             return len(text).to_bytes(8, "little") + text + numbers
         spoilt = _spoil_card(document, random).decode("utf-8", "replace")
-        return save(dict(state), metadata={CARD_KEY: spoilt})
+        text = json.dumps({**header, "__metadata__": {CARD_KEY: spoilt}}).encode()
+        return len(text).to_bytes(8, "little") + text + numbers
 
     return make
 

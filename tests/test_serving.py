@@ -2,10 +2,12 @@
 
 import gzip
 import http.client
+import io
 import json
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 import zlib
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
+from PIL import Image
 from served import CLASSES, SIZE, by_hand, make_runtime, make_service, running, write_model
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
@@ -347,6 +350,17 @@ class TestWrongRequests:
         assert message.endswith(".")
         assert "Traceback" not in message
         assert headers["Content-Type"] == "application/json"
+
+    def test_tiff_of_too_many_samples_is_refused_and_not_logged(self, address, caplog):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, "TIFF")
+        samples = struct.pack("<HHI", 277, 3, 1)  # tag SamplesPerPixel, a short, one of them
+        assert samples in buffer.getvalue()
+        place = buffer.getvalue().index(samples) + len(samples)
+        picture = buffer.getvalue()[:place] + struct.pack("<H", 1027) + buffer.getvalue()[place + 2 :]
+        status, _, _ = send(address, "POST", "/v2/models/bird/explain", picture, {"Content-Type": "image/tiff"})
+        assert status == 400
+        assert not caplog.records
 
     def test_chunked_body_over_the_limit_is_refused_while_it_comes(self, address):
         host, _, port = address.partition(":")

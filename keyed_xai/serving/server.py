@@ -165,6 +165,7 @@ def make_server(service: Service, place: Place, *, access_log: bool = False) -> 
     Raises:
         KeyedXAIError: The certificate cannot be used.
     """
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs as errors what malformed pictures of clients have
     if access_log:
         _log_access()
     config = uvicorn.Config(
