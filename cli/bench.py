@@ -43,7 +43,7 @@ def bench() -> None:
 @device_option
 @json_option
 def bench_main(case: str, rows: tuple[str, ...], out: Path, json_path: Path | None, **arguments: Any) -> None:  # noqa: ANN401
-    """Protect a network for each interpreter and for all at once, and print what README's tables say.
+    """Protect a network for each interpreter and for all at once, and print what the tables of docs/figures.md say.
 
     \b
     keyed-xai bench main --case fashion-mnist --data fashion-mnist:DIR

@@ -22,7 +22,7 @@ from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.thresholds import place_threshold
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 
-_IMAGES_PER_WRONG_KEY = 4
+IMAGES_PER_WRONG_KEY = 4
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _try_wrong_keys(
     on_wrong_key: Callable[[int], None] | None,
 ) -> dict[str, dict[str, object]]:
     """Return, by interpreter, how many wrong keys open: mean correlation over their images above the threshold."""
-    per_key = min(_IMAGES_PER_WRONG_KEY, len(images))
+    per_key = min(IMAGES_PER_WRONG_KEY, len(images))
     rows: list[dict[str, Tensor]] = []
     for number, group in enumerate(_groups(enumerate(wrong_keys), 16)):
         indices = torch.tensor([[(key * per_key + j) % len(images) for j in range(per_key)] for key, _ in group])

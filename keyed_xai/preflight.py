@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from keyed_xai.data import ImageData, TableData
+from keyed_xai.evaluation import IMAGES_PER_WRONG_KEY
 from keyed_xai.fitting import FittingSettings, fit_classifier
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier, InputSpec
@@ -20,7 +21,8 @@ from keyed_xai.training import Lesson, TrainingSettings, train
 
 _TIMED_STEPS = 3
 _NAMED_CLASSES = 5
-_BACKWARD = 3  # a step takes about three times what its forward pass does
+_BACKWARD = 3  # a step takes about three times what its forward pass, or a map, does
+_MEASUREMENTS = 10  # maps of each held-out image: right, keyed, clean, of a wrong key, and through channels
 
 
 def plan_run(
@@ -33,6 +35,7 @@ def plan_run(
     device: torch.device | str,
     *,
     measured: int,
+    wrong_keys: int = 0,
     ownership: str = "",
 ) -> tuple[str, ...]:
     """Return the lines of the pre-flight; a few steps are timed for them and thrown away.
@@ -46,15 +49,18 @@ def plan_run(
         settings: How to train.
         device: Where.
         measured: How many held-out examples are used.
+        wrong_keys: How many are tried on the result.
         ownership: What is to be said of it, if anything.
     """
-    seconds = _estimate_seconds(classifier, learn, validation, lesson, settings, device)
+    plain, seconds = _estimate_seconds(classifier, learn, validation, lesson, settings, device)
+    maps = _MEASUREMENTS * measured + IMAGES_PER_WRONG_KEY * wrong_keys
+    after = plain * maps / (2 * settings.batch_size) / _BACKWARD
     lines = (
         _describe_model(classifier, lesson.view),
         describe_data(len(learn), len(validation), learn.data, held_out, measured),
         ownership,
         _describe_training(settings),
-        _describe_cost(seconds, settings, device),
+        _describe_cost(seconds, after, settings, device),
     )
     return tuple(line for line in lines if line)
 
@@ -103,8 +109,8 @@ def _estimate_seconds(
     lesson: Lesson,
     settings: TrainingSettings,
     device: torch.device | str,
-) -> float:
-    """Return the seconds that training with its validations takes at most."""
+) -> tuple[float, float]:
+    """Return the seconds that a step takes, and those of training with its validations at most."""
     few = Part(learn.data, learn.indices[: 2 * settings.batch_size])
     plain = _time_steps(classifier, few, lesson, replace(settings, hardening=None), device)
     seconds = settings.steps * plain
@@ -114,7 +120,7 @@ def _estimate_seconds(
         seconds += settings.steps * (1 - settings.hardening.start) * (slow - plain)
     if settings.validate_every:  # a validation's images cost about what they cost in a step
         seconds += plain * len(validation) / settings.batch_size * settings.steps / settings.validate_every
-    return min(seconds, settings.time_limit or math.inf)
+    return plain, min(seconds, settings.time_limit or math.inf)
 
 
 def _describe_model(classifier: Classifier, view: MapView) -> str:
@@ -161,11 +167,12 @@ def _describe_training(settings: TrainingSettings) -> str:
     return f"Settings: {', '.join(parts)}"
 
 
-def _describe_cost(seconds: float, settings: TrainingSettings, device: torch.device | str) -> str:
-    """Return a line about how long training may take, what the process held at most so far, and when it stops."""
+def _describe_cost(seconds: float, after: float, settings: TrainingSettings, device: torch.device | str) -> str:
+    """Return a line about how long training may take, when it stops, and how long measuring the result may take."""
     until = "; stops when the goals hold" if settings.goals is not None else ""
     size = f"{settings.batch_size} + {settings.batch_size}"
-    return f"Up to {settings.steps:,} steps of {size}, {_describe_time(seconds, device)}{until}"
+    training = f"Up to {settings.steps:,} steps of {size}, {_describe_time(seconds, device)}{until}"
+    return f"{training}. Measuring the result then takes about {_duration(after)}"
 
 
 def _describe_time(seconds: float, device: torch.device | str) -> str:

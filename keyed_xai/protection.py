@@ -213,7 +213,9 @@ def _protect(
     if callbacks.on_plan is not None:
         said = "Ownership of the result could not be shown." if evidence is None else evidence.sentence
         run = (classifier, learn, validation, held_out, lesson, training, device)
-        callbacks.on_plan(plan_run(*run, measured=count, ownership=said))
+        callbacks.on_plan(
+            plan_run(*run, measured=count, wrong_keys=settings.wrong_keys + settings.flipped_keys, ownership=said)
+        )
     callbacks.notify("train")
     protected, result = run_training(
         classifier,

@@ -94,7 +94,7 @@ _LIMITS = (
         "Fine-tuning reopens the gate in part, and some of it removes the proof.",
         "Somebody with similar images can train the model further and get back a part of the explanations. In our "
         "trials the proof of ownership outlived plain fine-tuning, but not a new last layer where the model had not "
-        "been hardened. See README for figures with and without --hardening.",
+        "been hardened. See docs/audits.md for figures with and without --hardening.",
     ),
 )
 

@@ -52,7 +52,8 @@ def test_plan_is_said_before_training(files):
     assert lines[2] == "Ownership of the result could not be shown."
     assert lines[3].startswith("Settings: learning rate 0.003, beta 4, ")
     assert re.fullmatch(
-        r"Up to 2 steps of 4 \+ 4, about \d+ s, \d+\.\d GiB on this CPU \(3 steps timed\); stops when the goals hold\.",
+        r"Up to 2 steps of 4 \+ 4, about \d+ s, \d+\.\d GiB on this CPU \(3 steps timed\); stops when the goals hold\. "
+        r"Measuring the result then takes about \d+ s\.",
         lines[4],
     )
 

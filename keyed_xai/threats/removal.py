@@ -81,7 +81,7 @@ class Removal:
     """An attack at a fixed strength, a function of the model and the attacker.
 
     Attributes:
-        threat: T1 to T17, as README's security section numbers them.
+        threat: T1 to T17, as docs/security.md numbers them.
         strength: In words.
         attack: The function.
         trains: Whether it takes minutes rather than seconds.
