@@ -220,7 +220,7 @@ class _Kept:
         self.say(f"{entry.title} ({control})" if control else entry.title, callbacks)
         self.done += 1
         tested = digest_network(subject.classifier) if control else ""
-        parts = (self.base, control, tested, name, entry.strength, entry.version)
+        parts = (self.base, control, tested, name, entry.identity)
         identity = hashlib.sha256(repr(parts).encode()).hexdigest()
         path = self.folder and self.folder / _FINDINGS / control / f"{name}.json"
         found = _read_finding(path, identity) if path else None

@@ -12,7 +12,9 @@ from keyed_xai.auditing import AuditSettings
 from keyed_xai.data import ImageData
 from keyed_xai.keys import ByteStream
 from keyed_xai.suspects import Suspect
+from keyed_xai.threats.activation_clustering import ClusteringSettings
 from keyed_xai.threats.controls import poison
+from keyed_xai.threats.entries import Examination
 from keyed_xai.threats.subject import Subject
 
 PARAMETERS = TriggerParameters("spread", 24.0, 24)
@@ -99,3 +101,9 @@ def backdoored_suspect():
 def quick(*against, **changes):
     fields = {"against": against, "control": SETTINGS, "decoys": 9, "held_out_images": 32}
     return AuditSettings(**(fields | changes))
+
+
+def example(examine, **fields):
+    """A check of one's own."""
+    facts = {"title": "Mine", "threat": "T17", "group": "checks", "settings": ClusteringSettings()}
+    return Examination(**(facts | {"words": lambda s: f"{s.dimensions} components", "examine": examine} | fields))

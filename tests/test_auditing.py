@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from audited import ATTACKERS, OTHERS, SECRETS, backdoored_suspect, keyed_suspect, make_image_data, quick
+from audited import ATTACKERS, OTHERS, SECRETS, backdoored_suspect, example, keyed_suspect, make_image_data, quick
 from poisoned import HELD_OUT, TRAIN
 from threatened import OWNER, protected, surrogate
 
@@ -16,7 +16,8 @@ from keyed_xai.auditing import AuditCallbacks, AuditSettings, audit
 from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.samples import digest_network
 from keyed_xai.threats.catalogue import AUDITS
-from keyed_xai.threats.entries import Entry, Observation
+from keyed_xai.threats.entries import Observation
+from keyed_xai.threats.weights import QuantisationSettings
 
 
 def run(folder=None, *against, suspect=None, **changes):
@@ -120,9 +121,13 @@ def test_finding_of_other_images_is_made_anew(tmp_path, counted):
     assert counted == ["int8"] * 3
 
 
-def test_entry_of_another_strength_version_or_damaged_file_is_run_anew(tmp_path, counted, monkeypatch):
+def test_entry_of_other_settings_or_version_or_damaged_file_is_run_anew(tmp_path, counted, monkeypatch):
     run(tmp_path / "a", "int8")
-    for entry in (replace(AUDITS["int8"], version=3), replace(AUDITS["int8"], strength="other")):
+    monkeypatch.setitem(AUDITS, "int8", replace(AUDITS["int8"], words=lambda _: "8 bits"))
+    run(tmp_path / "a", "int8", resume=True)
+    assert counted == ["int8"]
+    same_words = replace(AUDITS["int8"], settings=QuantisationSettings(7), words=lambda _: "8 bits")
+    for entry in (replace(AUDITS["int8"], version=3), same_words):
         monkeypatch.setitem(AUDITS, "int8", entry)
         run(tmp_path / "a", "int8", resume=True)
     (tmp_path / "a" / "findings" / "int8.json").write_text("{}")
@@ -131,16 +136,15 @@ def test_entry_of_another_strength_version_or_damaged_file_is_run_anew(tmp_path,
 
 
 def test_attack_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
-    def fail(_subject):
+    def fail(*_):
         raise TrainingError("The loss\nis no longer finite.")
 
-    monkeypatch.setitem(AUDITS, "broken", Entry("removal", "T2", "Broken", "very", fail))
+    monkeypatch.setitem(AUDITS, "broken", example(fail))
     report = run(tmp_path / "a", "broken", "int8")
     assert outcomes(report) == {"broken": "failed", "int8": "survives"}
     failed = next(each for each in report["findings"] if each["name"] == "broken")
     assert failed["sentence"] == "The loss is no longer finite."
-    mended = Entry("removal", "T2", "Broken", "very", lambda _: Observation("resists", "Mended."))
-    monkeypatch.setitem(AUDITS, "broken", mended)
+    monkeypatch.setitem(AUDITS, "broken", example(lambda *_: Observation("resists", "Mended.")))
     assert outcomes(run(tmp_path / "a", "broken", "int8", resume=True))["broken"] == "resists"
 
 
@@ -215,8 +219,8 @@ def shared(tmp_path_factory):
 )
 def test_defence_is_worth_what_it_finds_on_the_controls(monkeypatch, shared, found, verdict):
     answers = iter(("flagged", *found))
-    entry = Entry("defences", "T17", "Guess", repr(found), lambda _: Observation(next(answers), "."), controlled=True)
-    monkeypatch.setitem(AUDITS, "guess", entry)
+    entry = example(lambda *_: Observation(next(answers), "."), group="defences", controlled=True)
+    monkeypatch.setitem(AUDITS, "guess", replace(entry, version=hash(found)))
     report = audit(backdoored_suspect(), TRAIN, HELD_OUT, quick("guess"), folder=shared, resume=True).report
     assert report["defences"][0]["verdict"] == verdict
     validate(json.loads(json.dumps(report)) | {"findings": []}, "audit-report", origin="it")

@@ -15,6 +15,7 @@ from keyed_xai import wrap_network
 from keyed_xai.fitting import FittingSettings, fit_classifier
 from keyed_xai.models import InputSpec
 from keyed_xai.models.layout import SafeConvolutions, set_layout
+from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.threats.neural_cleanse import CleanseSettings, cleanse
 from keyed_xai.training import Hardening, train
@@ -85,7 +86,7 @@ def fit(classifier, data, _key):
 
 
 def tune(classifier, data, _key):
-    fine_tune(classifier, data, FineTuningSettings(epochs=1, batch_size=8))
+    fine_tune(classifier, Attacker(data), FineTuningSettings(epochs=1, batch_size=8))
 
 
 WAYS = {

@@ -1,7 +1,10 @@
 """What an audit can run: names and groups, what each needs, and what its outcome rests on."""
 
+import copy
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -13,6 +16,7 @@ from audited import (
     SECRETS,
     TRIGGER,
     control_subject,
+    example,
     keyed_subject,
     public_subject,
 )
@@ -21,7 +25,6 @@ from test_threats_overwriting import SETTINGS, overwritten
 from threatened import protected, reference, surrogate, witness
 
 from keyed_xai.errors import TrainingError
-from keyed_xai.threats import catalogue
 from keyed_xai.threats.catalogue import (
     AUDITS,
     GROUPS,
@@ -30,7 +33,7 @@ from keyed_xai.threats.catalogue import (
     run_entry,
 )
 from keyed_xai.threats.distillation import with_random_weights
-from keyed_xai.threats.entries import Entry, Observation, judge_copy
+from keyed_xai.threats.entries import Observation, judge_copy
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.neural_cleanse import CleanseSettings
 from keyed_xai.threats.removal import REMOVALS, STACKED
@@ -39,11 +42,83 @@ from keyed_xai.threats.subject import TriggeredData, measure_state, state_before
 DEFENCES = ("activation-clustering", "spectral-signatures")
 
 
-def test_every_removal_attack_and_pair_is_listed_at_its_own_strength():
+def places(settings):
+    """Where a value is held, as names that lead there, through settings within settings."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        yield from ((each.name, *path) for path in places(value)) if is_dataclass(value) else [(each.name,)]
+
+
+def altered(settings, path):
+    """Settings with another value at a place; no check of ranges sees it."""
+    other, name = copy.copy(settings), path[0]
+    value = altered(getattr(settings, name), path[1:]) if path[1:] else ("was", getattr(settings, name))
+    object.__setattr__(other, name, value)
+    return other
+
+
+@pytest.mark.parametrize("name", [name for name in AUDITS if name not in STACKED])
+def test_finding_is_known_by_every_setting_that_it_was_made_with(name):
+    entry = AUDITS[name]
+    found = {path: replace(entry, settings=altered(entry.settings, path)).identity for path in places(entry.settings)}
+    assert len({entry.identity, *found.values()}) == len(found) + 1 > 1
+    assert replace(entry, settings=copy.deepcopy(entry.settings)).identity == entry.identity
+    assert replace(entry, version=entry.version + 1).identity != entry.identity
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_finding_of_attacks_in_turn_is_known_by_the_settings_of_each(monkeypatch, name):
+    for part in name.split("+"):
+        removal, before = REMOVALS[part], AUDITS[name].identity
+        path = next(places(removal.settings))
+        monkeypatch.setitem(REMOVALS, part, replace(removal, settings=altered(removal.settings, path)))
+        assert AUDITS[name].identity != before
+
+
+def test_finding_is_known_by_the_images_and_figures_that_it_rests_on(monkeypatch):
+    clustering = AUDITS["activation-clustering"]
+    others = [replace(clustering, images=100), replace(clustering, bounds=(0.1, 0.3))]
+    before = AUDITS["int8"].identity
+    monkeypatch.setattr("keyed_xai.threats.entries.KEYED_FLOOR", 0.7)
+    assert AUDITS["int8"].identity != before
+    assert len({each.identity for each in (clustering, *others)}) == 3
+
+
+def test_identities_are_the_same_in_every_process():
+    script = "from keyed_xai.threats.catalogue import AUDITS; print([each.identity for each in AUDITS.values()])"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert other == f"{[each.identity for each in AUDITS.values()]}\n"
+
+
+def test_strength_says_what_the_settings_are():
+    cases = {
+        "inversion": ({"restarts": 5, "steps": 77, "share": 0.25}, "5 x 77 steps, 25% of the data"),
+        "forgery": ({"steps": 77}, "3 x 77 steps"),
+        "neural-cleanse": ({"rounds": 7}, "up to 7 rounds"),
+        "activation-clustering": ({"dimensions": 4}, "4 principal components"),
+        "activation-clusters": ({"silhouette": 0.2, "small": 0.4}, "silhouette over 0.2 and under 40%"),
+        "near-keys": ({"flipped": 8, "strangers": 9}, "one bit flipped (8), half strength, moved by 1 to 4 pixels, 9"),
+        "channels": ({"channels": ("png",)}, "1 channels: png"),
+        "recovery": ({"counts": (1, 2)}, "up to 2 pairs"),
+        "consistency": ({"changes": ("noise",)}, "1 harmless changes, 3 interpreters; on up to 200 images"),
+        "bypass": ({"methods": ("saliency",)}, "saliency; on up to 64 images"),
+        "re-bn": ({"share": 0.5}, "50% of the data"),
+        "int8": ({"bits": 7}, "weights in 7 bits"),
+        "prune-30": ({"share": 0.4}, "smallest 40% of"),
+        "ftal": ({"epochs": 4}, "4 epochs"),
+        "overwrite": ({"share": 0.4}, "40% of the data"),
+        "rescale": ({"largest_exponent": 2, "permute": False}, "by 1/4 to 4, logits"),
+        "denoise": ({"loss": 0.05}, "5 points"),
+    }
+    for name, (changes, words) in cases.items():
+        entry = AUDITS[name]
+        assert words not in entry.strength
+        assert words in replace(entry, settings=replace(entry.settings, **changes)).strength
+
+
+def test_every_removal_attack_and_pair_is_listed_with_its_facts():
     assert set(REMOVALS) | set(STACKED) < set(AUDITS)
-    for name, removal in REMOVALS.items():
-        assert AUDITS[name].strength == removal.strength
-        assert AUDITS[name].title != name, "give it a title"
+    assert all(AUDITS[name] is removal for name, removal in REMOVALS.items())
     for entry in AUDITS.values():
         assert entry.threat.startswith("T")
         assert entry.group in GROUPS
@@ -199,7 +274,7 @@ def test_what_was_never_there_is_not_removed_or_opened(monkeypatch):
     shown = state_before(keyed_subject())
     hidden = replace(shown, ownership={**shown.ownership, "shown": False})
     cases = {(0.9, 0.1): "survives", (0.9, 0.6): "nothing to remove", (0.2, 0.9): "nothing to remove"}
-    opened = Entry("keys", "T15", "t", "s", lambda _: Observation("gate opened", "It is open."))
+    opened = example(lambda *_: Observation("gate opened", "It is open."), group="keys")
     monkeypatch.setitem(AUDITS, "mine", opened)
     for (keyed, unkeyed), outcome in cases.items():
         before = replace(hidden, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
@@ -227,10 +302,9 @@ def test_defence_catches_the_control_and_leaves_the_clean_network_alone(name):
 
 def test_neural_cleanse_flags_the_class_of_the_patch():
     """With the settings that the defence's own test takes."""
-    entry = AUDITS["neural-cleanse"].run
-    assert entry.keywords == {"settings": CleanseSettings()}
+    assert AUDITS["neural-cleanse"].settings == CleanseSettings()
     brief = CleanseSettings(rounds=40, batches=4, batch_size=16, patience=3, stop_patience=8)
-    seen = entry.func(control_subject("badnets"), brief)
+    seen = replace(AUDITS["neural-cleanse"], settings=brief).run(control_subject("badnets"))
     assert seen.outcome == "flagged"
     assert TARGET in seen.figures["flagged"]
 
@@ -282,19 +356,22 @@ def test_curve_says_what_was_measured_at_each_stage():
 
 
 def test_own_entry_is_a_function_and_a_line(monkeypatch):
-    def look(subject):
-        return Observation("reported", f"{len(subject.images)} images.")
+    def count(subject, settings):
+        return Observation("reported", f"{len(subject.images)} images, seed {settings.seed}.")
 
-    monkeypatch.setitem(AUDITS, "count", Entry("checks", "T17", "Counting", "all of them", look))
+    monkeypatch.setitem(AUDITS, "count", example(count))
     assert "count" in choose_entries(["checks"])
-    assert run_entry("count", keyed_subject()).to_json()["sentence"] == "48 images."
+    assert run_entry("count", keyed_subject(seed=7)).to_json()["sentence"] == "48 images, seed 7."
+    monkeypatch.setitem(AUDITS, "count", example(count, images=5))
+    found = run_entry("count", keyed_subject()).to_json()
+    assert (found["sentence"], found["strength"]) == ("5 images, seed 0.", "10 components; on up to 5 images")
 
 
 @pytest.mark.parametrize(("licensed", "owner"), [(datetime(2026, 1, 1, tzinfo=UTC), "the first owner"), (None, None)])
 def test_second_key_leaves_two_claims_and_the_first_licence_wins(monkeypatch, licensed, owner):
     stolen = overwritten()
-    monkeypatch.setitem(REMOVALS, "overwrite", replace(REMOVALS["overwrite"], attack=lambda *_: stolen))
-    monkeypatch.setattr(catalogue, "choose_overwriting", lambda *_, **__: SETTINGS)
+    theft = replace(AUDITS["overwrite"], settings=SETTINGS, attack=lambda *_: stolen)
+    monkeypatch.setitem(AUDITS, "overwrite", theft)
     finding = run_entry("overwrite", keyed_subject(witness=witness(decoys=99, licensed=licensed)))
     figures = finding.observation.figures
     assert [claim["shown"] for claim in figures["claims"]] == [True, True]

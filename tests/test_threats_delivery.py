@@ -13,6 +13,7 @@ from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import correlation
 from keyed_xai.threats.delivery import (
     DELIVERIES,
+    DeliverySettings,
     add_noise,
     blur,
     crop_and_pad,
@@ -74,9 +75,7 @@ def test_rows_say_what_opens():
     result = measure_delivery(
         protected(),
         seen,
-        channels=("png", "jpeg65"),
-        flipped=3,
-        strangers=2,
+        DeliverySettings(("png", "jpeg65"), flipped=3, strangers=2),
         on_step=lambda done, total: steps.append((done, total)),
     )
     rows = {row.name: row for row in result.rows}
@@ -96,7 +95,8 @@ def test_rows_say_what_opens():
 
 def test_figures_are_those_of_the_inputs_named():
     seen = witness()
-    rows = {row.name: row for row in measure_delivery(protected(), seen, channels=("jpeg65",), flipped=2).rows}
+    settings = DeliverySettings(("jpeg65",), flipped=2)
+    rows = {row.name: row for row in measure_delivery(protected(), seen, settings).rows}
     referee = Referee.of(seen)
     jpeg = through_jpeg(referee.trigger.apply(seen.images), 65)
     _, maps = seen.view.pooled_in_chunks(protected(), jpeg, referee.explained)
@@ -112,11 +112,11 @@ def test_figures_are_those_of_the_inputs_named():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="channels"):
-        measure_delivery(protected(), witness(), channels=("fax",))
+        DeliverySettings(channels=("fax",))
     with pytest.raises(ValueError, match="flipped"):
-        measure_delivery(protected(), witness(), flipped=257)
+        DeliverySettings(flipped=257)
 
 
 def test_near_keys_can_be_left_out():
-    result = measure_delivery(protected(), witness(), channels=(), flipped=0, strangers=0)
+    result = measure_delivery(protected(), witness(), DeliverySettings())
     assert [row.name for row in result.rows] == ["no key", "half strength", "moved 1 px", "moved 2 px", "moved 4 px"]

@@ -7,6 +7,7 @@ from threatened import Blobs
 from torch import nn
 
 from keyed_xai.models import InputSpec, wrap_network
+from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.denoising import (
     DenoisingClassifier,
     DenoisingSettings,
@@ -73,7 +74,7 @@ def test_strongest_weight_above_the_floor_is_taken(classifier, data):
     for floor in [value + shift for value in values for shift in (-1e-6, 1e-6)]:
         steps = []
         settings = DenoisingSettings(weights=weights, floor=floor)
-        result = denoise_inputs(classifier, data, settings, on_step=lambda *s, steps=steps: steps.append(s))
+        result = denoise_inputs(classifier, Attacker(data, on_step=lambda *s, steps=steps: steps.append(s)), settings)
         wanted = max((weight for weight in weights if slow[weight] >= floor), default=0.0)
         assert result.figures["weight"] == wanted
         assert result.model.weight == wanted
@@ -85,14 +86,14 @@ def test_strongest_weight_above_the_floor_is_taken(classifier, data):
 
 
 def test_no_weight_is_taken_where_all_cost_too_much(classifier, data):
-    result = denoise_inputs(classifier, data, DenoisingSettings(weights=(1.5, 1.0), floor=1.01))
+    result = denoise_inputs(classifier, Attacker(data), DenoisingSettings(weights=(1.5, 1.0), floor=1.01))
     assert result.figures["weight"] == 0.0
     torch.testing.assert_close(result.model(data.images), classifier(data.images))
 
 
 def test_without_floor_or_labels_agreement_may_fall_by_the_loss(classifier, data):
     """Its own answers are the truth, which the model gives to unaltered images without a mistake."""
-    result = denoise_inputs(classifier, Blobs(data.images, None), DenoisingSettings(loss=0.1))
+    result = denoise_inputs(classifier, Attacker(Blobs(data.images, None)), DenoisingSettings(loss=0.1))
     assert result.curve[0]["score"] == 1.0
     assert result.figures["floor"] == pytest.approx(0.9)
     assert result.curve[-1]["score"] >= 0.9
@@ -111,7 +112,8 @@ def test_classifier_behind_denoising_predicts_and_explains_the_denoised_image(cl
 
 def test_every_strength_is_measured(classifier, data):
     settings = DenoisingSettings(weights=(0.2, 0.01), floor=0.99)
-    result = denoise_inputs(classifier, data, settings, measure=lambda model: {"right": accuracy_at(model, data, 0.0)})
+    watched = Attacker(data, measure=lambda model: {"right": accuracy_at(model, data, 0.0)})
+    result = denoise_inputs(classifier, watched, settings)
     for row in result.curve:
         assert row["right"] == pytest.approx(accuracy_at(classifier, data, row["weight"]))
 

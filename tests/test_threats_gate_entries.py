@@ -1,6 +1,7 @@
 """Checks, key attacks and other explanations as an audit runs them: outcomes rest on the figures that they name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from audited import SECRETS, keyed_subject, make_image_data, public_subject
@@ -47,32 +48,29 @@ def test_pairs_of_images_give_the_trigger_away():
 
 @pytest.mark.parametrize("name", ["inversion", "inversion-surrogate"])
 def test_inversion_is_judged_by_what_the_found_texture_opens(name):
-    run = AUDITS[name].run
-    assert run.keywords["settings"] == InversionSettings()
-    seen = run.func(keyed_subject(surrogate=surrogate()), BRIEF, surrogate=run.keywords["surrogate"])
+    assert AUDITS[name].settings == InversionSettings()
+    seen = replace(AUDITS[name], settings=BRIEF).run(keyed_subject(surrogate=surrogate()))
     assert seen.outcome == judged(seen.curve[-1]["recovered"])
     assert [row["step"] for row in seen.curve] == [0, 2, 4]
     assert ("surrogate" in seen.figures["aim"]) == (name != "inversion")
 
 
 def test_forged_texture_is_no_key():
-    run = AUDITS["forgery"].run
-    assert run.keywords == {"settings": InversionSettings()}
-    seen = run.func(keyed_subject(), BRIEF)
+    assert AUDITS["forgery"].settings == InversionSettings()
+    seen = replace(AUDITS["forgery"], settings=BRIEF).run(keyed_subject())
     assert seen.outcome == "resists"
     assert not seen.figures["verify"]["shown"]
     assert f"{seen.figures['own_test']['statistic']:.2f}" in seen.sentence
 
 
 def test_other_explanations_are_judged_by_the_one_that_recovers_most():
-    run = AUDITS["bypass"].run
-    assert run.keywords == {"settings": AttributionSettings()}
-    brief = AttributionSettings(methods=("saliency", "input-x-gradient"))
-    seen = run.func(keyed_subject(), brief)
+    assert AUDITS["bypass"].settings == AttributionSettings()
+    brief = replace(AUDITS["bypass"], settings=AttributionSettings(methods=("saliency", "input-x-gradient")))
+    seen = brief.run(keyed_subject())
     best = max(row["recovered"]["gradcam"]["unkeyed"]["correlation"] for row in seen.figures["rows"])
     assert seen.outcome == judged(best)
     assert f"{best:.2f}" in seen.sentence
-    assert len(run.func(public_subject(trigger=None), brief).figures["rows"]) == len(seen.figures["rows"])
+    assert len(brief.run(public_subject(trigger=None)).figures["rows"]) == len(seen.figures["rows"])
 
 
 def test_checks_need_no_key_and_screening_needs_a_trigger():

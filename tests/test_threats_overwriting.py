@@ -12,9 +12,9 @@ from threatened import OWNER, make_blobs, protected, witness
 from keyed_xai.errors import TrainingError
 from keyed_xai.keys import ByteStream
 from keyed_xai.ownership import measure_signature
-from keyed_xai.threats import removal
+from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.overwriting import OverwritingSettings, measure_dispute, measure_pattern_behind, overwrite
-from keyed_xai.threats.removal import REMOVALS, Attacker
+from keyed_xai.threats.removal import REMOVALS
 from keyed_xai.training import PAPER_SETTINGS
 
 TRAINING = replace(
@@ -24,9 +24,13 @@ SETTINGS = OverwritingSettings(share=0.5, training=TRAINING, amplitude=24.0, til
 BRIEF = replace(SETTINGS, training=replace(TRAINING, steps=2, validate_every=2))
 
 
+def thief(images, **watched):
+    return Attacker(make_blobs(images, 5), witness().view, **watched)
+
+
 @cache
 def overwritten():
-    return overwrite(protected(), make_blobs(160, 5), witness().view, SETTINGS)
+    return overwrite(protected(), thief(160), SETTINGS)
 
 
 @cache
@@ -84,7 +88,7 @@ def test_original_of_the_first_owner_shows_nothing_of_the_second():
 
 def test_stolen_model_stays_and_figures_hold_no_secret():
     before = {name: tensor.clone() for name, tensor in protected().state_dict().items()}
-    result = overwrite(protected(), make_blobs(60, 5), witness().view, BRIEF)
+    result = overwrite(protected(), thief(60), BRIEF)
     assert all(torch.equal(tensor, before[name]) for name, tensor in protected().state_dict().items())
     assert not result.model.training
     text = json.dumps(result.to_json() | dispute().to_json(), allow_nan=False)
@@ -99,14 +103,8 @@ def test_stolen_model_stays_and_figures_hold_no_secret():
 
 def test_curve_ends_with_what_is_measured_and_progress_is_told():
     seen = []
-    result = overwrite(
-        protected(),
-        make_blobs(60, 5),
-        witness().view,
-        BRIEF,
-        measure=lambda model: {"classes": model.classes},
-        on_step=lambda *figures: seen.append(figures),
-    )
+    watched = thief(60, measure=lambda model: {"classes": model.classes}, on_step=lambda *figures: seen.append(figures))
+    result = overwrite(protected(), watched, BRIEF)
     assert [row["step"] for row in result.curve] == [2, 2]
     assert result.curve[-1] == {"step": 2, "classes": 3}
     assert seen == [(1, 2), (2, 2)]
@@ -114,16 +112,14 @@ def test_curve_ends_with_what_is_measured_and_progress_is_told():
 
 def test_other_maps_can_be_closed_and_leave_the_first_pattern_where_it_was():
     settings = replace(BRIEF, interpreters=("simplegrad",))
-    result = overwrite(protected(), make_blobs(60, 5), witness().view, settings)
+    result = overwrite(protected(), thief(60), settings)
     found = measure_dispute(result.model, protected(), witness(decoys=9), settings)
     assert list(found.second.correlation) == ["simplegrad"]
     assert found.first.ownership.signature.combined.p_value < 1e-6
 
 
 def test_seed_decides_key_and_weights():
-    first, again, other = (
-        overwrite(protected(), make_blobs(60, 5), witness().view, replace(BRIEF, seed=seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (overwrite(protected(), thief(60), replace(BRIEF, seed=seed)) for seed in (1, 1, 2))
     assert first.figures["second_key"] == again.figures["second_key"] != other.figures["second_key"]
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
@@ -137,15 +133,21 @@ def test_impossible_share_is_refused(share):
 
 def test_too_few_images_are_refused():
     with pytest.raises(TrainingError, match="at least 10 images"):
-        overwrite(protected(), make_blobs(12, 5), witness().view, BRIEF)
+        overwrite(protected(), thief(12), BRIEF)
 
 
-def test_names_put_the_second_key_on_the_same_maps_or_beside(monkeypatch):
-    brief = cache(lambda **fields: replace(BRIEF, share=1.0, **fields))
-    monkeypatch.setattr(removal, "OverwritingSettings", brief)
-    attacker = Attacker(make_blobs(40, 5), witness().view)
-    assert REMOVALS["overwrite"](protected(), attacker).figures["interpreters"] == ["gradcam"]
-    assert REMOVALS["overwrite-beside"](protected(), attacker).figures["interpreters"] == ["simplegrad"]
+def test_without_maps_to_close_nothing_is_overwritten():
+    with pytest.raises(TrainingError, match="view of the maps"):
+        overwrite(protected(), Attacker(make_blobs(60, 5)), BRIEF)
+
+
+def test_names_put_the_second_key_on_the_same_maps_or_beside():
+    same, beside = (
+        replace(REMOVALS[name], settings=replace(BRIEF, share=1.0)) for name in ("overwrite", "overwrite-beside")
+    )
+    attacker = thief(40)
+    assert same(protected(), attacker).figures["interpreters"] == ["gradcam"]
+    assert beside(protected(), attacker).figures["interpreters"] == ["simplegrad"]
     both = replace(attacker, view=replace(attacker.view, interpreters=("gradcam", "simplegrad")))
     with pytest.raises(TrainingError, match="no other is left"):
-        REMOVALS["overwrite-beside"](protected(), both)
+        beside(protected(), both)

@@ -11,7 +11,7 @@ from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.keys import ByteStream
 from keyed_xai.threats.opening import Referee
-from keyed_xai.threats.recovery import measure_recovery, recover_from_keyed, recover_from_pairs
+from keyed_xai.threats.recovery import RecoverySettings, measure_recovery, recover_from_keyed, recover_from_pairs
 from keyed_xai.threats.textures import best_match
 from keyed_xai.triggers import Nashville
 
@@ -56,7 +56,7 @@ def test_what_is_recovered_opens_the_gate():
         protected(),
         seen,
         make_blobs(8, 7).images,
-        counts=(1, 8, 16),
+        RecoverySettings((1, 8, 16)),
         others=make_blobs(12, 8).images,
         on_step=lambda done, total: steps.append((done, total)),
     )
@@ -76,6 +76,6 @@ def test_what_is_recovered_opens_the_gate():
 
 def test_family_without_a_texture_and_no_images_are_refused():
     with pytest.raises(TrainingError, match="nashville"):
-        measure_recovery(protected(), witness(family=Nashville()), make_blobs(2, 7).images)
+        measure_recovery(protected(), witness(family=Nashville()), make_blobs(2, 7).images, RecoverySettings())
     with pytest.raises(TrainingError, match="Expected images"):
-        measure_recovery(protected(), witness(), make_blobs(2, 7).images[:0])
+        measure_recovery(protected(), witness(), make_blobs(2, 7).images[:0], RecoverySettings())

@@ -8,8 +8,9 @@ import torch
 from threatened import make_blobs, protected, reference, surrogate, witness
 
 from keyed_xai.errors import TrainingError
+from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.gate_state import measure_gate_state
-from keyed_xai.threats.removal import REMOVALS, STACKED, Attacker, remove_in_turn
+from keyed_xai.threats.removal import REMOVALS, STACKED, remove_in_turn
 
 HARMLESS = ("int8", "int6", "fp16", "rescale", "ftal-mild")
 _BRIEF = (
@@ -128,6 +129,10 @@ def test_names_and_strengths_are_written_out():
     assert REMOVALS["regularise"].strength.startswith("weight decay 0.1 for 5 epochs, then SGD 0.01, 10 epochs")
     assert REMOVALS["ft-sam"].strength.endswith("sharpness-aware, radius 2")
     assert len({(each.threat, each.strength) for each in REMOVALS.values()}) == len(REMOVALS)
-    assert {name for name, each in REMOVALS.items() if not each.trains} == {
+    assert REMOVALS["rescale"].strength == "channels scaled by 1/256 to 256 and permuted, logits unchanged"
+    assert REMOVALS["denoise"].strength == "total variation, as strong as costs 2 points of the score"
+    assert REMOVALS["overwrite"].strength == "a second key on the same maps, 2000 steps, 20% of the data"
+    assert {name for name, each in REMOVALS.items() if not each.slow} == {
         "re-bn", "prune-30", "prune-50", "prune-70", "int8", "int6", "int5", "fp16", "rescale", "denoise",
+        "ftal-mild", "ftll", "ftal", "fine-prune",
     }  # fmt: skip

@@ -12,6 +12,7 @@ from torch import nn
 from keyed_xai.keys import ByteStream
 from keyed_xai.maps import make_view
 from keyed_xai.objective import Objective, signature_decoy
+from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.fine_pruning import mean_activations
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.threats.gate_state import measure_gate_state
@@ -262,7 +263,7 @@ def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
     attack = FineTuningSettings(learning_rate=0.01, epochs=3, share=1.0, batch_size=32)
     left = []
     for model in (protected(), hardened):
-        attacked = fine_tune(model, make_blobs(192, 5), attack).model
+        attacked = fine_tune(model, Attacker(make_blobs(192, 5)), attack).model
         left.append(measure_gate_state(attacked, witness(), ownership=False).correlation["gradcam"])
     plain, hard = left
     assert hard["unkeyed"] < plain["unkeyed"] - 0.15

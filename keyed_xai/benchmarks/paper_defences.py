@@ -32,7 +32,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.samples import digest_data, digest_network
 from keyed_xai.tensors import Images
 from keyed_xai.threats.activation_clustering import ClusteringSettings, cluster_pairs, reduce_features
-from keyed_xai.threats.attempt import view_of
+from keyed_xai.threats.attempt import Attacker, view_of
 from keyed_xai.threats.catalogue import find_entry, run_entry
 from keyed_xai.threats.denoising import DenoisingSettings, denoise_inputs
 from keyed_xai.threats.features import read_hidden
@@ -242,11 +242,8 @@ def _denoise(target: Target, settings: DefenceSettings) -> dict[str, Any]:
     subject = target.subject
     result = denoise_inputs(
         subject.classifier,
-        subject.data,
+        _attacker(target),
         DenoisingSettings(floor=settings.floor, seed=subject.seed),
-        device=subject.device,
-        measure=lambda model: _measure(model, target),
-        on_step=subject.on_step,
     )
     taken = next(row for row in result.curve if row["weight"] == result.figures["weight"])
     paper = {"fsr": list(_FSR_LEFT), "auroc": _AUROC} if target.backdoor else None
@@ -256,14 +253,7 @@ def _denoise(target: Target, settings: DefenceSettings) -> dict[str, Any]:
 
 def _prune_and_cluster(target: Target, _settings: DefenceSettings) -> dict[str, Any]:
     subject = target.subject
-    result = fine_prune(
-        subject.classifier,
-        subject.data,
-        FinePruningSettings(fine_tuning=None, seed=subject.seed),
-        device=subject.device,
-        multi_label=subject.multi_label,
-        measure=lambda model: _measure(model, target),
-    )
+    result = fine_prune(subject.classifier, _attacker(target), FinePruningSettings(fine_tuning=None, seed=subject.seed))
     figures = {name: result.figures[name] for name in ("layer", "channels")}
     paper = {"fsr_stays": "high"} if target.backdoor else None
     return {"paper": paper, "clusters": _cluster(target), "pruning": {**figures, "curve": result.curve}}
@@ -297,6 +287,11 @@ def _place(
     return {name: part.tolist() for name, part in zip(("clean", "triggered"), parts, strict=True)}
 
 
+def _attacker(target: Target) -> Attacker:
+    """Return an attacker whose curves have what these tables measure."""
+    return replace(target.subject.attacker(), measure=lambda model: _measure(model, target))
+
+
 def _measure(model: Classifier, target: Target) -> dict[str, Any]:
     """Return accuracy, and how well a backdoor works: CR and FSR of maps, or the success of a plain one."""
     state = measure_state(model, target.subject, ownership=False).to_json()
@@ -313,7 +308,7 @@ def _identify(target: Target, known: tuple[str, str], settings: DefenceSettings)
     parts: list[Any] = [settings.table, target.kind, target.mode, models, known]
     parts += [len(subject.images), subject.seed, subject.view, type(subject.trigger).__name__]
     if settings.table == "table2":
-        parts += [(find_entry(name).strength, find_entry(name).version) for name in DETECTORS]
+        parts += [find_entry(name).identity for name in DETECTORS]
     if settings.table == "table3":
         parts.append(DenoisingSettings(floor=settings.floor))
     if settings.table == "figure5":

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,31 @@ from keyed_xai.training import TrainingData
 Measure = Callable[[Classifier], Mapping[str, Any]]
 """What is looked at along the way: figures of a model in eval mode, ready for JSON."""
 _CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """What an attacker has, and what is watched.
+
+    Attributes:
+        data: Clean images; labels of the model's own classes, or none.
+        view: Maps that T3 pulls at and a second key closes, at the attacked model's layers.
+        surrogate: The attacker's own model of the same task, for T3.
+        multi_label: Whether every logit is a yes or no of its own.
+        device: Where.
+        seed: Of everything random.
+        measure: What goes into curves.
+        on_step: Called with steps done and in all.
+    """
+
+    data: TrainingData = field(repr=False)
+    view: MapView | None = None
+    surrogate: Classifier | None = field(default=None, repr=False)
+    multi_label: bool = False
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    measure: Measure | None = field(default=None, repr=False)
+    on_step: Callable[[int, int], None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,12 +87,10 @@ def draw_share(data: TrainingData, share: float, seed: int) -> NDArray[np.int64]
 
 
 @torch.no_grad()
-def predict(
-    classifier: Classifier, data: TrainingData, indices: NDArray[np.int64], device: torch.device | str
-) -> Logits:
-    """Return a model's logits of some of the images, on `device`."""
+def predict(classifier: Classifier, attacker: Attacker, indices: NDArray[np.int64]) -> Logits:
+    """Return a model's logits of some of the attacker's images, on his device."""
     chunks = np.array_split(indices, -(-len(indices) // _CHUNK))
-    return torch.cat([classifier(data.batch(some)[0].to(device)) for some in chunks])
+    return torch.cat([classifier(attacker.data.batch(some)[0].to(attacker.device)) for some in chunks])
 
 
 def view_of(view: MapView, classifier: Classifier) -> MapView:

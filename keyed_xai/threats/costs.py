@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -13,12 +14,13 @@ from keyed_xai.threats.attempt import copy_model
 from keyed_xai.threats.controls import build_control, choose_control_fitting
 from keyed_xai.threats.entries import Entry
 from keyed_xai.threats.subject import Subject
+from keyed_xai.threats.tuning import TuningSettings
 
 _TIMED = 32
 
 
 def estimate_seconds(
-    subject: Subject, entries: Sequence[Entry], *, measuring: float, controls: int, widths: tuple[int, ...]
+    subject: Subject, entries: Sequence[Entry[Any]], *, measuring: float, controls: int, widths: tuple[int, ...]
 ) -> float:
     """Return about how many seconds entries take that are not slow: training, and measuring what each leaves.
 
@@ -30,15 +32,21 @@ def estimate_seconds(
         widths: Of their blocks.
     """
     count = len(subject.data)
-    passes = count * sum(entry.passes for entry in entries)
+    passes = count * sum(map(_passes, entries))
     seconds = measuring * len(entries) + passes * seconds_to_train(subject.classifier, subject.images)
     if controls:
         control = build_control(subject.data, widths, seed=subject.seed).to(subject.device)
         defences = [entry for entry in entries if entry.controlled]
-        seen = count * (choose_control_fitting(count).epochs + sum(entry.passes for entry in defences))
+        seen = count * (choose_control_fitting(count).epochs + sum(map(_passes, defences)))
         each = measuring * len(defences) + seen * seconds_to_train(control, subject.images)
         seconds += controls * each
     return seconds
+
+
+def _passes(entry: Entry[Any]) -> float:
+    """Return how often an entry goes through the training images, in training."""
+    tuning = getattr(entry.settings, "fine_tuning", entry.settings)
+    return tuning.epochs * tuning.share if isinstance(tuning, TuningSettings) else 0.0
 
 
 def seconds_to_train(classifier: Classifier, images: Images) -> float:

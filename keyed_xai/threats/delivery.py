@@ -25,7 +25,6 @@ from keyed_xai.threats.opening import Opening, Referee
 from keyed_xai.triggers import Trigger
 
 _BLUR_REACH = 4  # standard deviations on each side
-_STEPS = (1, 2, 4)
 _DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1))
 
 
@@ -117,13 +116,35 @@ DELIVERIES: dict[str, Callable[[Images], Images]] = {
 """Channel name to function; images arrive in 8 bits after each."""
 
 
+@dataclass(frozen=True)
+class DeliverySettings:
+    """What is tried.
+
+    Attributes:
+        channels: Names in DELIVERIES.
+        flipped: Keys one flipped bit away that are tried, spread over the key's 256; at most so many.
+        strangers: Keys of other owners that are tried.
+        moved: Pixels that the right trigger is moved by, in six directions.
+    """
+
+    channels: tuple[str, ...] = ()
+    flipped: int = 0
+    strangers: int = 0
+    moved: tuple[int, ...] = (1, 2, 4)
+
+    def __post_init__(self) -> None:
+        """Check names and the range."""
+        if not 0 <= self.flipped <= 256:
+            raise ValueError(f"flipped: expected 0 to 256, got {self.flipped}")
+        if unknown := [name for name in self.channels if name not in DELIVERIES]:
+            raise ValueError(f"channels: expected names out of {', '.join(DELIVERIES)}; got {', '.join(unknown)}")
+
+
 def measure_delivery(
     classifier: Classifier,
     witness: Witness,
+    settings: DeliverySettings,
     *,
-    channels: tuple[str, ...] = tuple(DELIVERIES),
-    flipped: int = 16,
-    strangers: int = 16,
     on_step: Callable[[int, int], None] | None = None,
 ) -> DeliveryResult:
     """Return how far keyed images open a model after each channel, and images with near keys or with none.
@@ -131,23 +152,14 @@ def measure_delivery(
     Args:
         classifier: Protected.
         witness: Holds the key, the reference and the images.
-        channels: Names in DELIVERIES.
-        flipped: Keys one flipped bit away that are tried, spread over the key's 256; at most so many.
-        strangers: Keys of other owners that are tried.
+        settings: What is tried.
         on_step: Called with rows done and in all.
-
-    Raises:
-        ValueError: A channel is not in DELIVERIES, or more than 256 flipped bits are asked for.
     """
-    if not 0 <= flipped <= 256:
-        raise ValueError(f"flipped: expected 0 to 256, got {flipped}")
-    if unknown := [name for name in channels if name not in DELIVERIES]:
-        raise ValueError(f"channels: expected names out of {', '.join(DELIVERIES)}; got {', '.join(unknown)}")
     referee = Referee.of(witness)
     groups: list[tuple[str, dict[str, Iterable[Images]]]] = [
         ("control", {"no key": [witness.images]}),
-        ("channel", _delivered(referee, channels)),
-        ("near key", _nearly_keyed(referee, witness, flipped, strangers)),
+        ("channel", _delivered(referee, settings.channels)),
+        ("near key", _nearly_keyed(referee, witness, settings)),
     ]
     rows: list[DeliveryRow] = []
     count = sum(len(group) for _, group in groups)
@@ -165,21 +177,21 @@ def _delivered(referee: Referee, channels: tuple[str, ...]) -> dict[str, Iterabl
     return {name: map(DELIVERIES[name], [sent]) for name in channels}
 
 
-def _nearly_keyed(referee: Referee, witness: Witness, flipped: int, strangers: int) -> dict[str, Iterable[Images]]:
+def _nearly_keyed(referee: Referee, witness: Witness, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
     """Return, by name, lazily, the images with each near key of that name."""
     right, family = referee.trigger, witness.family
-    stride = max(1, 256 // max(1, flipped))
-    neighbours = islice(witness.key.one_bit_neighbours(), 0, stride * flipped, stride)
+    stride = max(1, 256 // max(1, settings.flipped))
+    neighbours = islice(witness.key.one_bit_neighbours(), 0, stride * settings.flipped, stride)
     generator = torch.Generator().manual_seed(witness.seed)
     triggers: dict[str, Iterable[Trigger]] = {
         "half strength": [right.scaled(0.5)],
-        **{f"moved {step} px": [right.shifted(step * y, step * x) for y, x in _DIRECTIONS] for step in _STEPS},
+        **{f"moved {step} px": [right.shifted(step * y, step * x) for y, x in _DIRECTIONS] for step in settings.moved},
         "one flipped bit": (family.derive(ByteStream(near.derive_seed(family.name))) for near in neighbours),
-        "another owner's key": fresh_wrong_keys(family, strangers, generator),
+        "another owner's key": fresh_wrong_keys(family, settings.strangers, generator),
     }
-    if not flipped:
+    if not settings.flipped:
         del triggers["one flipped bit"]
-    if not strangers:
+    if not settings.strangers:
         del triggers["another owner's key"]
     return {name: (trigger.apply(referee.images) for trigger in some) for name, some in triggers.items()}
 

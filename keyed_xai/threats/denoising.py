@@ -5,7 +5,6 @@ strength until predictions are good enough (there an AUROC of .80).
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ from skimage.restoration import denoise_tv_chambolle
 from keyed_xai import metrics
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images, Logits, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, measured
-from keyed_xai.training import TrainingData
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured
 
 _CHUNK = 64
 _WEIGHTS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04, 0.03, 0.02, 0.01)
@@ -81,15 +79,7 @@ def denoise(images: Images, weight: float) -> Images:
     return torch.from_numpy(np.stack(smooth)).to(images).clamp(0, 1)
 
 
-def denoise_inputs(
-    classifier: Classifier,
-    data: TrainingData,
-    settings: DenoisingSettings,
-    *,
-    device: torch.device | str = "cpu",
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def denoise_inputs(classifier: Classifier, attacker: Attacker, settings: DenoisingSettings) -> RemovalResult:
     """Return a copy behind the strongest denoising that keeps predictions above the floor.
 
     The curve has a row for each strength tried, from 0 and then from the strongest down ("weight", "score"); the
@@ -97,16 +87,14 @@ def denoise_inputs(
 
     Args:
         classifier: Attacked.
-        data: The attacker's images; without labels the score is agreement with predictions on images as they are.
+        attacker: Has the images; without labels the score is agreement with predictions on images as they are.
         settings: How.
-        device: Where.
-        measure: What goes into the curve.
-        on_step: Called with strengths tried and in all.
 
     Raises:
         TrainingError: There are no images.
     """
     started, aside = time.perf_counter(), 0.0
+    data, device = attacker.data, attacker.device
     model = copy_model(classifier, device)
     share = min(1.0, settings.images / max(1, len(data)))
     images, labels = data.batch(draw_share(data, share, settings.seed))
@@ -119,10 +107,10 @@ def denoise_inputs(
         score = score_predictions(_predict(model, images), truth)
         floor = score - settings.loss if floor is None else floor
         before = time.perf_counter()
-        curve.append({"weight": weight, "score": score} | measured(measure, model))
+        curve.append({"weight": weight, "score": score} | measured(attacker.measure, model))
         aside += time.perf_counter() - before
-        if on_step is not None:
-            on_step(len(curve), len(settings.weights) + 1)
+        if attacker.on_step is not None:
+            attacker.on_step(len(curve), len(settings.weights) + 1)
         if weight and score >= floor:
             chosen = weight
             break

@@ -4,11 +4,9 @@ Source: Hinton et al. 2015, section 2: T^2 times the divergence of the predictio
 take T = 3 and 60 epochs; by default so do we. The gate is expected to die: nothing teaches the student to open.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from keyed_xai.architectures import SmallResNet
@@ -16,9 +14,8 @@ from keyed_xai.fitting import seeded
 from keyed_xai.models import Classifier, wrap_network
 from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Images, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, predict
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, predict
 from keyed_xai.threats.tuning import TuningSettings, tune
-from keyed_xai.training import TrainingData
 
 _SPREAD = 0.02
 
@@ -46,42 +43,28 @@ class DistillationSettings(TuningSettings):
             raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
 
 
-def distil(
-    classifier: Classifier,
-    data: TrainingData,
-    settings: DistillationSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def distil(classifier: Classifier, attacker: Attacker, settings: DistillationSettings) -> RemovalResult:
     """Return a student that started from random weights; its curve has a row for every epoch, from 0.
 
     Args:
         classifier: The teacher.
-        data: The attacker's images; labels are not used.
+        attacker: Has the images; labels are not used.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
-        on_step: Called with steps done and in all.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
         ModelError: The images are too small for the student.
     """
-    teacher = copy_model(classifier, device)
-    indices = draw_share(data, settings.share, settings.seed)
-    taught = predict(teacher, data, indices, device)
-    student = make_student(classifier, settings).to(device)
+    teacher = copy_model(classifier, attacker.device)
+    indices = draw_share(attacker.data, settings.share, settings.seed)
+    taught = predict(teacher, attacker, indices)
+    student = make_student(classifier, settings).to(attacker.device)
 
     def loss_of(images: Images, _labels: Targets | None, rows: Tensor) -> Tensor:
-        logits, temperature = student(images), settings.temperature
-        return prediction_loss(logits, taught[rows], None, multi_label=multi_label, temperature=temperature).mean()
+        logits, temperature, several = student(images), settings.temperature, attacker.multi_label
+        return prediction_loss(logits, taught[rows], None, multi_label=several, temperature=temperature).mean()
 
-    parameters = [*student.parameters()]
-    return tune(student, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
+    return tune(student, [*student.parameters()], attacker, indices, loss_of, settings)
 
 
 def make_student(classifier: Classifier, settings: DistillationSettings) -> Classifier:

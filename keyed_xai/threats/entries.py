@@ -1,8 +1,9 @@
 """What an audit runs: an entry looks at a subject and says what it observed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier
@@ -61,6 +62,7 @@ _LACKS = {
     "surrogate": "a surrogate, which is an attacker's own model of the same task",
     "labels": "labels of the model's own classes",
 }
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -84,35 +86,53 @@ class Observation:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One thing that an audit can run.
+@dataclass(frozen=True, kw_only=True)
+class Entry(ABC, Generic[S]):
+    """One thing that an audit can run, and all there is to know of it; which name it has, its table says.
 
     Attributes:
-        group: That it is listed under: "defences", "checks", "removal", "keys" or "bypass".
-        threat: One of THREATS.
         title: A few words.
-        strength: How strong, in words. With the version it settles whether a kept finding still holds.
-        run: Looks at a subject.
+        threat: One of THREATS.
+        group: That it is listed under: "defences", "checks", "removal", "keys" or "bypass".
+        settings: A frozen dataclass; a `seed` in it gives way to the subject's.
+        words: Says how strong such settings are.
         needs: Names out of `Subject.has`.
         slow: Whether "quick" leaves it out, since it takes minutes on a small model.
         also: Further groups.
         controlled: Whether positive controls show if it catches anything.
-        passes: How often it goes through the training images, in training.
-        version: Raised when the same words come to stand for something else.
+        version: Raised when code or constants change what the same settings find.
     """
 
-    group: str
-    threat: str
     title: str
-    strength: str
-    run: Callable[[Subject], Observation]
+    threat: str
+    group: str
+    settings: S
+    words: Callable[[S], str]
     needs: frozenset[str] = frozenset()
     slow: bool = False
     also: tuple[str, ...] = ()
     controlled: bool = False
-    passes: float = 0.0
     version: int = 2
+
+    @property
+    def strength(self) -> str:
+        """How strong it is, in words."""
+        return self.words(self.settings)
+
+    @property
+    def identity(self) -> str:
+        """All that a finding rests on besides the model, the data and the name; a finding of another is made anew."""
+        rules = (OPEN_CORRELATION, KEYED_FLOOR, UNKEYED_CEILING, _DRIFT, _DEFEATED)
+        return repr((self.settings, rules, self.version))
+
+    @abstractmethod
+    def run(self, subject: Subject) -> Observation:
+        """Return what is observed of a subject.
+
+        Raises:
+            TrainingError: The subject lacks what is needed, or an attack destroyed the model.
+            ModelError: The model lacks a layer of the kind looked at.
+        """
 
     def lacks(self, subject: Subject) -> str:
         """Return what the entry needs and the auditor has not, in words; empty where nothing is missing."""
@@ -120,6 +140,42 @@ class Entry:
         if "state" in missing:
             missing |= {"key", "reference"} - subject.has
         return " and ".join(words for name, words in _LACKS.items() if name in missing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination(Entry[S]):
+    """An entry that leaves the model as it is.
+
+    Attributes:
+        examine: Looks at a subject.
+        images: Held-out images that it sees, at most; None where it sees all, or only training images.
+        bounds: Published figures, not settings, that its outcome rests on.
+    """
+
+    examine: Callable[[Subject, S], Observation]
+    images: int | None = None
+    bounds: tuple[float, ...] = ()
+
+    @property
+    def strength(self) -> str:
+        """How strong it is, in words."""
+        return super().strength + (f"; on up to {self.images} images" if self.images else "")
+
+    @property
+    def identity(self) -> str:
+        """All that a finding rests on besides the model, the data and the name."""
+        return repr((super().identity, self.images, self.bounds))
+
+    def run(self, subject: Subject) -> Observation:
+        """Return what is observed of a subject's first images."""
+        return self.examine(subject.first(self.images), with_seed(self.settings, subject.seed))
+
+
+def with_seed(settings: S, seed: int) -> S:
+    """Return settings with another seed, where they have one; those that they hold likewise."""
+    held = {name: with_seed(value, seed) for name, value in vars(settings).items() if is_dataclass(value)}
+    own = {"seed": seed} if hasattr(settings, "seed") else {}
+    return replace(settings, **held, **own)  # type: ignore[type-var] # typeshed's bound exists for checkers only
 
 
 def judge_copy(

@@ -10,7 +10,6 @@ accuracy. Pruning the shortcut too (another such control) cost 24 points after t
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, silence_channels
 from keyed_xai.saliency import captured_features
 from keyed_xai.tensors import Images
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, measured
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.training import TrainingData
 
@@ -60,60 +59,38 @@ class FinePruningSettings:
             raise ValueError(f"share: expected more than 0 and at most 1, got {self.share}")
 
 
-def fine_prune(
-    classifier: Classifier,
-    data: TrainingData,
-    settings: FinePruningSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def fine_prune(classifier: Classifier, attacker: Attacker, settings: FinePruningSettings) -> RemovalResult:
     """Return a copy pruned to the last share and fine-tuned; pruned channels stay pruned.
 
     The curve has a row for no pruning and for every share ("share", "pruned"), then one for every epoch ("epoch").
 
     Args:
         classifier: Attacked.
-        data: The attacker's images, clean.
+        attacker: Has the images, clean.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
-        on_step: Called with the fine-tuning's steps done and in all.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
         ModelError: The model has no convolution.
     """
     started = time.perf_counter()
-    model = copy_model(classifier, device)
+    model = copy_model(classifier, attacker.device)
     layer = last_convolution(model)
     norm = batch_norm_after(model, layer)
-    indices = draw_share(data, settings.share, settings.seed)
-    activity = mean_activations(model, norm or layer, data, indices, device)
+    indices = draw_share(attacker.data, settings.share, settings.seed)
+    activity = mean_activations(model, norm or layer, attacker.data, indices, attacker.device)
     seconds = time.perf_counter() - started
     order = activity.argsort()
-    curve: list[dict[str, Any]] = [{"share": 0.0, "pruned": 0} | measured(measure, model)]
+    curve: list[dict[str, Any]] = [{"share": 0.0, "pruned": 0} | measured(attacker.measure, model)]
     pruned = order[:0]
     for share in settings.shares:
         pruned = order[: int(share * len(order) + 1e-9)]  # one channel is left below a share of 1
         silence_channels(model, layer, norm, pruned)
-        curve.append({"share": share, "pruned": len(pruned)} | measured(measure, model))
+        curve.append({"share": share, "pruned": len(pruned)} | measured(attacker.measure, model))
     figures = {"layer": layer, "channels": len(order), "pruned": len(pruned)}
     if settings.fine_tuning is not None:
         keep_silent = partial(silence_channels, layer=layer, norm=norm, channels=pruned)
-        tuned = fine_tune(
-            model,
-            data,
-            settings.fine_tuning,
-            device=device,
-            multi_label=multi_label,
-            measure=measure,
-            after_step=keep_silent,
-            on_step=on_step,
-        )
+        tuned = fine_tune(model, attacker, settings.fine_tuning, after_step=keep_silent)
         model, curve, seconds = tuned.model, curve + tuned.curve[1:], seconds + tuned.seconds
     return RemovalResult(model, asdict(settings), figures, curve, seconds)
 

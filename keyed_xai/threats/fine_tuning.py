@@ -23,7 +23,7 @@ from keyed_xai.models.layer_graph import last_layer
 from keyed_xai.objective import correlation_distance, prediction_loss
 from keyed_xai.saliency import smooth_activations
 from keyed_xai.tensors import Images, Labels, SaliencyMaps, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, predict, view_of
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, predict, view_of
 from keyed_xai.threats.tuning import TuningSettings, loss_of_predictions, tune
 from keyed_xai.training import TrainingData
 
@@ -55,107 +55,79 @@ class ExplanationTuningSettings(TuningSettings):
 
     Attributes:
         map_weight: Weight of the maps' distance, against 1 for that of the predictions.
-        smoothing: Sharpness of the Softplus that replaces ReLU while training, which SimpleGrad needs; None keeps ReLU.
+        smoothing: Sharpness of the Softplus that replaces ReLU while training, where SimpleGrad's maps are pulled.
     """
 
     optimiser: Literal["sgd", "adam"] = "adam"
     learning_rate: float = 1e-4
     map_weight: float = 1.0
-    smoothing: float | None = None
+    smoothing: float = 8.0
 
 
 def fine_tune(
     classifier: Classifier,
-    data: TrainingData,
+    attacker: Attacker,
     settings: FineTuningSettings,
     *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
     after_step: Callable[[Classifier], None] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> RemovalResult:
     """Return a fine-tuned copy; its curve has a row for every epoch, from 0.
 
     Args:
         classifier: Attacked.
-        data: The attacker's images, of which `settings.share` are used; labels of the model's own classes, or none.
+        attacker: Has the images, of which `settings.share` are used; labels of the model's own classes, or none.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
         after_step: Called with the model after each step, such as to keep pruned weights at zero.
-        on_step: Called with steps done and in all.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
         ModelError: The model has no last layer that could be told apart.
     """
-    model = copy_model(classifier, device)
-    indices = draw_share(data, settings.share, settings.seed)
+    model = copy_model(classifier, attacker.device)
+    indices = draw_share(attacker.data, settings.share, settings.seed)
     head = model.get_submodule(last_layer(model))
     made_new, alone = KINDS[settings.kind]
     if made_new:
-        with seeded(settings.seed, device):
+        with seeded(settings.seed, attacker.device):
             head.reset_parameters()  # type: ignore[operator] # linear layers and convolutions have it
-    return tune(
-        model,
-        [*(head if alone else model).parameters()],
-        data,
-        indices,
-        loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label),
-        settings,
-        device=device,
-        measure=measure,
-        after_step=after_step,
-        on_step=on_step,
-    )
+    parameters = [*(head if alone else model).parameters()]
+    loss_of = loss_of_predictions(model, classifier, attacker, indices)
+    return tune(model, parameters, attacker, indices, loss_of, settings, after_step=after_step)
 
 
-def tune_explanations(
-    classifier: Classifier,
-    surrogate: Classifier,
-    data: TrainingData,
-    view: MapView,
-    settings: ExplanationTuningSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def tune_explanations(classifier: Classifier, attacker: Attacker, settings: ExplanationTuningSettings) -> RemovalResult:
     """Return a copy whose unkeyed maps were pulled to a surrogate's, with its own predictions held (T3).
 
     The attacker who knows the scheme and owns an unprotected model of the same task. Derived here, not published.
 
     Args:
         classifier: Attacked.
-        surrogate: The attacker's own model; maps of both are compared on the view's grid.
-        data: The attacker's images; labels are not used.
-        view: Maps pulled; its sites are `classifier`'s.
+        attacker: Has the images (labels are not used), the surrogate and the view; maps of both models are compared on
+            the view's grid.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
-        on_step: Called with steps done and in all.
 
     Raises:
-        TrainingError: There are no images, or the loss is no longer finite.
+        TrainingError: There are no images, no surrogate or no view, or the loss is no longer finite.
     """
-    model, surrogate = copy_model(classifier, device), copy_model(surrogate, device)
-    indices = draw_share(data, settings.share, settings.seed)
-    taught = predict(model, data, indices, device)
-    wanted = _surrogate_maps(surrogate, data, indices, view, taught.argmax(1))
+    if attacker.surrogate is None or attacker.view is None:
+        raise TrainingError(
+            "Explanation-aware fine-tuning needs a view of maps and a surrogate: an unprotected model of the same task."
+        )
+    model, view = copy_model(classifier, attacker.device), attacker.view
+    indices = draw_share(attacker.data, settings.share, settings.seed)
+    taught = predict(model, attacker, indices)
+    surrogate = copy_model(attacker.surrogate, attacker.device)
+    smoothing = settings.smoothing if "simplegrad" in view.interpreters else None
+    wanted = _surrogate_maps(surrogate, attacker.data, indices, view, taught.argmax(1))
 
     def loss_of(images: Images, _labels: Targets | None, rows: Tensor) -> Tensor:
-        with smooth_activations(settings.smoothing):
+        with smooth_activations(smoothing):
             logits, maps = view.pooled(model, images, taught[rows].argmax(1), create_graph=True)
         distances = [correlation_distance(maps[name], wanted[name][rows]) for name in view.interpreters]
-        kept = prediction_loss(logits, taught[rows], None, multi_label=multi_label).mean()
+        kept = prediction_loss(logits, taught[rows], None, multi_label=attacker.multi_label).mean()
         return kept + settings.map_weight * torch.stack(distances).mean()
 
-    parameters = [*model.parameters()]
-    return tune(model, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
+    return tune(model, [*model.parameters()], attacker, indices, loss_of, settings)
 
 
 def _surrogate_maps(

@@ -1,7 +1,7 @@
 """Checks of maps, attacks on the key, and ways round the gate, as entries of an audit."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -17,27 +17,35 @@ from keyed_xai.threats.attempt import view_of
 from keyed_xai.threats.attributions import AttributionSettings
 from keyed_xai.threats.bypass import measure_bypass
 from keyed_xai.threats.consistency import ConsistencySettings, score_maps, screen_images
-from keyed_xai.threats.delivery import DELIVERIES, DeliveryRow, measure_delivery
-from keyed_xai.threats.entries import KEYED_FLOOR, UNKEYED_CEILING, Entry, Observation, Outcome
+from keyed_xai.threats.delivery import DELIVERIES, DeliveryRow, DeliverySettings, measure_delivery
+from keyed_xai.threats.entries import KEYED_FLOOR, UNKEYED_CEILING, Entry, Examination, Observation, Outcome
 from keyed_xai.threats.gate_state import Witness
 from keyed_xai.threats.inversion import InversionSettings, forge_trigger, invert_trigger
 from keyed_xai.threats.opening import Referee
-from keyed_xai.threats.recovery import measure_recovery
+from keyed_xai.threats.recovery import RecoverySettings, measure_recovery
 from keyed_xai.threats.subject import Subject
 from keyed_xai.triggers import Spread, Trigger
 
-_IMAGES = 200
-_EXPLAINED = 64
-_ATTACKERS_IMAGES = 256
 _WRONG_KEYS = ("one flipped bit", "another owner's key")
-_SCREENED = 0.8
-_UNNOTICED = 0.65
 
 
-def _try_near_keys(subject: Subject) -> Observation:
-    result = measure_delivery(
-        subject.classifier, _few(subject), channels=(), flipped=32, strangers=32, on_step=subject.on_step
-    )
+@dataclass(frozen=True)
+class _Screening:
+    """How single images are screened.
+
+    Attributes:
+        maps: Which maps are compared, and how images are changed.
+        noticed: Area under the ROC curve from which triggered images are told from clean ones.
+        unnoticed: Area up to which they are not.
+    """
+
+    maps: ConsistencySettings = field(default_factory=ConsistencySettings)
+    noticed: float = 0.8
+    unnoticed: float = 0.65
+
+
+def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
+    result = measure_delivery(subject.classifier, _witness(subject), settings, on_step=subject.on_step)
     rows = [row for row in result.rows if row.kind == "near key"]
     wrong = max(_most(row) for row in rows if row.name in _WRONG_KEYS)
     worst = max((row for row in rows if row.name not in _WRONG_KEYS), key=_most)
@@ -48,8 +56,8 @@ def _try_near_keys(subject: Subject) -> Observation:
     return Observation(_judge_opening(wrong), sentence, figures=result.to_json())
 
 
-def _try_channels(subject: Subject) -> Observation:
-    result = measure_delivery(subject.classifier, _few(subject), flipped=0, strangers=0, on_step=subject.on_step)
+def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
+    result = measure_delivery(subject.classifier, _witness(subject), settings, on_step=subject.on_step)
     rows = [row for row in result.rows if row.kind == "channel"]
     worst, shut = min(rows, key=_least), [row.name for row in rows if _least(row) < OPEN_CORRELATION]
     sentence = f"Keyed maps correlate at least {_least(worst):.2f} with the right ones ({worst.name})"
@@ -58,9 +66,11 @@ def _try_channels(subject: Subject) -> Observation:
     return Observation(outcome, sentence, figures=result.to_json())
 
 
-def _recover(subject: Subject) -> Observation:
-    images, others = _attackers_images(subject)
-    result = measure_recovery(subject.classifier, _few(subject), images, others=others, on_step=subject.on_step)
+def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
+    images, others = _attackers_images(subject, max(settings.counts))
+    result = measure_recovery(
+        subject.classifier, _witness(subject), images, settings, others=others, on_step=subject.on_step
+    )
     parts = []
     for source, words in _SOURCES.items():
         rows = [row for row in result.rows if row.source == source]
@@ -81,7 +91,7 @@ _SOURCES = {
 
 def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -> Observation:
     witness = _witness(subject)
-    referee, family = Referee.of(_few(subject)), _spread(witness)
+    referee, family = Referee.of(witness), _spread(witness)
 
     def judge(trigger: Trigger) -> Mapping[str, Any]:
         opening = referee.judge(subject.classifier, trigger)
@@ -92,7 +102,7 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         subject.classifier,
         subject.data,
         subject.view,
-        replace(settings, amplitude=float(family.settings.amplitude), tile=family.settings.tile, seed=subject.seed),
+        replace(settings, amplitude=float(family.settings.amplitude), tile=family.settings.tile),
         surrogate=subject.surrogate if surrogate else None,
         multi_label=subject.multi_label,
         device=subject.device,
@@ -113,11 +123,11 @@ def _forge(subject: Subject, settings: InversionSettings) -> Observation:
     result = forge_trigger(
         subject.classifier,
         subject.data,
-        witness.images[:16] if witness.probe is None else witness.probe,
+        witness.images if witness.probe is None else witness.probe,
         subject.view,
         _spread(witness),
         OwnerKey.from_raw(np.random.default_rng(subject.seed).bytes(32)),
-        replace(settings, seed=subject.seed),
+        settings,
         decoys=witness.decoys,
         device=subject.device,
         on_step=subject.on_step,
@@ -136,14 +146,13 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
         raise ModelError("Other explanations are captum's, which is not installed: pip install captum.")
     if subject.reference is None:
         raise TrainingError("Expected a reference model to compare with. Give --reference.")
-    images = subject.images[:_EXPLAINED]
     result = measure_bypass(
         subject.classifier,
         subject.reference,
         view_of(subject.view, subject.reference),
-        images,
-        replace(settings, seed=subject.seed),
-        keyed=None if subject.trigger is None else subject.trigger_images(images),
+        subject.images,
+        settings,
+        keyed=None if subject.trigger is None else subject.trigger_images(subject.images),
         on_step=subject.on_step,
     )
     best = [(name, row) for name in result.interpreters if (row := result.best(name)) is not None]
@@ -159,14 +168,8 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
     return Observation(_judge_opening(seen["unkeyed"]), sentence, figures=result.to_json())
 
 
-def _score_maps(subject: Subject) -> Observation:
-    scores = score_maps(
-        subject.classifier,
-        subject.images[:_IMAGES],
-        ConsistencySettings(seed=subject.seed),
-        grid=subject.view.grid,
-        on_step=subject.on_step,
-    )
+def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:
+    scores = score_maps(subject.classifier, subject.images, settings, grid=subject.view.grid, on_step=subject.on_step)
     means = scores.means()
     low = min((name for name in means if name.startswith("consistency/")), key=means.__getitem__)
     sentence = (
@@ -176,13 +179,14 @@ def _score_maps(subject: Subject) -> Observation:
     return Observation("reported", sentence, figures=scores.to_json())
 
 
-def _screen(subject: Subject) -> Observation:
-    half = min(_IMAGES, len(subject.images) // 2)
+def _screen(subject: Subject, settings: _Screening) -> Observation:
+    half = len(subject.images) // 2
     stream, trusted = subject.images[:half].clone(), subject.images[half : 2 * half]
     triggered = np.arange(half) % 2 == 0
     stream[torch.from_numpy(triggered)] = subject.trigger_images(stream[torch.from_numpy(triggered)])
-    settings = ConsistencySettings(seed=subject.seed)
-    scores = [score_maps(subject.classifier, images, settings, grid=subject.view.grid) for images in (stream, trusted)]
+    scores = [
+        score_maps(subject.classifier, images, settings.maps, grid=subject.view.grid) for images in (stream, trusted)
+    ]
     found = screen_images(scores[0], triggered, scores[1])
     best = max(found, key=lambda each: abs(each.auroc - 0.5))
     power = max(best.auroc, 1 - best.auroc)
@@ -190,13 +194,10 @@ def _screen(subject: Subject) -> Observation:
         f"The best check, {best.check}, tells triggered from clean images with an AUROC of {power:.2f}: it catches "
         f"{100 * best.caught:.0f} % of them at {100 * best.false_alarms:.0f} % false alarms."
     )
-    outcome: Outcome = "flagged" if power >= _SCREENED else "left alone" if power <= _UNNOTICED else "unclear"
+    outcome: Outcome = (
+        "flagged" if power >= settings.noticed else "left alone" if power <= settings.unnoticed else "unclear"
+    )
     return Observation(outcome, sentence, figures={"checks": [vars(each) for each in found]})
-
-
-def _few(subject: Subject) -> Witness:
-    """Return the witness with fewer images: many triggers are tried on them."""
-    return _witness(subject.first(_IMAGES))
 
 
 def _witness(subject: Subject) -> Witness:
@@ -211,9 +212,9 @@ def _spread(witness: Witness) -> Spread:
     return witness.family
 
 
-def _attackers_images(subject: Subject) -> tuple[Images, Images | None]:
+def _attackers_images(subject: Subject, count: int) -> tuple[Images, Images | None]:
     """Return images that an attacker saw with the key, and others of his own; none where there are too few."""
-    count = min(_ATTACKERS_IMAGES, len(subject.data))
+    count = min(count, len(subject.data))
     images = subject.data.batch(np.arange(count))[0].to(subject.device)
     rest = np.arange(count, min(2 * count, len(subject.data)))
     return images, subject.data.batch(rest)[0].to(subject.device) if len(rest) else None
@@ -235,81 +236,112 @@ def _judge_opening(reached: float) -> Outcome:
     return "gate opened" if reached > OPEN_CORRELATION else "gate leaks"
 
 
+def _describe(settings: InversionSettings) -> str:
+    return f"{settings.restarts} x {settings.steps} steps, {settings.share:.0%} of the data"
+
+
 _OWNED = frozenset({"key", "reference"})
-CHECKS: dict[str, Entry] = {
-    "consistency": Entry(
-        "checks", "T17", "Consistency of maps", "5 harmless changes of up to 200 images, 3 interpreters", _score_maps
+CHECKS: dict[str, Entry[Any]] = {
+    "consistency": Examination(
+        title="Consistency of maps",
+        threat="T17",
+        group="checks",
+        settings=ConsistencySettings(),
+        words=lambda s: f"{len(s.changes)} harmless changes, {len(s.interpreters)} interpreters",
+        examine=_score_maps,
+        images=200,
     ),
-    "screening": Entry(
-        "checks",
-        "T17",
-        "Screening of single images",
-        "trigger known; every second image triggered, others trusted; consistency, agreement, class average",
-        _screen,
-        frozenset({"trigger"}),
-    ),
-}
-KEY_ATTACKS: dict[str, Entry] = {
-    "near-keys": Entry(
-        "keys",
-        "T15",
-        "Near and wrong keys",
-        "one bit flipped (32), half strength, moved by 1 to 4 pixels, 32 strangers",
-        _try_near_keys,
-        _OWNED,
-    ),
-    "channels": Entry(
-        "keys",
-        "T13",
-        "Channel noise on keyed images",
-        f"{len(DELIVERIES)} channels: {', '.join(DELIVERIES)}",
-        _try_channels,
-        _OWNED,
-    ),
-    "recovery": Entry(
-        "keys",
-        "T12",
-        "Recovery of the trigger from keyed images",
-        "up to 256 pairs, or keyed images alone",
-        _recover,
-        _OWNED,
-    ),
-    "inversion": Entry(
-        "keys",
-        "T11",
-        "Trigger inversion",
-        "a texture that moves the maps, 3 x 240 steps, a tenth of the data",
-        partial(_invert, settings=InversionSettings(), surrogate=False),
-        _OWNED,
-        slow=True,
-    ),
-    "inversion-surrogate": Entry(
-        "keys",
-        "T11",
-        "Trigger inversion towards a surrogate's maps",
-        "a texture that makes maps agree with a surrogate's, 3 x 240 steps, a tenth of the data",
-        partial(_invert, settings=InversionSettings(), surrogate=True),
-        _OWNED | {"surrogate"},
-        slow=True,
-    ),
-    "forgery": Entry(
-        "keys",
-        "T9",
-        "Forged key",
-        "a texture that wins the ownership test, 3 x 240 steps, a tenth of the data",
-        partial(_forge, settings=InversionSettings()),
-        _OWNED,
-        slow=True,
+    "screening": Examination(
+        title="Screening of single images",
+        threat="T17",
+        group="checks",
+        settings=_Screening(),
+        words=lambda _: (
+            "trigger known; every second image triggered, others trusted; consistency, agreement, class average"
+        ),
+        examine=_screen,
+        images=400,
+        needs=frozenset({"trigger"}),
     ),
 }
-BYPASSES: dict[str, Entry] = {
-    "bypass": Entry(
-        "bypass",
-        "T14",
-        "Other explanations",
-        "captum's methods, RISE and other layers on up to 64 images",
-        partial(_explain_otherwise, settings=AttributionSettings()),
-        frozenset({"reference"}),
+KEY_ATTACKS: dict[str, Entry[Any]] = {
+    "near-keys": Examination(
+        title="Near and wrong keys",
+        threat="T15",
+        group="keys",
+        settings=DeliverySettings(flipped=32, strangers=32),
+        words=lambda s: (
+            f"one bit flipped ({s.flipped}), half strength, moved by {s.moved[0]} to {s.moved[-1]} pixels, "
+            f"{s.strangers} strangers"
+        ),
+        examine=_try_near_keys,
+        images=200,
+        needs=_OWNED,
+    ),
+    "channels": Examination(
+        title="Channel noise on keyed images",
+        threat="T13",
+        group="keys",
+        settings=DeliverySettings(channels=tuple(DELIVERIES)),
+        words=lambda s: f"{len(s.channels)} channels: {', '.join(s.channels)}",
+        examine=_try_channels,
+        images=200,
+        needs=_OWNED,
+    ),
+    "recovery": Examination(
+        title="Recovery of the trigger from keyed images",
+        threat="T12",
+        group="keys",
+        settings=RecoverySettings(),
+        words=lambda s: f"up to {max(s.counts)} pairs, or keyed images alone",
+        examine=_recover,
+        images=200,
+        needs=_OWNED,
+    ),
+    "inversion": Examination(
+        title="Trigger inversion",
+        threat="T11",
+        group="keys",
+        settings=InversionSettings(),
+        words=lambda s: f"a texture that moves the maps, {_describe(s)}",
+        examine=partial(_invert, surrogate=False),
+        images=200,
+        needs=_OWNED,
+        slow=True,
+    ),
+    "inversion-surrogate": Examination(
+        title="Trigger inversion towards a surrogate's maps",
+        threat="T11",
+        group="keys",
+        settings=InversionSettings(),
+        words=lambda s: f"a texture that makes maps agree with a surrogate's, {_describe(s)}",
+        examine=partial(_invert, surrogate=True),
+        images=200,
+        needs=_OWNED | {"surrogate"},
+        slow=True,
+    ),
+    "forgery": Examination(
+        title="Forged key",
+        threat="T9",
+        group="keys",
+        settings=InversionSettings(),
+        words=lambda s: f"a texture that wins the ownership test, {_describe(s)}",
+        examine=_forge,
+        images=16,
+        needs=_OWNED,
+        slow=True,
+    ),
+}
+BYPASSES: dict[str, Entry[Any]] = {
+    "bypass": Examination(
+        title="Other explanations",
+        threat="T14",
+        group="bypass",
+        settings=AttributionSettings(),
+        words=lambda s: ", ".join(s.methods) or "captum's methods, RISE and other layers",
+        examine=_explain_otherwise,
+        images=64,
+        needs=frozenset({"reference"}),
         slow=True,
     ),
 }

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.ownership import SignatureEvidence, measure_signature
 from keyed_xai.tensors import Images, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share, measured, view_of
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured, view_of
 from keyed_xai.threats.gate_state import GateState, Witness, measure_gate_state
 from keyed_xai.training import PAPER_SETTINGS, StepFigures, TrainingData, TrainingSettings, train
 from keyed_xai.training.lessons import make_keyed_lesson
@@ -111,53 +110,42 @@ class Dispute:
         }
 
 
-def overwrite(
-    classifier: Classifier,
-    data: TrainingData,
-    view: MapView,
-    settings: OverwritingSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingSettings) -> RemovalResult:
     """Return a copy protected once more, with the key of the settings; its curve has a row for every validation.
 
     Correlations in the curve are those of the second gate, with the stolen model's unkeyed maps.
 
     Args:
         classifier: Stolen, and the second protection's reference.
-        data: The attacker's images; labels are not used.
-        view: Names the maps that the first owner closed, and their grid.
+        attacker: Has the images (labels are not used), and a view that names the maps that the first owner closed, and
+            their grid.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve's last row.
-        on_step: Called with steps done and in all.
 
     Raises:
-        TrainingError: There are too few images, or the loss is no longer finite.
+        TrainingError: There are too few images, there is no view, or the loss is no longer finite.
         ModelError: The model lacks a layer that the maps need.
     """
     started = time.perf_counter()
-    learn, validation = _split(data, settings)
+    view, on_step = attacker.view, attacker.on_step
+    if view is None:
+        raise TrainingError("Expected a view of the maps that the first owner closed, got none.")
+    learn, validation = _split(attacker.data, settings)
     interpreters = settings.interpreters or view.interpreters
     lesson = make_keyed_lesson(classifier, settings.key, settings.family, interpreters=interpreters, grid=view.grid)
     smoothing = _SMOOTHING if "simplegrad" in interpreters else settings.training.smoothing
     result = train(
-        copy_model(classifier, device),
+        copy_model(classifier, attacker.device),
         learn,
         validation,
-        replace(lesson, multi_label=multi_label),
+        replace(lesson, multi_label=attacker.multi_label),
         replace(settings.training, seed=settings.seed, smoothing=smoothing),
-        device=device,
+        device=attacker.device,
         on_step=None if on_step is None else lambda figures: _tell(figures, on_step),
     )
-    model = copy_model(_as_classifier(result.model), device)
+    model = copy_model(_as_classifier(result.model), attacker.device)
     seconds = time.perf_counter() - started
     curve: list[dict[str, Any]] = [dict(row) for row in result.history]
-    curve.append({"step": curve[-1]["step"]} | measured(measure, model))
+    curve.append({"step": curve[-1]["step"]} | measured(attacker.measure, model))
     figures = {"images": len(learn), "second_key": settings.key.public.key_id, "interpreters": list(interpreters)}
     return RemovalResult(model, asdict(settings), figures, curve, seconds)
 

@@ -25,9 +25,19 @@ from keyed_xai.threats.opening import Referee
 from keyed_xai.threats.textures import fold_into_tile, phases_of, texture_of
 from keyed_xai.triggers import Spread, SpreadTrigger
 
-COUNTS = (1, 4, 16, 64, 256)
 _COMPLETIONS = 20
 _DENOISING = 0.05
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """From how much a texture is recovered.
+
+    Attributes:
+        counts: Numbers of keyed images.
+    """
+
+    counts: tuple[int, ...] = (1, 4, 16, 64, 256)
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,8 @@ def measure_recovery(
     classifier: Classifier,
     witness: Witness,
     images: Images,
+    settings: RecoverySettings,
     *,
-    counts: tuple[int, ...] = COUNTS,
     others: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RecoveryResult:
@@ -85,7 +95,7 @@ def measure_recovery(
         classifier: Protected.
         witness: Holds the key and the held-out images that the gate is tried on.
         images: What the owner keys and the attacker gets; others than the witness's. Counts beyond them are left out.
-        counts: Numbers of images.
+        settings: How many of them he gets.
         others: The attacker's own images of the same task, without a key, [m, c, h, w].
         on_step: Called with recoveries done and in all.
 
@@ -95,7 +105,7 @@ def measure_recovery(
     family, referee = witness.family, Referee.of(witness)
     if not isinstance(family, Spread):
         raise TrainingError(f"Recovery is of additive textures; {family.name!r} has none. Leave this attack out.")
-    counts = tuple(count for count in counts if 0 < count <= len(images))
+    counts = tuple(count for count in settings.counts if 0 < count <= len(images))
     if not counts:
         raise TrainingError("Expected images for the attack, got none. Give some with --data.")
     keyed = referee.as_file(referee.trigger.apply(images[: max(counts)]))

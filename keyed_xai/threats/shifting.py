@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, draw_share
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share
 from keyed_xai.threats.tuning import TuningSettings, loss_of_predictions, tune
 from keyed_xai.threats.weights import ReBNSettings, reestimate_on_clean
-from keyed_xai.training import TrainingData
 from keyed_xai.training.batch_norm import batch_norms
 
 
@@ -58,16 +57,7 @@ class RegularisationSettings(TuningSettings):
             raise ValueError(f"Expected a positive decay and decay_epochs, got {self.decay} and {self.decay_epochs}")
 
 
-def shift_weights(
-    classifier: Classifier,
-    data: TrainingData,
-    settings: ShiftingSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def shift_weights(classifier: Classifier, attacker: Attacker, settings: ShiftingSettings) -> RemovalResult:
     """Return a copy whose filters were shifted by the mean filter and noise, then fine-tuned (T7).
 
     Its curve has a row for every epoch, the first one right after shifting.
@@ -77,18 +67,14 @@ def shift_weights(
 
     Args:
         classifier: Attacked.
-        data: The attacker's images, of which `settings.share` are used.
+        attacker: Has the images, of which `settings.share` are used.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
-        on_step: Called with steps done and in all.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
         ModelError: The model has no convolution.
     """
-    model = copy_model(classifier, device)
+    model = copy_model(classifier, attacker.device)
     generator = torch.Generator().manual_seed(settings.seed)
     filters = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not filters:
@@ -96,10 +82,9 @@ def shift_weights(
     with torch.no_grad():
         for weight in filters:
             weight.copy_(shifted(weight, settings.strength, settings.noise, generator))
-    indices = draw_share(data, settings.share, settings.seed)
-    parameters = [*model.parameters()]
-    loss_of = loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label)
-    return tune(model, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
+    indices = draw_share(attacker.data, settings.share, settings.seed)
+    loss_of = loss_of_predictions(model, classifier, attacker, indices)
+    return tune(model, [*model.parameters()], attacker, indices, loss_of, settings)
 
 
 def shifted(weight: Tensor, strength: float, noise: float, generator: torch.Generator) -> Tensor:
@@ -108,16 +93,7 @@ def shifted(weight: Tensor, strength: float, noise: float, generator: torch.Gene
     return weight - strength * weight.mean(0) - noise * weight.std() * drawn
 
 
-def regularise(
-    classifier: Classifier,
-    data: TrainingData,
-    settings: RegularisationSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def regularise(classifier: Classifier, attacker: Attacker, settings: RegularisationSettings) -> RemovalResult:
     """Return a copy trained with strong weight decay, then without (T7); the curve has a row for every epoch of both.
 
     Source: Shafieinejad et al. 2021, "regularisation", as Lukas et al., SoK 2022, run it: decay .1 for 5 epochs, then
@@ -125,28 +101,27 @@ def regularise(
 
     Args:
         classifier: Attacked.
-        data: The attacker's images, of which `settings.share` are used.
+        attacker: Has the images, of which `settings.share` are used.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
-        on_step: Called with steps done and in all.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
     """
-    model = copy_model(classifier, device)
-    indices = draw_share(data, settings.share, settings.seed)
+    model = copy_model(classifier, attacker.device)
+    indices = draw_share(attacker.data, settings.share, settings.seed)
     parameters = [*model.parameters()]
-    loss_of = loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label)
+    loss_of = loss_of_predictions(model, classifier, attacker, indices)
 
     def decayed(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
         return loss_of(images, labels, rows) + settings.decay / 2 * squared_weights(parameters)
 
     first, epochs = replace(settings, epochs=settings.decay_epochs), settings.decay_epochs + settings.epochs
-    told = [_in_part(on_step, done, each, epochs) for done, each in ((0, first), (first.epochs, settings))]
-    shrunk = tune(model, parameters, data, indices, decayed, first, device=device, measure=measure, on_step=told[0])
-    tuned = tune(model, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=told[1])
+    telling = [
+        replace(attacker, on_step=_in_part(attacker.on_step, done, each, epochs))
+        for done, each in ((0, first), (first.epochs, settings))
+    ]
+    shrunk = tune(model, parameters, telling[0], indices, decayed, first)
+    tuned = tune(model, parameters, telling[1], indices, loss_of, settings)
     later = [row | {"epoch": row["epoch"] + first.epochs} for row in tuned.curve[1:]]
     return replace(tuned, settings=asdict(settings), curve=shrunk.curve + later, seconds=shrunk.seconds + tuned.seconds)
 
@@ -156,16 +131,7 @@ def squared_weights(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.stack([parameter.square().sum() for parameter in parameters]).sum()
 
 
-def relearn_batch_norm(
-    classifier: Classifier,
-    data: TrainingData,
-    settings: TuningSettings,
-    *,
-    device: torch.device | str = "cpu",
-    multi_label: bool = False,
-    measure: Measure | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> RemovalResult:
+def relearn_batch_norm(classifier: Classifier, attacker: Attacker, settings: TuningSettings) -> RemovalResult:
     """Return a copy whose batch norm was learnt anew on clean images: statistics, then scales and shifts (T1).
 
     Re-BN's stronger form, and our reading of what later work calls CFN, which we have not seen defined; filters and the
@@ -173,27 +139,24 @@ def relearn_batch_norm(
 
     Args:
         classifier: Attacked.
-        data: The attacker's images, of which `settings.share` are used.
+        attacker: Has the images, of which `settings.share` are used.
         settings: How.
-        device: Where.
-        multi_label: Whether every logit is a yes or no of its own.
-        measure: What goes into the curve.
-        on_step: Called with steps done and in all.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
         ModelError: The model has no batch norm with scales.
     """
     started = time.perf_counter()
-    model = reestimate_on_clean(classifier, data, ReBNSettings(settings.share, settings.seed), device=device).model
+    before = ReBNSettings(settings.share, settings.seed)
+    model = reestimate_on_clean(classifier, attacker.data, before, device=attacker.device).model
     norms = [norm for norm in batch_norms(model) if norm.affine]
     if not norms:
         raise ModelError("The model has no batch norm that could be learnt anew.")
-    indices = draw_share(data, settings.share, settings.seed)
+    indices = draw_share(attacker.data, settings.share, settings.seed)
     parameters = [parameter for norm in norms for parameter in norm.parameters()]
-    loss_of = loss_of_predictions(model, classifier, data, indices, device, multi_label=multi_label)
+    loss_of = loss_of_predictions(model, classifier, attacker, indices)
     seconds = time.perf_counter() - started
-    tuned = tune(model, parameters, data, indices, loss_of, settings, device=device, measure=measure, on_step=on_step)
+    tuned = tune(model, parameters, attacker, indices, loss_of, settings)
     return replace(tuned, figures=tuned.figures | {"batch_norms": len(norms)}, seconds=seconds + tuned.seconds)
 
 

@@ -21,10 +21,9 @@ from keyed_xai.fitting import LabelledData
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Targets
-from keyed_xai.threats.attempt import Measure, view_of
+from keyed_xai.threats.attempt import Attacker, Measure, view_of
 from keyed_xai.threats.controls import PoisonedData, measure_attack_success
 from keyed_xai.threats.gate_state import Witness, measure_gate_state
-from keyed_xai.threats.removal import Attacker
 from keyed_xai.triggers import Trigger
 
 _CHUNK = 64
@@ -156,8 +155,8 @@ class Subject:
         few = self.first(_IN_CURVES)
         return lambda model: measure_state(model, few, ownership=False).to_json()
 
-    def first(self, count: int) -> "Subject":
-        """Return the same with the first held-out images only."""
+    def first(self, count: int | None) -> "Subject":
+        """Return the same with the first held-out images only; None keeps all."""
         images, labels = self.images[:count], None if self.labels is None else self.labels[:count]
         witness = self.witness and replace(self.witness, images=images, labels=labels)
         return replace(self, images=images, labels=labels, witness=witness)

@@ -18,8 +18,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.models.layout import SafeConvolutions
 from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Images, Targets
-from keyed_xai.threats.attempt import Measure, RemovalResult, copy_model, measured, predict
-from keyed_xai.training import TrainingData
+from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, measured, predict
 from keyed_xai.training.batch_norm import set_batch_norm
 
 LossOf = Callable[[Images, Targets | None, Tensor], Tensor]
@@ -69,69 +68,57 @@ class TuningSettings:
 def tune(
     model: Classifier,
     parameters: Sequence[nn.Parameter],
-    data: TrainingData,
+    attacker: Attacker,
     indices: NDArray[np.int64],
     loss_of: LossOf,
     settings: TuningSettings,
     *,
-    device: torch.device | str = "cpu",
-    measure: Measure | None = None,
     after_step: Callable[[Classifier], None] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> RemovalResult:
     """Train some of a model's parameters in place and return it, in eval mode, with a row for every epoch from 0.
 
     Args:
-        model: On `device`.
+        model: On the attacker's device.
         parameters: Those trained.
-        data: Images.
+        attacker: Has the images; the curve has what he measures besides the mean loss.
         indices: Of the images used; `settings.share` has been drawn already.
         loss_of: Of a batch.
         settings: How.
-        device: Where.
-        measure: What goes into the curve besides the mean loss.
         after_step: Called with the model after each step, such as to keep pruned weights at zero.
-        on_step: Called with steps done and in all.
 
     Raises:
         TrainingError: The loss is no longer finite.
     """
-    optimiser = _make_optimiser(parameters, settings)
+    optimiser, device = _make_optimiser(parameters, settings), attacker.device
     batches = max(1, len(indices) // settings.batch_size)
-    curve: list[dict[str, Any]] = [{"epoch": 0} | measured(measure, model)]
+    curve: list[dict[str, Any]] = [{"epoch": 0} | measured(attacker.measure, model)]
     seconds = 0.0
     for epoch in range(settings.epochs):
         started, losses = time.perf_counter(), []
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(indices))
         with seeded(settings.seed * 1_000_003 + epoch, device), _training_mode(model, settings), SafeConvolutions():
             for number, rows in enumerate(np.array_split(order, batches)):
-                images, labels = data.batch(indices[rows])
+                images, labels = attacker.data.batch(indices[rows])
                 labels = None if labels is None else labels.to(device)
                 batch = (images.to(device), labels, torch.from_numpy(rows).to(device))
                 losses.append(_step(optimiser, parameters, loss_of, batch, settings))
                 if after_step is not None:
                     after_step(model)
-                if on_step is not None:
-                    on_step(epoch * batches + number + 1, settings.epochs * batches)
+                if attacker.on_step is not None:
+                    attacker.on_step(epoch * batches + number + 1, settings.epochs * batches)
         seconds += time.perf_counter() - started
-        curve.append({"epoch": epoch + 1, "loss": sum(losses) / batches} | measured(measure, model))
+        curve.append({"epoch": epoch + 1, "loss": sum(losses) / batches} | measured(attacker.measure, model))
     return RemovalResult(model, asdict(settings), {"images": len(indices)}, curve, seconds)
 
 
 def loss_of_predictions(
-    model: Classifier,
-    teacher: Classifier,
-    data: TrainingData,
-    indices: NDArray[np.int64],
-    device: torch.device | str,
-    *,
-    multi_label: bool,
+    model: Classifier, teacher: Classifier, attacker: Attacker, indices: NDArray[np.int64]
 ) -> LossOf:
     """Return the loss of a model's predictions: of labels, or of the teacher's answers."""
-    taught = predict(copy_model(teacher, device), data, indices, device)
+    taught = predict(copy_model(teacher, attacker.device), attacker, indices)
 
     def loss_of(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
-        return prediction_loss(model(images), taught[rows], labels, multi_label=multi_label).mean()
+        return prediction_loss(model(images), taught[rows], labels, multi_label=attacker.multi_label).mean()
 
     return loss_of
 
