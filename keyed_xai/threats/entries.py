@@ -54,7 +54,7 @@ THREATS = {
     "T15": "near keys",
     "T17": "detection",
 }
-"""What the codes of threats stand for; those of other commands and of README are left out."""
+"""What the codes of threats stand for; those of other commands are left out."""
 _LACKS = {
     "trigger": "the trigger: the owner's key, or the folder of an attacked model",
     "key": "the owner's key",
