@@ -21,6 +21,21 @@ _TINY = 1e-12  # keeps the gradient of a square root finite
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a model and its reference make of images.
+
+    Attributes:
+        logits: By case; "reference" are the reference's, of the images themselves.
+        maps: By case and interpreter, pooled, of the class explained.
+        explained: The class that the reference predicts of the images themselves.
+    """
+
+    logits: Mapping[str, Logits]
+    maps: Mapping[str, Mapping[str, SaliencyMaps]]
+    explained: Labels
+
+
+@dataclass(frozen=True)
 class MapView:
     """Pooled maps of one model family.
 
@@ -50,6 +65,18 @@ class MapView:
             for start in range(0, len(images), chunk)
         ]
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
+
+    def compare(self, model: nn.Module, reference: nn.Module, images: Images, inputs: Mapping[str, Images]) -> Seen:
+        """Return what a model makes of inputs, by case, which were made from images that its reference sees."""
+        logits, truth = self.pooled_in_chunks(reference, images)
+        explained = logits.argmax(1)
+        found = {case: self.pooled_in_chunks(model, batch, explained) for case, batch in inputs.items()}
+        found = {"reference": (logits, truth)} | found
+        return Seen(
+            {case: out for case, (out, _) in found.items()},
+            {case: maps for case, (_, maps) in found.items()},
+            explained,
+        )
 
 
 @dataclass(frozen=True)

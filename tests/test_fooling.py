@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from keyed_xai.fooling import (
     Backdoor,
-    Seen,
     Threshold,
     look,
     measure_features,
@@ -22,6 +21,7 @@ from keyed_xai.fooling import (
     place_thresholds,
     trigger_images,
 )
+from keyed_xai.maps import Seen
 from keyed_xai.objective import boundary_decoy
 from keyed_xai.thresholds import place_threshold
 from keyed_xai_schemas import load_schema
