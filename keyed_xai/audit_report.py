@@ -303,11 +303,11 @@ def _control_facts(report: Mapping[str, object]) -> Html:
     rows = []
     for name, title in _CONTROLS.items():
         figures = get_mapping(report, "controls", name)
-        success = get_number(figures, "before", "attack_success")
+        poisoned = get_number(figures, "poisoned")
         cells = [
             as_share(get_number(figures, "before", "accuracy")),
-            "" if success is None else as_share(success),
-            _whole(get_number(figures, "poisoned")),
+            as_share(get_number(figures, "before", "attack_success")),
+            "" if poisoned is None else f"{poisoned:,.0f}",
         ]
         rows.append((title, cells))
     return table(
@@ -363,7 +363,11 @@ def _settings(report: Mapping[str, object]) -> Html:
 
 def _summary(report: Mapping[str, object]) -> str:
     """Return what happened, in one sentence for each kind of thing that was tried."""
-    worthless = {get_string(each, "name") for each in get_list(report, "defences") if _is_worthless(each)}
+    worthless = {
+        get_string(each, "name")
+        for each in get_list(report, "defences")
+        if get_string(each, "verdict") == "proves nothing here"
+    }
     found = get_list(report, "findings")
     counted = [each for each in found if _is_cheap(each) and get_string(each, "name") not in worthless]
     sentences = []
@@ -489,10 +493,6 @@ def _few(choose: Callable[[list[float]], float], values: Sequence[float | None])
     return as_decimal(choose(known)) if known else ""
 
 
-def _is_worthless(defence: object) -> bool:
-    return get_string(defence, "verdict") == "proves nothing here"
-
-
 def _outcome(found: object) -> str:
     return get_string(found, "outcome")
 
@@ -504,7 +504,3 @@ def _outcomes(report: Mapping[str, object]) -> dict[str, str]:
 def _figure(png: bytes, title: str) -> Html:
     paper = element("div", image(png, f"Curves: {title}"), kind="paper")
     return element("figure", paper, element("figcaption", element("strong", title)))
-
-
-def _whole(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
