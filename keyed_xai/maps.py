@@ -14,9 +14,8 @@ from keyed_xai.saliency import INTERPRETERS, Sites, explain, input_gradient, run
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 LARGEST_DEFAULT_SIDE = 8
-SMALLEST_SIDE = 3
-LARGEST_SIDE = 64
-"""What the schemas of cards and licences take."""
+_SMALLEST_SIDE = 3
+_FINEST_SIDE = 64  # what the schemas of cards and licences take
 _TINY = 1e-12  # keeps the gradient of a square root finite
 
 
@@ -123,10 +122,10 @@ def check_choice(interpreters: tuple[str, ...], grid: tuple[int, int] | None) ->
     if unknown or not interpreters or len(set(interpreters)) < len(interpreters):
         raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
                          f"got {', '.join(interpreters) or 'none'}")  # fmt: skip
-    if grid is not None and min(grid) < SMALLEST_SIDE:
-        raise ValueError(f"grid: expected at least {SMALLEST_SIDE} x {SMALLEST_SIDE}, got {grid[0]} x {grid[1]}")
-    if grid is not None and max(grid) > LARGEST_SIDE:
-        raise ValueError(f"grid: expected at most {LARGEST_SIDE} x {LARGEST_SIDE}, got {grid[0]} x {grid[1]}")
+    if grid is not None and min(grid) < _SMALLEST_SIDE:
+        raise ValueError(f"grid: expected at least {_SMALLEST_SIDE} x {_SMALLEST_SIDE}, got {grid[0]} x {grid[1]}")
+    if grid is not None and max(grid) > _FINEST_SIDE:
+        raise ValueError(f"grid: expected at most {_FINEST_SIDE} x {_FINEST_SIDE}, got {grid[0]} x {grid[1]}")
 
 
 def refuse_few_cells(view: MapView, purpose: str) -> None:
@@ -135,10 +134,10 @@ def refuse_few_cells(view: MapView, purpose: str) -> None:
     Raises:
         ModelError: It has fewer than 3 x 3.
     """
-    if min(view.grid) < SMALLEST_SIDE:
+    if min(view.grid) < _SMALLEST_SIDE:
         raise ModelError(
             f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for {purpose}, which needs "
-            f"{SMALLEST_SIDE} x {SMALLEST_SIDE}. Name an earlier --target-layer or a larger --input-size."
+            f"{_SMALLEST_SIDE} x {_SMALLEST_SIDE}. Name an earlier --target-layer or a larger --input-size."
         )
 
 
