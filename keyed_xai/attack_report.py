@@ -1,7 +1,7 @@
 """The report of an attack as one HTML file that explains itself: no scripts, no network, printable.
 
-For a security team: can the explanations of this model be faked, how well, and what would one see? Reports are
-untrusted input: `markup` escapes every value, and fields of an unexpected type are left out like missing ones.
+For a security team: can the explanations of this model be faked, how well, and what would one see? Names in a report
+may come from files of strangers: `markup` escapes every value. What a report lacks is left out.
 """
 
 from collections.abc import Mapping, Sequence

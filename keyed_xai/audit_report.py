@@ -1,7 +1,6 @@
 """The report of an audit as one HTML file that explains itself: no scripts, no network, printable.
 
-Reports are untrusted input: `markup` escapes every value, and fields of an unexpected type are left out like missing
-ones.
+Names in a report may come from files of strangers: `markup` escapes every value. What a report lacks is left out.
 """
 
 from collections.abc import Callable, Mapping, Sequence

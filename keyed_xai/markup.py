@@ -1,4 +1,4 @@
-"""What a report is made of: markup that escapes, figures in words, and fields of documents that nobody vouches for.
+"""What a report is made of: markup that escapes, figures in words, and fields of documents that may lack them.
 
 Every element is built by `element`, which escapes whatever is not `Html` already. A figure that is missing becomes an
 empty string, and empty cells, rows, tables and sections vanish.
