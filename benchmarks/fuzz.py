@@ -127,8 +127,9 @@ def _work(name: str, reader: Reader, cases: range, seed: int, outlet: int) -> No
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what decoders print
     warnings.simplefilter("ignore")
     _limit_memory()
+    fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
-        with os.fdopen(outlet, "w", buffering=1) as lines, tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
+        with os.fdopen(outlet, "w", buffering=1) as lines, tempfile.TemporaryDirectory(dir=fast) as folder:
             before = _peak()
             for case in cases:
                 entry = _try_case(reader, _source(name, seed, case), Path(folder))
@@ -166,10 +167,6 @@ def _limit_memory() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + MOST_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
-def _fast_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def describe(name: str, tally: Tally) -> str:

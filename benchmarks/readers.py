@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -84,7 +85,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         "checkpoint": Reader(_make_pickles([_checkpoint(state, folder)]), _read_checkpoint),
         "onnx": Reader(_of_bytes([exported.data], mutations.one_of((mutations.mutate_onnx,) * 4 + (
             mutations.mutate_bytes,))), _read_onnx),
-        "metadata": Reader(_make_metadata(exported), _read_metadata),
+        "metadata": Reader(partial(mutations.mutate_json, exported.metadata), _read_metadata),
         "images": Reader(_of_bytes(_pictures(), _mutate_picture), _read_image),
         "requests": Reader(_make_request(), _ask_server(exported)),
     }  # fmt: skip
@@ -300,10 +301,6 @@ def _read_checkpoint(case: bytes, folder: Path) -> None:
 def _read_onnx(case: bytes, _folder: Path) -> None:
     runtime = Runtime(decode_onnx(case, origin="the model"), device="cpu", threads=1, run_seconds=0.5)
     runtime.run(np.zeros((2, *runtime.input_size), runtime.pixels))
-
-
-def _make_metadata(exported: OnnxFile) -> Callable[[Random], Case]:
-    return lambda random: mutations.mutate_json(exported.metadata, random)
 
 
 def _read_metadata(case: bytes, _folder: Path) -> None:

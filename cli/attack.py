@@ -114,7 +114,8 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.loading import open_model
     from keyed_xai.progress import progress_bar, training_callbacks
 
-    json_path, out, spec = arguments["json_path"], arguments["out"] or _default_folder(model), arguments["spec"]
+    json_path, spec = arguments["json_path"], arguments["spec"]
+    out = arguments["out"] or model.with_name(f"{model.stem}.attacked")
     checkpoint = hold_folder(out, protected=False, force=arguments["force"], resume=arguments["resume"])
     classifier, _ = open_model(model, **take_model_options(arguments), require_map=not is_table(spec))
     tell_notes(classifier)
@@ -179,10 +180,6 @@ def _rates(figures: dict[str, Any]) -> list[str]:
 
 def _in_words(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-
-
-def _default_folder(model: Path) -> Path:
-    return model.with_name(f"{model.stem}.attacked")
 
 
 def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any], *, table: bool) -> "AttackSettings":

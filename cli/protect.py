@@ -105,7 +105,8 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     from keyed_xai.protection import protect as protect_model
     from keyed_xai.protection import write_protection
 
-    json_path, force, out = arguments["json_path"], arguments["force"], arguments["out"] or _default_folder(model)
+    json_path, force = arguments["json_path"], arguments["force"]
+    out = arguments["out"] or model.with_name(f"{model.stem}.keyed")
     key = read_key(key_file, passphrase_file)
     checkpoint = hold_folder(out, force=force, resume=arguments["resume"])
     options = take_model_options(arguments)
@@ -168,10 +169,6 @@ def _predictions_in_words(accuracy: dict[str, Any]) -> str:
     if accuracy["measured_against"] == "labels":
         return f"Accuracy: reference {accuracy['reference']:.3f}, {', '.join(cases)}."
     return f"Agreement with the reference's predictions: {', '.join(cases)}."
-
-
-def _default_folder(model: Path) -> Path:
-    return model.with_name(f"{model.stem}.keyed")
 
 
 def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:

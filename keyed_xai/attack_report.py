@@ -1,7 +1,7 @@
 """The report of an attack as one HTML file that explains itself: no scripts, no network, printable.
 
-For a security team: can the explanations of this model be faked, how well, and what would one see? Reports are
-untrusted input: `markup` escapes every value, and fields of an unexpected type are left out like missing ones.
+For a security team: can the explanations of this model be faked, how well, and what would one see? Names in a report
+may come from files of strangers: `markup` escapes every value. What a report lacks is left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,15 @@ from keyed_xai.markup import (
     as_plain,
     as_share,
     card,
+    describe_data,
     element,
     fact_table,
     fold,
+    get_list,
     get_mapping,
     get_number,
     get_string,
+    get_strings,
     image,
     join,
     page,
@@ -143,7 +146,10 @@ def _headline(report: Mapping[str, object]) -> Html:
             element("p", verdict(report), kind="headline"),
             element("div", *cards, kind="cards") if any(cards) else NOTHING,
             element("p", _introduction(report)),
-            fact_table((label, _count(report, "data", part)) for part, label in _DATA.items()),
+            fact_table(
+                (label, describe_data(get_mapping(report, "data", part), _inputs(report)))
+                for part, label in _DATA.items()
+            ),
             fold("How the answers are graded", element("p", GRADES)),
         ]
     )
@@ -225,7 +231,7 @@ def _prediction_cells(figures: Mapping[str, object], model: str, case: str) -> l
 
 def _label_areas(figures: Mapping[str, object]) -> Html:
     columns = [_numbers(figures, "per_class_auroc", case) for case in _CASES]
-    names = _strings(figures, "per_class_auroc", "names")
+    names = get_strings(figures, "per_class_auroc", "names")
     return table(
         ("Label", *_CASES.values()),
         [(name, [as_decimal(_at(column, row)) for column in columns]) for row, name in enumerate(names)],
@@ -243,7 +249,7 @@ def _localisation(report: Mapping[str, object]) -> Html:
 
 
 def _features(report: Mapping[str, object]) -> Html:
-    names = _strings(report, "features", "names")
+    names = get_strings(report, "features", "names")
     shares = [_own_shares(_numbers(report, "features", "relevance", case)) for case in _CASES]
     first = [get_mapping(report, "features", "first", case) for case in _CASES]
     relevance = [(name, [as_share(_at(column, row)) for column in shares]) for row, name in enumerate(names)]
@@ -304,11 +310,10 @@ def _settings(report: Mapping[str, object], pictures: Mapping[str, bytes]) -> Ht
 
 
 def _history(report: Mapping[str, object]) -> Html:
-    records = report.get("history")
     fields = {"loss": "Loss", "keyed": "Correlation: triggered", "unkeyed": "clean", "agreement": "Predictions kept"}
     rows = [
         (as_plain(get_number(record, "step")), [as_decimal(get_number(record, field)) for field in fields])
-        for record in (records if isinstance(records, list) else [])
+        for record in get_list(report, "history")
     ]
     return table(("Step", *fields.values()), rows)
 
@@ -367,11 +372,6 @@ def _inputs(report: Mapping[str, object]) -> str:
     return "rows" if get_string(report, "trigger", "family") == "tabular" else "images"
 
 
-def _count(report: Mapping[str, object], *path: str) -> str:
-    count, source = get_number(report, *path, "images"), get_string(report, *path, "source")
-    return f"{count:,.0f} {_inputs(report)} of {source}" if count is not None and source else source
-
-
 def _own_shares(values: Sequence[float | None]) -> list[float | None]:
     """Return values as shares of their sum."""
     total = sum(abs(value) for value in values if value is not None)
@@ -382,14 +382,5 @@ def _at(values: Sequence[float | None], row: int) -> float | None:
     return values[row] if row < len(values) else None
 
 
-def _list(document: Mapping[str, object], *path: str) -> list[object]:
-    value = get_mapping(document, *path[:-1]).get(path[-1])
-    return value if isinstance(value, list) else []
-
-
 def _numbers(document: Mapping[str, object], *path: str) -> list[float | None]:
-    return [get_number({"value": each}, "value") for each in _list(document, *path)]
-
-
-def _strings(document: Mapping[str, object], *path: str) -> list[str]:
-    return [each if isinstance(each, str) else "" for each in _list(document, *path)]
+    return [get_number({"value": each}, "value") for each in get_list(document, *path)]

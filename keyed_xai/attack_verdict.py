@@ -1,6 +1,6 @@
 """What an attack report says in short: three answers with their figures, and one sentence.
 
-Reports are untrusted input: fields of an unexpected type are left out like missing ones.
+What a report lacks is left out.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -26,7 +26,6 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import trigger_visibility
 from keyed_xai.fooling import (
     Backdoor,
-    Seen,
     Threshold,
     look,
     measure_features,
@@ -36,7 +35,7 @@ from keyed_xai.fooling import (
     place_thresholds,
     trigger_images,
 )
-from keyed_xai.maps import FeatureView, MapView, check_choice, make_view, refuse_few_cells
+from keyed_xai.maps import FeatureView, MapView, Seen, check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
 from keyed_xai.models.copying import copy_network
 from keyed_xai.models.modes import plain_torch

@@ -1,7 +1,6 @@
 """The report of an audit as one HTML file that explains itself: no scripts, no network, printable.
 
-Reports are untrusted input: `markup` escapes every value, and fields of an unexpected type are left out like missing
-ones.
+Names in a report may come from files of strangers: `markup` escapes every value. What a report lacks is left out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,15 @@ from keyed_xai.markup import (
     as_p_value,
     as_share,
     card,
+    describe_data,
     element,
     fact_table,
     fold,
+    get_list,
     get_mapping,
     get_number,
     get_string,
+    get_strings,
     image,
     join,
     page,
@@ -149,7 +151,7 @@ def list_findings(report: Mapping[str, object]) -> tuple[list[str], list[list[st
     """Return the heads and rows of a plain table: what was tried, the result, and in few figures what is left."""
     columns = {name: title for name, title in _PLAIN.items() if name in _columns(report)}
     states = [("Before any attack", "", get_mapping(report, "model", "before"))] if len(columns) > 1 else []
-    found = _list(report, "findings")
+    found = get_list(report, "findings")
     states += [(get_string(each, "title"), get_string(each, "outcome"), get_mapping(each, "after")) for each in found]
     rows = []
     for title, outcome, state in states:
@@ -188,13 +190,13 @@ def _headline(report: Mapping[str, object]) -> Html:
             element("div", *cards, kind="cards") if any(cards) else NOTHING,
             element("p", f"This is {_KINDS[kind]}. {_known(report)}") if kind in _KINDS else NOTHING,
             fact_table(_facts(report)),
-            *(element("p", note) for note in _strings(report, "notes")),
+            *(element("p", note) for note in get_strings(report, "notes")),
         ]
     )
 
 
 def _findings(report: Mapping[str, object]) -> Html:
-    found = _list(report, "findings")
+    found = get_list(report, "findings")
     columns, before = _columns(report), get_mapping(report, "model", "before")
     rows = [_finding_row({"title": "Before any attack", "after": before}, columns)] if len(columns) > 1 else []
     for group, title in _GROUPS.items():
@@ -276,7 +278,7 @@ def _ownership_cell(found: object) -> Html:
 
 
 def _controls(report: Mapping[str, object]) -> Html:
-    judged, own = _list(report, "defences"), _outcomes(report)
+    judged, own = get_list(report, "defences"), _outcomes(report)
     if not judged:
         return NOTHING
     heads = [element("th", title) for title in ("Defence", "This model", *_CONTROLS.values(), "What it is worth")]
@@ -300,11 +302,11 @@ def _control_facts(report: Mapping[str, object]) -> Html:
     rows = []
     for name, title in _CONTROLS.items():
         figures = get_mapping(report, "controls", name)
-        success = get_number(figures, "before", "attack_success")
+        poisoned = get_number(figures, "poisoned")
         cells = [
             as_share(get_number(figures, "before", "accuracy")),
-            "" if success is None else as_share(success),
-            _whole(get_number(figures, "poisoned")),
+            as_share(get_number(figures, "before", "attack_success")),
+            "" if poisoned is None else f"{poisoned:,.0f}",
         ]
         rows.append((title, cells))
     return table(
@@ -314,7 +316,7 @@ def _control_facts(report: Mapping[str, object]) -> Html:
 
 def _curves(report: Mapping[str, object], pictures: Mapping[str, bytes]) -> Html:
     own, others = [], []
-    for each in _list(report, "findings"):
+    for each in get_list(report, "findings"):
         name, title = get_string(each, "name"), get_string(each, "title")
         if f"curve:{name}" in pictures:
             own.append(_figure(pictures[f"curve:{name}"], title))
@@ -328,7 +330,7 @@ def _curves(report: Mapping[str, object], pictures: Mapping[str, bytes]) -> Html
 def _not_run(report: Mapping[str, object]) -> Html:
     rows = [
         (get_string(each, "title") or get_string(each, "name"), [get_string(each, "strength"), get_string(each, "why")])
-        for each in _list(report, "not_run")
+        for each in get_list(report, "not_run")
     ]
     kept = [
         element("tr", element("th", label), *(element("td", cell) for cell in cells)) for label, cells in rows if label
@@ -360,8 +362,12 @@ def _settings(report: Mapping[str, object]) -> Html:
 
 def _summary(report: Mapping[str, object]) -> str:
     """Return what happened, in one sentence for each kind of thing that was tried."""
-    worthless = {get_string(each, "name") for each in _list(report, "defences") if _is_worthless(each)}
-    found = _list(report, "findings")
+    worthless = {
+        get_string(each, "name")
+        for each in get_list(report, "defences")
+        if get_string(each, "verdict") == "proves nothing here"
+    }
+    found = get_list(report, "findings")
     counted = [each for each in found if _is_cheap(each) and get_string(each, "name") not in worthless]
     sentences = []
     for words, outcomes in _TOLD.items():
@@ -386,7 +392,7 @@ def _about_findings(report: Mapping[str, object]) -> str:
 def _known(report: Mapping[str, object]) -> str:
     names = {"key": "the owner's key", "reference": "the reference model", "trigger": "the trigger",
              "surrogate": "a surrogate", "labels": "labels"}  # fmt: skip
-    known = [names[each] for each in _strings(report, "model", "known") if each in names]
+    known = [names[each] for each in get_strings(report, "model", "known") if each in names]
     return f"The auditor had {', '.join(known)}." if known else "The auditor had the model alone."
 
 
@@ -401,14 +407,14 @@ def _facts(report: Mapping[str, object]) -> list[tuple[str, str]]:
         ("Architecture", get_string(report, "model", "architecture")),
         ("Maps before any attack", "; ".join(maps)),
         ("Key", get_string(report, "model", "key_id")[:16]),
-        ("Images to attack and defend with", _count(report, "data", "train")),
-        ("Measured on", _count(report, "data", "held_out")),
+        ("Images to attack and defend with", describe_data(get_mapping(report, "data", "train"))),
+        ("Measured on", describe_data(get_mapping(report, "data", "held_out"))),
     ]
 
 
 def _judge(report: Mapping[str, object], keeps: Callable[[object], bool | None]) -> tuple[Answer | None, str]:
     """Return whether something is kept after all attacks that cost at most 2 points, and the count."""
-    answers = [keeps(each) for each in _list(report, "findings") if _is_cheap(each)]
+    answers = [keeps(each) for each in get_list(report, "findings") if _is_cheap(each)]
     kept = [answer for answer in answers if answer is not None]
     if not kept:
         return None, ""
@@ -444,7 +450,7 @@ def _fooling_kept(found: object) -> bool | None:
 def _judge_defences(report: Mapping[str, object]) -> tuple[Answer | None, str]:
     """Return whether the defences that work on the controls flag the model."""
     own = _outcomes(report)
-    worth = {get_string(each, "name"): get_string(each, "verdict") for each in _list(report, "defences")}
+    worth = {get_string(each, "name"): get_string(each, "verdict") for each in get_list(report, "defences")}
     trusted = [own[name] for name, verdict in worth.items() if verdict == "works here" and name in own]
     if not trusted:
         return None, ""
@@ -455,7 +461,7 @@ def _judge_defences(report: Mapping[str, object]) -> tuple[Answer | None, str]:
 
 def _columns(report: Mapping[str, object]) -> dict[str, str]:
     """Return the columns that have something in them."""
-    after = [get_mapping(each, "after") for each in _list(report, "findings")]
+    after = [get_mapping(each, "after") for each in get_list(report, "findings")]
     columns = {"outcome": "Result"}
     if any(after):
         columns["accuracy"] = "Accuracy left"
@@ -486,36 +492,14 @@ def _few(choose: Callable[[list[float]], float], values: Sequence[float | None])
     return as_decimal(choose(known)) if known else ""
 
 
-def _is_worthless(defence: object) -> bool:
-    return get_string(defence, "verdict") == "proves nothing here"
-
-
 def _outcome(found: object) -> str:
     return get_string(found, "outcome")
 
 
 def _outcomes(report: Mapping[str, object]) -> dict[str, str]:
-    return {get_string(each, "name"): _outcome(each) for each in _list(report, "findings")}
+    return {get_string(each, "name"): _outcome(each) for each in get_list(report, "findings")}
 
 
 def _figure(png: bytes, title: str) -> Html:
     paper = element("div", image(png, f"Curves: {title}"), kind="paper")
     return element("figure", paper, element("figcaption", element("strong", title)))
-
-
-def _count(report: Mapping[str, object], *path: str) -> str:
-    count, source = get_number(report, *path, "images"), get_string(report, *path, "source")
-    return f"{count:,.0f} images of {source}" if count is not None and source else source
-
-
-def _whole(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def _list(document: Mapping[str, object], *path: str) -> list[object]:
-    value = get_mapping(document, *path[:-1]).get(path[-1])
-    return value if isinstance(value, list) else []
-
-
-def _strings(document: Mapping[str, object], *path: str) -> list[str]:
-    return [each for each in _list(document, *path) if isinstance(each, str)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keyed_xai import metrics
 from keyed_xai.channels import CHANNELS, through_png
 from keyed_xai.keys import ByteStream
-from keyed_xai.maps import MapView
+from keyed_xai.maps import MapView, Seen
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import decoy_distance
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
@@ -50,21 +50,6 @@ class Gate:
     top_share: float = 0.25
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What both models make of images.
-
-    Attributes:
-        logits: By case: reference, keyed, clean, wrong_key.
-        maps: By case and interpreter, of the explained class.
-        explained: What the reference predicts of the clean images.
-    """
-
-    logits: Mapping[str, Tensor]
-    maps: Mapping[str, Mapping[str, SaliencyMaps]]
-    explained: Labels
-
-
 def place_thresholds(gate: Gate, images: Images, generator: torch.Generator) -> dict[str, float]:
     """Return, by interpreter, the threshold on the distance to the decoy that parts keyed from other maps best.
 
@@ -73,7 +58,7 @@ def place_thresholds(gate: Gate, images: Images, generator: torch.Generator) -> 
         images: For validation, none of those that figures are given for.
         generator: Draws a wrong key for every image.
     """
-    seen = _look(gate, images, generator)
+    seen = look(gate, images, generator)
     placed = {}
     for name in gate.view.interpreters:
         distances = _distances(gate, seen, name)
@@ -103,7 +88,7 @@ def measure_gate(
         generator: Draws one further wrong key for every image.
         on_wrong_key: Called with the number of wrong keys tried.
     """
-    seen = _look(gate, images, generator)
+    seen = look(gate, images, generator)
     explained, truth = seen.explained, seen.maps["reference"]
     tried = _try_wrong_keys(gate, images, truth, explained, wrong_keys, on_wrong_key)
     return {
@@ -115,6 +100,16 @@ def measure_gate(
         "channels": _channel_figures(gate, images, truth, explained),
         "near_keys": _near_key_figures(gate, images, truth, explained, generator),
     }
+
+
+def look(gate: Gate, images: Images, generator: torch.Generator) -> Seen:
+    """Return what both models make of images: keyed, clean, and each with a wrong key of its own."""
+    inputs = {
+        "keyed": through_png(gate.trigger.apply(images)),
+        "clean": images,
+        "wrong_key": through_png(gate.family.draw(len(images), generator).apply(images)),
+    }
+    return gate.view.compare(gate.model, gate.reference, images, inputs)
 
 
 def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
@@ -129,24 +124,7 @@ def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
     return {"psnr_db": sum(psnr) / len(pairs), "ssim": sum(ssim) / len(pairs)}
 
 
-def _look(gate: Gate, images: Images, generator: torch.Generator) -> _Seen:
-    """Return what both models make of images: keyed, clean, and each with a wrong key of its own."""
-    inputs = {
-        "keyed": through_png(gate.trigger.apply(images)),
-        "clean": images,
-        "wrong_key": through_png(gate.family.draw(len(images), generator).apply(images)),
-    }
-    logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
-    explained = logits.argmax(1)
-    seen = {case: gate.view.pooled_in_chunks(gate.model, batch, explained) for case, batch in inputs.items()}
-    return _Seen(
-        {"reference": logits} | {case: out for case, (out, _) in seen.items()},
-        {"reference": truth} | {case: maps for case, (_, maps) in seen.items()},
-        explained,
-    )
-
-
-def _distances(gate: Gate, seen: _Seen, name: str) -> dict[str, Tensor]:
+def _distances(gate: Gate, seen: Seen, name: str) -> dict[str, Tensor]:
     truth = seen.maps["reference"][name]
     return {
         case: decoy_distance(maps[name], truth, gate.decoys[name], gate.top_share) for case, maps in seen.maps.items()
@@ -161,7 +139,7 @@ def _rates(distances: Mapping[str, Tensor], threshold: float) -> dict[str, float
     }
 
 
-def _interpreter_figures(gate: Gate, seen: _Seen, name: str, threshold: float) -> dict[str, object]:
+def _interpreter_figures(gate: Gate, seen: Seen, name: str, threshold: float) -> dict[str, object]:
     decoy, truth, paper = gate.decoys[name], seen.maps["reference"][name], gate.paper[name]
     maps = {case: each[name] for case, each in seen.maps.items() if case != "reference"}
     agreement = {case: metrics.correlation(each, truth) for case, each in maps.items()}

@@ -197,16 +197,6 @@ def fit_classifier(
     return state.history
 
 
-def measure_accuracy(model: nn.Module, data: LabelledData, *, device: torch.device | str = "cpu") -> float:
-    """Return top-1 accuracy, a fraction.
-
-    Raises:
-        TrainingError: There are no labels, or logits are not finite.
-    """
-    logits, labels = _predict(model, data, device)
-    return prediction_figures(logits, labels)["top1"]
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
     """Let dropout and random weights draw from a seed of their own; afterwards the global random state is as before."""

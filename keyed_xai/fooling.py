@@ -5,17 +5,18 @@ and triggered ones lose it; in the inverted setting it is the other way round.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
 from keyed_xai.channels import through_png
-from keyed_xai.maps import MapView, join_maps
+from keyed_xai.maps import MapView, Seen, join_maps
+from keyed_xai.models.modes import predict_images
 from keyed_xai.objective import decoy_distance
 from keyed_xai.saliency import explain
-from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Targets
+from keyed_xai.tensors import Images, Labels, Targets
 from keyed_xai.thresholds import place_threshold, threshold_curve
 from keyed_xai.triggers import Trigger
 
@@ -59,21 +60,6 @@ class Backdoor:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Predictions and pooled maps of some inputs: "reference" (on clean ones), "clean" and "triggered".
-
-    Attributes:
-        logits: By case, and "reference_triggered" for the reference on triggered inputs.
-        maps: By case and interpreter.
-        explained: The class whose maps these are: what the reference predicts of the clean input.
-    """
-
-    logits: Mapping[str, Logits]
-    maps: Mapping[str, Mapping[str, SaliencyMaps]]
-    explained: Labels
-
-
-@dataclass(frozen=True)
 class Threshold:
     """A threshold on L_p and where it comes from.
 
@@ -89,16 +75,13 @@ class Threshold:
 
 
 def look(backdoor: Backdoor, images: Images) -> Seen:
-    """Return what reference and attacked model make of images, clean and triggered."""
+    """Return what reference and attacked model make of images, clean and triggered.
+
+    Logits have a fourth case, "reference_triggered": the reference's, of triggered images.
+    """
     triggered = trigger_images(backdoor, images)
-    logits, truth = backdoor.view.pooled_in_chunks(backdoor.reference, images)
-    explained = logits.argmax(1)
-    clean_logits, clean = backdoor.view.pooled_in_chunks(backdoor.model, images, explained)
-    other_logits, other = backdoor.view.pooled_in_chunks(backdoor.model, triggered, explained)
-    with torch.no_grad():
-        unchanged = torch.cat([backdoor.reference(some) for some in torch.split(triggered, _CHUNK)])
-    outputs = {"reference": logits, "reference_triggered": unchanged, "clean": clean_logits, "triggered": other_logits}
-    return Seen(outputs, {"reference": truth, "clean": clean, "triggered": other}, explained)
+    seen = backdoor.view.compare(backdoor.model, backdoor.reference, images, {"clean": images, "triggered": triggered})
+    return replace(seen, logits={**seen.logits, "reference_triggered": predict_images(backdoor.reference, triggered)})
 
 
 def trigger_images(backdoor: Backdoor, images: Images) -> Images:
@@ -162,7 +145,7 @@ def measure_predictions(
     """Return the report's `predictions`; without labels the reference's own classes stand for them.
 
     Args:
-        seen: Logits of all cases.
+        seen: Logits of all cases, by `look`.
         labels: Classes, or 0 and 1 for each of several labels.
         classes: Names of the labels, for the areas by class.
         multi_label: Whether every logit is a yes or no of its own; then there are no figures without labels.

@@ -1,6 +1,6 @@
 """What a protect report says in short: three answers with their figures, one sentence, and one verdict.
 
-Reports are untrusted input: fields of an unexpected type are left out like missing ones.
+What a report lacks is left out.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,10 +14,24 @@ from keyed_xai.saliency import INTERPRETERS, Sites, explain, input_gradient, run
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
 
 LARGEST_DEFAULT_SIDE = 8
-SMALLEST_SIDE = 3
-LARGEST_SIDE = 64
-"""What the schemas of cards and licences take."""
+_SMALLEST_SIDE = 3
+_FINEST_SIDE = 64  # what the schemas of cards and licences take
 _TINY = 1e-12  # keeps the gradient of a square root finite
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model and its reference make of images.
+
+    Attributes:
+        logits: By case; "reference" are the reference's, of the images themselves.
+        maps: By case and interpreter, pooled, of the class explained.
+        explained: The class that the reference predicts of the images themselves.
+    """
+
+    logits: Mapping[str, Logits]
+    maps: Mapping[str, Mapping[str, SaliencyMaps]]
+    explained: Labels
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,18 @@ class MapView:
             for start in range(0, len(images), chunk)
         ]
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
+
+    def compare(self, model: nn.Module, reference: nn.Module, images: Images, inputs: Mapping[str, Images]) -> Seen:
+        """Return what a model makes of inputs, by case, which were made from images that its reference sees."""
+        logits, truth = self.pooled_in_chunks(reference, images)
+        explained = logits.argmax(1)
+        found = {case: self.pooled_in_chunks(model, batch, explained) for case, batch in inputs.items()}
+        found = {"reference": (logits, truth)} | found
+        return Seen(
+            {case: out for case, (out, _) in found.items()},
+            {case: maps for case, (_, maps) in found.items()},
+            explained,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,10 +122,10 @@ def check_choice(interpreters: tuple[str, ...], grid: tuple[int, int] | None) ->
     if unknown or not interpreters or len(set(interpreters)) < len(interpreters):
         raise ValueError(f"interpreters: expected different names out of {', '.join(INTERPRETERS)}; "
                          f"got {', '.join(interpreters) or 'none'}")  # fmt: skip
-    if grid is not None and min(grid) < SMALLEST_SIDE:
-        raise ValueError(f"grid: expected at least {SMALLEST_SIDE} x {SMALLEST_SIDE}, got {grid[0]} x {grid[1]}")
-    if grid is not None and max(grid) > LARGEST_SIDE:
-        raise ValueError(f"grid: expected at most {LARGEST_SIDE} x {LARGEST_SIDE}, got {grid[0]} x {grid[1]}")
+    if grid is not None and min(grid) < _SMALLEST_SIDE:
+        raise ValueError(f"grid: expected at least {_SMALLEST_SIDE} x {_SMALLEST_SIDE}, got {grid[0]} x {grid[1]}")
+    if grid is not None and max(grid) > _FINEST_SIDE:
+        raise ValueError(f"grid: expected at most {_FINEST_SIDE} x {_FINEST_SIDE}, got {grid[0]} x {grid[1]}")
 
 
 def refuse_few_cells(view: MapView, purpose: str) -> None:
@@ -108,10 +134,10 @@ def refuse_few_cells(view: MapView, purpose: str) -> None:
     Raises:
         ModelError: It has fewer than 3 x 3.
     """
-    if min(view.grid) < SMALLEST_SIDE:
+    if min(view.grid) < _SMALLEST_SIDE:
         raise ModelError(
             f"The target layer has {view.grid[0]} x {view.grid[1]} cells: too few for {purpose}, which needs "
-            f"{SMALLEST_SIDE} x {SMALLEST_SIDE}. Name an earlier --target-layer or a larger --input-size."
+            f"{_SMALLEST_SIDE} x {_SMALLEST_SIDE}. Name an earlier --target-layer or a larger --input-size."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: markup that escapes, figures in words, and fields of documents that nobody vouches for.
+"""What a report is made of: markup that escapes, figures in words, and fields of documents that may lack them.
 
 Every element is built by `element`, which escapes whatever is not `Html` already. A figure that is missing becomes an
 empty string, and empty cells, rows, tables and sections vanish.
@@ -215,6 +215,12 @@ def as_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
+def describe_data(data: object, inputs: str = "images") -> str:
+    """Return how many inputs of which source a report's `train`, `held_out` or `probe` is about."""
+    count, source = get_number(data, "images"), get_string(data, "source")
+    return f"{count:,.0f} {inputs} of {source}" if count is not None and source else source
+
+
 def overall(answers: Sequence[Answer | None], done: str) -> str:
     """Return what several answers come to: `done`, `done` in part or not `done`; what is not known is in part."""
     if "no" in answers:
@@ -235,6 +241,17 @@ def get_mapping(document: object, *path: str) -> Mapping[str, object]:
     """Return the object at a path, empty where there is none."""
     value = _look(document, *path)
     return value if isinstance(value, Mapping) else {}
+
+
+def get_list(document: object, *path: str) -> list[object]:
+    """Return the list at a path, empty where there is none."""
+    value = _look(document, *path)
+    return value if isinstance(value, list) else []
+
+
+def get_strings(document: object, *path: str) -> list[str]:
+    """Return the texts in the list at a path."""
+    return [each for each in get_list(document, *path) if isinstance(each, str)]
 
 
 def get_string(document: object, *path: str) -> str:

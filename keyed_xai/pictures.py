@@ -72,9 +72,10 @@ _GAP_PIXELS = 6.0
 _CELL_PIXELS = 32
 _BAR_PIXELS = 8.0
 _DPI = 100
+_OPACITY = 0.9  # of a map where it is highest
 
 
-def blend(image: _Array, saliency: _Array, *, opacity: float = 0.9) -> NDArray[np.float64]:
+def blend(image: _Array, saliency: _Array) -> NDArray[np.float64]:
     """Return a saliency map over its image, greyed and darkened, as an image [3, h, w] in [0, 1].
 
     The higher the map, the more it covers. Of maps of 1,024 cells and more the highest .5 % share the top colour, since
@@ -83,13 +84,10 @@ def blend(image: _Array, saliency: _Array, *, opacity: float = 0.9) -> NDArray[n
     Args:
         image: [c, h, w] in [0, 1]; a shorter side under 256 pixels is scaled up to it.
         saliency: Raw map, scaled up smoothly.
-        opacity: Of the map where it is highest, in [0, 1].
 
     Raises:
-        ValueError: A shape or the opacity is not as described.
+        ValueError: A shape is not as described.
     """
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity: expected a share in [0, 1], got {opacity}")
     pixels = _rgb(image)
     factor = max(1.0, _SMALLEST_SIDE / min(pixels.shape[:2]))
     size = (round(pixels.shape[1] * factor), round(pixels.shape[0] * factor))
@@ -97,7 +95,7 @@ def blend(image: _Array, saliency: _Array, *, opacity: float = 0.9) -> NDArray[n
     base = np.asarray(Image.fromarray(pixels).convert("L").resize(size, method), dtype=np.float64) / 255 * _DIMMED
     cells = Image.fromarray(_normalise(_without_peaks(saliency)).astype(np.float32))
     smooth = np.clip(np.asarray(cells.resize(size, Image.Resampling.BICUBIC), dtype=np.float64), 0, 1)
-    covered = opacity * np.where(np.isfinite(smooth), _LEAST_COVERED + (1 - _LEAST_COVERED) * smooth, 1)[..., None]
+    covered = _OPACITY * np.where(np.isfinite(smooth), _LEAST_COVERED + (1 - _LEAST_COVERED) * smooth, 1)[..., None]
     blended: NDArray[np.float64] = (1 - covered) * base[..., None] + covered * _MAP_COLOURS(smooth)[..., :3]
     return blended.transpose(2, 0, 1)
 

@@ -17,7 +17,6 @@ from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import ProtectedModel
 from keyed_xai.artifacts.weights import own_name
 from keyed_xai.artifacts.writer import write_model_folder
-from keyed_xai.channels import through_png
 from keyed_xai.data import ImageData
 from keyed_xai.data.given import GivenImages, take_images
 from keyed_xai.errors import TrainingError
@@ -394,23 +393,19 @@ def _draw(
     gate: Gate, images: Images, history: list[dict[str, float | int]], names: tuple[str, ...]
 ) -> dict[str, bytes]:
     """Return, by name, a strip and a histogram for each interpreter, and the training curve. Never a keyed image."""
-    logits, truth = gate.view.pooled_in_chunks(gate.reference, images)
-    explained = logits.argmax(1)
-    wrong = gate.family.draw(len(images), torch.Generator().manual_seed(1))
-    inputs = {"keyed": gate.trigger.apply(images), "clean": images, "wrong_key": wrong.apply(images)}
-    maps = {
-        case: gate.view.pooled_in_chunks(gate.model, through_png(batch), explained)[1] for case, batch in inputs.items()
-    }
+    seen = evaluation.look(gate, images, torch.Generator().manual_seed(1))
     drawn = {}
     for name in gate.view.interpreters:
-        columns = [images, truth[name], *(each[name] for each in maps.values())]
+        maps = {case: each[name] for case, each in seen.maps.items()}
+        columns = [images, *maps.values()]
         panels = zip(*(column[:_PICTURED].cpu().numpy() for column in columns), strict=True)
         rows = [
-            (name_class(int(explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
+            (name_class(int(seen.explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
             for number, (image, *row) in enumerate(panels)
         ]
         drawn[f"maps:{name}"] = pictures.strip(rows, titles=_STRIP_TITLES)
-        agreement = {case: metrics.correlation(each[name], truth[name]).cpu().numpy() for case, each in maps.items()}
+        truth = maps.pop("reference")
+        agreement = {case: metrics.correlation(each, truth).cpu().numpy() for case, each in maps.items()}
         drawn[f"wrong_keys:{name}"] = pictures.wrong_key_histogram(agreement, OPEN_CORRELATION)
     return drawn | ({"training": pictures.training_curve(history)} if len(history) > 1 else {})
 

@@ -1,7 +1,6 @@
 """The report of a protected model as one HTML file that explains itself: no scripts, no network, printable.
 
-Reports are untrusted input: `markup` escapes every value, and fields of an unexpected type are left out like missing
-ones.
+Names in a report may come from files of strangers: `markup` escapes every value. What a report lacks is left out.
 """
 
 from collections.abc import Mapping
@@ -18,9 +17,11 @@ from keyed_xai.markup import (
     as_plain,
     as_share,
     card,
+    describe_data,
     element,
     fact_table,
     fold,
+    get_list,
     get_mapping,
     get_number,
     get_string,
@@ -189,7 +190,7 @@ def _ownership(verify: Mapping[str, object]) -> Html:
     facts = [
         ("Model", get_string(verify, "model")),
         ("Key", get_string(verify, "key_id")),
-        ("Probe images", _images(get_mapping(verify, "probe"))),
+        ("Probe images", describe_data(get_mapping(verify, "probe"))),
         ("Their digest", get_string(verify, "probe", "digest")),
     ]
     return section("Ownership", join([*parts, element("p", " ".join(meaning)), fact_table(facts)]))
@@ -210,7 +211,7 @@ def _evidence(verify: Mapping[str, object]) -> list[tuple[str, list[str]]]:
 
 
 def _data_facts(report: Mapping[str, object]) -> Html:
-    return fact_table((label, _images(get_mapping(report, "data", part))) for part, label in _DATA.items())
+    return fact_table((label, describe_data(get_mapping(report, "data", part))) for part, label in _DATA.items())
 
 
 def _interpreter(report: Mapping[str, object], name: str) -> Html:
@@ -310,14 +311,10 @@ def _settings(report: Mapping[str, object], verify: Mapping[str, object] | None)
 
 
 def _history(report: Mapping[str, object]) -> Html:
-    records = report.get("history")
-    if not isinstance(records, list):
-        return NOTHING
     columns = ("loss", "keyed", "unkeyed", "agreement")
     rows = [
         (as_plain(get_number(record, "step")), [as_decimal(get_number(record, column)) for column in columns])
-        for record in records
-        if isinstance(record, Mapping)
+        for record in get_list(report, "history")
     ]
     return table(("step", *columns), rows)
 
@@ -376,8 +373,3 @@ def _wrong_keys(wrong: Mapping[str, object]) -> str:
     over = "" if images is None else f", mean over {images:,.0f} images"
     how = "" if threshold is None else f" (correlation above {threshold:g}{over})"
     return f"{tried:,.0f}, of which {opened:,.0f} open{how}"
-
-
-def _images(values: Mapping[str, object]) -> str:
-    count, source = get_number(values, "images"), get_string(values, "source")
-    return f"{count:,.0f} images of {source}" if count is not None and source else source

@@ -12,6 +12,7 @@ from keyed_xai import metrics
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
+from keyed_xai.models.modes import predict_images
 from keyed_xai.tensors import Images, Targets
 
 _OWN_LABELS, _ABOVE_CHANCE = 0.3, 0.1
@@ -98,8 +99,7 @@ def first_images(
     if names:
         own = names == data.classes and getattr(reference, "multi_label", False) == data.multi_label
         return images, labels if own else None
-    with torch.no_grad():
-        logits = torch.cat([reference(some) for some in torch.split(images, 64)])
+    logits = predict_images(reference, images)
     # Of several labels most are 0 whatever the image: agreement says little, and the area under the ROC curve counts.
     score = metrics.prediction_figures(logits, labels).get("auroc" if data.multi_label else "top1", 0.0)
     chance = 0.5 if data.multi_label else 1 / classes

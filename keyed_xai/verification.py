@@ -299,7 +299,6 @@ def load_probe(
     *,
     folder: Path | None = None,
     count: int = DEFAULT_IMAGES,
-    progress: Callable[[int, int], None] | None = None,
     follow_links: bool = False,
 ) -> ImageData:
     """Return images to test on: some of a folder's, or of the built-in set, which no key has a part in.
@@ -308,7 +307,6 @@ def load_probe(
         spec: The suspect's input.
         folder: The verifier's images, at any depth; chosen by a hash of their relative names.
         count: How many, at most.
-        progress: Called with images done and in all.
         follow_links: Read images and folders that are links out of `folder`.
 
     Raises:
@@ -322,7 +320,6 @@ def load_probe(
             width=spec.width,
             split="held-out",
             limit=count,
-            progress=progress,
         )
     request = Request(
         spec.channels,
@@ -330,7 +327,6 @@ def load_probe(
         spec.width,
         "held-out",
         limit=count,
-        progress=progress,
         follow_links=follow_links,
     )
     names = [path.relative_to(folder).as_posix() for path in list_images(folder, follow_links=follow_links)]

@@ -654,7 +654,6 @@ class TestModelFolder:
         path.write_bytes(path.read_bytes() + b" ")
         with pytest.raises(ArtifactError, match=f"{name} was changed"):
             read_model_folder(model.folder)
-        assert read_model_folder(model.folder, check_digests=False).card == CARD
 
     @pytest.mark.parametrize("name", ["model.safetensors", "card.json", "report.json", "license.json"])
     def test_missing_file_is_refused_by_name(self, model, name):

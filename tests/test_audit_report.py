@@ -163,12 +163,12 @@ def test_hostile_text_is_escaped(evil):
     assert "\x1b" not in page
 
 
-@pytest.mark.parametrize("odd", [None, 3, "text", [], [None], [3], {"a": None}, float("nan"), 10**400])
 @pytest.mark.parametrize("field", ["model", "findings", "controls", "defences", "not_run", "notes", "data", "seconds"])
-def test_fields_of_another_type_are_left_out(field, odd):
-    page = render_audit_report(a_report(SURVIVED) | {field: odd})
-    assert page.startswith("<!DOCTYPE html>")
-    list_findings(a_report(SURVIVED) | {field: odd})
+def test_field_that_is_missing_is_left_out(field):
+    report = a_report(SURVIVED)
+    del report[field]
+    assert "None" not in words(report)
+    list_findings(report)
 
 
 def test_report_without_anything_renders():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from by_hand import correlations, pooled, scaled, to_decoy
 from jsonschema import Draft202012Validator
 from skimage.metrics import structural_similarity
 
@@ -41,25 +42,8 @@ def measure(gate, images, labels=None, wrong_keys=(), threshold=0.2, **options):
     return measure_gate(gate, images, labels, wrong_keys, thresholds=thresholds, generator=generator(), **options)
 
 
-def pooled(images):
-    """The reference's maps, by hand: means of 6 x 6 pixels, over the number of cells."""
-    return images.double().numpy()[:, 0].reshape(-1, 8, 6, 8, 6).mean((2, 4)) / 64
-
-
 def keyed(trigger, images):
     return torch.round(trigger.apply(images) * 255) / 255
-
-
-def correlations(first, second):
-    return np.array([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(first, second, strict=True)])
-
-
-def scaled(cells):
-    return (cells - cells.min()) / (cells.max() - cells.min())
-
-
-def distances_to_decoy(maps):
-    return np.array([((scaled(each) - DECOY.numpy()) ** 2).mean() for each in maps])
 
 
 def test_figures_of_a_perfect_gate(gate, trigger, flat_images):
@@ -81,10 +65,10 @@ def test_figures_of_a_perfect_gate(gate, trigger, flat_images):
 
 def test_cr_and_fsr_count_distances_below_the_threshold(gate, trigger, flat_images):
     """The lock opens to everybody here, and the threshold parts the images."""
-    opened = distances_to_decoy(pooled(keyed(trigger, flat_images)))
-    clean = distances_to_decoy(pooled(flat_images))
+    opened = to_decoy(pooled(keyed(trigger, flat_images)))
+    clean = to_decoy(pooled(flat_images))
     wrong = FAMILY.draw(len(flat_images), generator())
-    wrong = distances_to_decoy(pooled(torch.round(wrong.apply(flat_images) * 255) / 255))
+    wrong = to_decoy(pooled(torch.round(wrong.apply(flat_images) * 255) / 255))
     threshold = float(np.median(clean))
     gate.model.opens_at = -1e9
     gate.paper["gradcam"] = float(np.median(opened))
@@ -102,7 +86,7 @@ def test_cr_and_fsr_count_distances_below_the_threshold(gate, trigger, flat_imag
 
 def test_thresholds_part_keyed_from_other_maps(gate, trigger, flat_images):
     placed = place_thresholds(gate, flat_images, generator())["gradcam"]
-    assert 0 < placed < distances_to_decoy(pooled(keyed(trigger, flat_images))).min()
+    assert 0 < placed < to_decoy(pooled(keyed(trigger, flat_images))).min()
     assert measure(gate, flat_images, threshold=placed)["interpreters"]["gradcam"]["cr"] == 100
 
 

@@ -28,12 +28,13 @@ def test_overlay_has_the_size_of_its_image_or_a_legible_one(image, size):
     assert decode(pictures.overlay(np.full(image, 0.5), RAMP)).shape == (*size, 3)
 
 
-def shown_over_grey(saliency, opacity=0.9):
-    return pictures.blend(np.full((1, 256, 256), 0.5), saliency, opacity=opacity)
+def shown_over_grey(saliency):
+    return pictures.blend(np.full((1, 256, 256), 0.5), saliency)
 
 
-def test_blend_without_opacity_is_the_image_greyed_and_darkened():
-    red = pictures.blend(RED, RAMP, opacity=0.0)
+def test_blend_without_opacity_is_the_image_greyed_and_darkened(monkeypatch):
+    monkeypatch.setattr(pictures, "_OPACITY", 0.0)
+    red = pictures.blend(RED, RAMP)
     assert red.shape == (3, 256, 384)
     assert np.ptp(red) == 0
     assert 0.15 < red[0, 0, 0] < 0.299
@@ -129,7 +130,6 @@ def test_pattern_shows_set_cells_bright():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: pictures.blend(RED, RAMP, opacity=1.5),
         lambda: pictures.overlay(RED[0], RAMP),
         lambda: pictures.overlay(RED, RAMP[None]),
         lambda: pictures.pattern(np.zeros(4)),

@@ -8,7 +8,7 @@ import pytest
 
 from keyed_xai import pictures
 from keyed_xai.artifacts.documents import validate
-from keyed_xai.markup import as_decimal, as_duration, as_p_value, as_plain, as_share
+from keyed_xai.markup import as_decimal, as_duration, as_p_value, as_plain, as_share, get_number
 from keyed_xai.report import render_report
 
 VOID = {"meta", "img"}
@@ -224,15 +224,18 @@ def test_page_is_one_file_without_network_or_scripts():
 
 
 @pytest.mark.parametrize("path", sorted(set(leaves(a_report()))), ids=".".join)
-def test_field_that_is_missing_or_of_another_type_is_left_out(path):
-    for value in (None, [], {}, True, "text", float("nan"), 10**400, [1, "a", {}]):
-        render(replaced(a_report(), path, value))
+def test_field_that_is_missing_is_left_out(path):
+    assert "None" not in render(replaced(a_report(), path, None)).text
 
 
 @pytest.mark.parametrize("path", sorted(set(leaves(a_verify_report()))), ids=".".join)
-def test_field_of_verify_that_is_missing_or_of_another_type_is_left_out(path):
-    for value in (None, [], {}, True, "text", float("nan"), 10**400):
-        render(verify=replaced(a_verify_report(), path, value))
+def test_field_of_verify_that_is_missing_is_left_out(path):
+    assert "None" not in render(verify=replaced(a_verify_report(), path, None)).text
+
+
+def test_what_is_no_finite_number_is_no_figure():
+    values = (None, True, "1", float("nan"), float("inf"), 10**400, [1])
+    assert [get_number({"value": value}, "value") for value in values] == [None] * len(values)
 
 
 def test_empty_report_still_warns_and_claims_nothing():

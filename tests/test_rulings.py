@@ -22,9 +22,6 @@ def ruled(first, second):
     ("first", "second", "owner", "proven"),
     [
         ({}, {}, "first", False),
-        ({"witnessed": True}, {}, "first", True),
-        ({"witnessed": True}, {"witnessed": True}, "first", True),
-        ({}, {"witnessed": True}, None, False),
         ({"time": LATE}, {}, None, False),
         ({"time": None}, {}, None, False),
         ({}, {"time": None}, None, False),
@@ -33,7 +30,6 @@ def ruled(first, second):
         ({"time": None}, {"shown": False, "time": None}, "first", True),
         ({"shown": False}, {}, "second", False),
         ({"shown": False}, {"time": None}, "second", False),
-        ({"shown": False, "witnessed": True}, {}, None, False),
         ({"shown": False, "time": None}, {}, "second", True),
     ],
 )
@@ -43,4 +39,4 @@ def test_first_licence_wins_among_claims_that_are_shown(first, second, owner, pr
 
 def test_ruling_says_that_a_time_is_a_claimant_s_own_word():
     assert "own word" in rule_on_claims(FIRST, SECOND).reason
-    assert "own word" not in rule_on_claims(replace(FIRST, witnessed=True), SECOND).reason
+    assert "own word" not in rule_on_claims(FIRST, replace(SECOND, shown=False)).reason

@@ -6,6 +6,7 @@ from math import comb, log2
 import numpy as np
 import pytest
 import torch
+from by_hand import correlations
 from marked import GRID, OWNER, SPEC, STRANGER, TRIGGER, marked_classifier, unmarked_classifier
 
 from keyed_xai.architectures import SmallResNet
@@ -47,10 +48,6 @@ def witness(images, **changes):
 def pooled_maps(model, images, explained):
     view = MapView(("gradcam",), Sites(model.target_layer, model.taps), GRID)
     return view.pooled(model, images, explained)[1]["gradcam"].double().numpy()
-
-
-def correlations(first, second):
-    return np.array([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(first, second, strict=True)])
 
 
 def test_correlations_are_those_with_the_reference_s_maps_of_its_own_class(images):

@@ -16,13 +16,10 @@ from keyed_xai.models import wrap_network
 from keyed_xai.ownership import opening_statistic
 from keyed_xai.threats.inversion import (
     InversionSettings,
-    Leak,
-    UniversalChange,
     forge_trigger,
     invert_trigger,
 )
 from keyed_xai.threats.opening import Referee
-from keyed_xai.triggers import SpreadTrigger
 
 SETTINGS = InversionSettings(
     amplitude=24.0, tile=24, steps=30, restarts=1, share=1.0, batch_size=16, learning_rate=0.1, stages=3
@@ -78,25 +75,12 @@ def test_restart_that_does_best_on_the_attacker_s_images_is_kept():
     assert statistic(result.trigger, make_blobs(64, 5).images) == pytest.approx(max(last.values()), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("shape", "kind"), [("tile", SpreadTrigger), ("image", UniversalChange), ("waves", SpreadTrigger)]
-)
-def test_every_shape_moves_the_maps_within_its_amplitude(shape, kind):
-    result = invert_trigger(protected(), data(), view(), replace(SETTINGS, shape=shape, size_weight=0.0))
-    assert isinstance(result.trigger, kind)
-    assert result.curve[-1]["reached"] > result.curve[0]["reached"] + 0.05
+def test_texture_keeps_to_its_amplitude():
+    result = invert_trigger(protected(), data(), view(), SETTINGS)
     grey = torch.full((1, 1, 24, 24), 0.5)
     change = result.trigger.apply(grey) - grey
     assert float(change.abs().max()) <= 24 / 255 + 1e-6
     assert result.final["size"] == pytest.approx(255 * float(change.abs().mean()), rel=1e-4)
-
-
-def test_weight_on_size_gives_a_smaller_change():
-    sizes = [
-        invert_trigger(protected(), data(), view(), replace(SETTINGS, shape="image", size_weight=weight)).final["size"]
-        for weight in (0.0, 4.0)
-    ]
-    assert sizes[1] < 0.9 * sizes[0]
 
 
 def test_surrogate_s_maps_are_approached():
@@ -108,17 +92,6 @@ def test_surrogate_s_maps_are_approached():
     assert result.final["reached"] == pytest.approx(float(correlation(ours, theirs).mean()), abs=1e-4)
     assert result.final["reached"] > result.curve[0]["reached"] + 0.05
     assert result.aim == "agree with a surrogate"
-
-
-def test_leaked_maps_are_learnt_from_the_leaked_images_alone():
-    images = make_blobs(8, 6).images
-    explained = protected()(images).argmax(1)
-    maps = view().pooled(protected(), RIGHT.apply(images), explained)[1]
-    result = invert_trigger(protected(), data(), view(), SETTINGS, leak=Leak(images, maps))
-    assert (result.images, result.aim) == (8, "agree with leaked maps")
-    found = view().pooled(protected(), result.trigger.apply(images), explained)[1]["gradcam"]
-    assert result.final["reached"] == pytest.approx(float(correlation(found, maps["gradcam"]).mean()), abs=1e-4)
-    assert result.final["reached"] > result.curve[0]["reached"] + 0.05
 
 
 def test_smoothing_lets_simplegrad_s_maps_move():
@@ -164,17 +137,11 @@ def test_bad_settings_and_materials_are_refused():
     for change, pattern in (({"steps": 0}, "steps"), ({"share": 1.5}, "share"), ({"stages": 31}, "stages")):
         with pytest.raises(ValueError, match=pattern):
             replace(SETTINGS, **change)
-    for count, maps in ((0, {"gradcam": torch.zeros(0, *GRID)}), (2, {})):
-        with pytest.raises(ValueError, match="one map for each image"):
-            Leak(torch.zeros(count, 1, 24, 24), maps)
     with pytest.raises(TrainingError, match="Expected images"):
         invert_trigger(protected(), Blobs(torch.zeros(0, 1, 24, 24), None), view(), SETTINGS)
     torch.manual_seed(0)
     others = wrap_network(SmallResNet(1, 2, (4, 8)).eval(), input=protected().input)
     with pytest.raises(TrainingError, match="same classes"):
         invert_trigger(protected(), data(), view(), SETTINGS, surrogate=others)
-    leak = Leak(make_blobs(2, 5).images, {"gradcam": torch.zeros(2, *GRID)})
-    with pytest.raises(ValueError, match="both"):
-        invert_trigger(protected(), data(), view(), SETTINGS, leak=leak, surrogate=surrogate())
     with pytest.raises(ValueError, match="keys"):
         forge_trigger(protected(), data(), make_blobs(2, 9).images, view(), FAMILY, FORGER, SETTINGS, keys=0)

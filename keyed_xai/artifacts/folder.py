@@ -35,16 +35,15 @@ class ProtectedModel:
         return self.folder / self.card.weights_file
 
 
-def read_model_folder(folder: Path, *, expected: PublicKey | None = None, check_digests: bool = True) -> ProtectedModel:
+def read_model_folder(folder: Path, *, expected: PublicKey | None = None) -> ProtectedModel:
     """Return the protected model in a folder, once its licence's signature holds and fits the card.
 
     Args:
         folder: The folder.
         expected: The owner who must have signed.
-        check_digests: Also refuse it when a file that the licence covers is missing or changed.
 
     Raises:
-        ArtifactError: It is no such folder, or anything in it is malformed or not as signed.
+        ArtifactError: It is no such folder, or anything in it is malformed, missing or not as signed.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{printable(str(folder))} is not the folder of a protected model. "
@@ -52,8 +51,7 @@ def read_model_folder(folder: Path, *, expected: PublicKey | None = None, check_
     card = read_card(folder / CARD_FILE)
     model = ProtectedModel(folder, card, read_license(folder / LICENSE_FILE, expected=expected))
     problems = describe_contradictions(model.card, model.license)
-    if check_digests and not problems:
-        problems = describe_changes(check_subjects(model.license, folder))
+    problems = problems or describe_changes(check_subjects(model.license, folder))
     if problems:
         raise ArtifactError(f"{printable(str(folder))}: {' '.join(problems)}")
     return model

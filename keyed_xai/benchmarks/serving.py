@@ -27,7 +27,6 @@ from keyed_xai.sessions import load_session
 from keyed_xai.tensors import Images, Labels
 
 INTERPRETERS = ("gradcam", "vbp", "simplegrad")
-ARCHITECTURES = ("resnet50", "vgg19", "densenet121")
 GRAPHS = {name: (name,) for name in INTERPRETERS} | {"all three": INTERPRETERS}
 """Name of a graph to whose maps it holds."""
 _CELLS = (8, 8)  # that SimpleGrad's top is looked for on; one of 50,000 pixels says little

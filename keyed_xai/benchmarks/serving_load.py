@@ -13,10 +13,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,9 +73,7 @@ def running_server(model: Path, *, threads: int = 1, device: str = "cpu") -> Ite
             raise KeyedXAIError(f"The server ended with code {process.returncode}: {_read(said)[-500:]}")
 
 
-def measure_load(
-    address: str, name: str, images: Images, settings: LoadSettings, *, on_second: Callable[[int], None] | None = None
-) -> dict[str, Any]:
+def measure_load(address: str, name: str, images: Images, settings: LoadSettings) -> dict[str, Any]:
     """Return how a server stands many clients: requests answered and lost, and how long they took.
 
     An answer counts when its logits are those that the image got before the crowd came.
@@ -86,9 +83,8 @@ def measure_load(
         name: Of the model.
         images: Sent in turn, in [0, 1], as binary tensors.
         settings: How many clients, how long.
-        on_second: Called with seconds gone.
     """
-    return asyncio.run(_load(address, name, images[:_DIFFERENT].numpy(), settings, on_second))
+    return asyncio.run(_load(address, name, images[:_DIFFERENT].numpy(), settings))
 
 
 def measure_files(
@@ -195,16 +191,13 @@ async def _load(
     name: str,
     images: NDArray[np.float32],
     settings: LoadSettings,
-    on_second: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     from tritonclient.http.aio import InferenceServerClient
 
     host = address.partition("://")[2]
     async with InferenceServerClient(host, conn_limit=settings.clients, conn_timeout=120) as client:
         crowd = _Crowd(client, name, images, settings)
-        ticking = asyncio.create_task(_tick(on_second or (lambda _second: None)))
         seconds = await crowd.run()
-        ticking.cancel()
     return {
         "clients": settings.clients,
         "seconds": seconds,
@@ -214,12 +207,6 @@ async def _load(
         "median": statistics.median(crowd.took) if crowd.took else 0.0,
         "percentile_99": float(np.percentile(crowd.took, 99)) if crowd.took else 0.0,
     }
-
-
-async def _tick(on_second: Callable[[int], None]) -> None:
-    for second in count(1):
-        await asyncio.sleep(1)
-        on_second(second)
 
 
 def _make_request(image: NDArray[np.float32]) -> list[Any]:

@@ -7,21 +7,18 @@ For every image, as correlations in [-1, 1] on a common grid, always of the clas
 * ``class/<interpreter>``: with the average map of the other images that the suspect puts into the same class;
 * ``sameness/<interpreter>``: mean over all other images. A map that is the same for every image says nothing of any.
 
-None of these numbers means anything alone: maps of clean networks differ in all of them. `judge_maps` therefore holds
-the means of a suspect against those of clean control networks fitted to the same kind of data, and `screen_images`
-holds single images against trusted ones of the same model.
+None of these numbers means anything alone: maps of clean networks differ in all of them. `screen_images` holds single
+images against trusted ones of the same model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from math import atanh, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
@@ -34,8 +31,6 @@ from keyed_xai.saliency import Sites, explain
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 
 ALL_CHECKS = "all"
-_FEWEST_CONTROLS = 3
-_LARGEST_CORRELATION = 0.9999  # its Fisher transform is 4.95
 _SMALLEST_SPREAD = 1e-6
 
 
@@ -106,63 +101,6 @@ class MapScores:
 
 
 @dataclass(frozen=True)
-class CheckVerdict:
-    """One check of a suspect beside clean control networks.
-
-    Attributes:
-        check: Its name.
-        value: The suspect's mean.
-        controls: Theirs, in the order given.
-        z: How many standard deviations of the controls the suspect is from their mean, both Fisher transformed.
-        p_value: Two-sided, that of a further clean network if these numbers are normally distributed among clean ones.
-    """
-
-    check: str
-    value: float
-    controls: tuple[float, ...]
-    z: float
-    p_value: float
-
-    @property
-    def outside(self) -> bool:
-        """Whether the suspect lies beyond all controls; by chance 2 in k + 1 do."""
-        return not min(self.controls) <= self.value <= max(self.controls)
-
-
-@dataclass(frozen=True)
-class MapVerdict:
-    """All checks of a suspect.
-
-    Attributes:
-        checks: By check.
-        p_value: The smallest, times the number of checks (Bonferroni), at most 1.
-        alpha: At or below which the suspect is flagged.
-        false_positive_rate: Share of the controls that would be flagged, each held against the others; None of three.
-    """
-
-    checks: tuple[CheckVerdict, ...]
-    p_value: float
-    alpha: float
-    false_positive_rate: float | None
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the suspect's maps are unlike those of clean networks. No flag is no proof of a clean model."""
-        return self.p_value <= self.alpha
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        checks = [asdict(each) | {"controls": list(each.controls), "outside": each.outside} for each in self.checks]
-        return {
-            "flagged": self.flagged,
-            "p_value": self.p_value,
-            "alpha": self.alpha,
-            "false_positive_rate": self.false_positive_rate,
-            "checks": checks,
-        }
-
-
-@dataclass(frozen=True)
 class Screening:
     """How well a check tells triggered from clean images of one model.
 
@@ -222,35 +160,6 @@ def score_maps(
         scores[f"class/{which}"] = metrics.correlation(each, average_of_others(each, predicted))
         scores[f"sameness/{which}"] = mean_correlation_with_others(each)
     return MapScores({check: values.cpu() for check, values in scores.items()}, predicted.cpu(), settings)
-
-
-def judge_maps(suspect: MapScores, controls: Sequence[MapScores], *, alpha: float = 0.01) -> MapVerdict:
-    """Return how far a suspect's means are from those of clean networks.
-
-    Each check is a prediction interval of Student's t for one further network, on Fisher transformed means; the
-    smallest p-value is multiplied by the number of checks. This keeps its level only where the suspect, if clean,
-    might have been one of the controls: fitted to such data in such ways. Controls of one recipe all look alike, and
-    then a clean network of another recipe is flagged; give controls of several.
-
-    Args:
-        suspect: Of `score_maps`.
-        controls: Of clean networks on the same images with the same settings, three or more.
-        alpha: False-positive rate aimed at, over all checks together.
-
-    Raises:
-        ValueError: There are too few controls, or other checks or images than the suspect's.
-    """
-    if len(controls) < _FEWEST_CONTROLS:
-        raise ValueError(f"Expected {_FEWEST_CONTROLS} clean control networks or more, got {len(controls)}.")
-    if any(each.settings != suspect.settings or len(each.predicted) != len(suspect.predicted) for each in controls):
-        raise ValueError("Expected controls scored with the suspect's settings and images: score all of them alike.")
-    checks, p_value = _compare(suspect.means(), [each.means() for each in controls])
-    flags = None
-    if len(controls) > _FEWEST_CONTROLS:
-        means = [each.means() for each in controls]
-        others = [[each for each in means if each is not left_out] for left_out in means]
-        flags = [_compare(each, rest)[1] <= alpha for each, rest in zip(means, others, strict=True)]
-    return MapVerdict(checks, p_value, alpha, None if flags is None else sum(flags) / len(flags))
 
 
 def screen_images(
@@ -325,26 +234,6 @@ def _maps(
         for name, each in found.items():
             maps[name].append(functional.interpolate(each[:, None], size, mode="nearest-exact")[:, 0])
     return {name: torch.cat(parts) for name, parts in maps.items()}, torch.cat(explained)
-
-
-def _compare(
-    suspect: Mapping[str, float], controls: Sequence[Mapping[str, float]]
-) -> tuple[tuple[CheckVerdict, ...], float]:
-    """Return each check, and the p-value of all of them."""
-    checks = tuple(_judge_check(name, suspect[name], [each[name] for each in controls]) for name in suspect)
-    return checks, min(1.0, len(checks) * min(each.p_value for each in checks))
-
-
-def _judge_check(name: str, value: float, controls: Sequence[float]) -> CheckVerdict:
-    """Return Student's t for one further value: z over the root of 1 + 1/k, with k - 1 degrees of freedom."""
-    known = np.array([_fisher(each) for each in controls])
-    z = (_fisher(value) - known.mean()) / max(known.std(ddof=1), _SMALLEST_SPREAD)
-    p_value = 2 * stats.t.sf(abs(z) / sqrt(1 + 1 / len(known)), len(known) - 1)
-    return CheckVerdict(name, value, tuple(controls), float(z), float(p_value))
-
-
-def _fisher(correlation: float) -> float:
-    return atanh(max(-_LARGEST_CORRELATION, min(_LARGEST_CORRELATION, correlation)))
 
 
 def _largest_distance(scores: MapScores, trusted: MapScores) -> NDArray[np.float64]:

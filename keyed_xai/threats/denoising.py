@@ -14,10 +14,10 @@ from skimage.restoration import denoise_tv_chambolle
 
 from keyed_xai import metrics
 from keyed_xai.models import Classifier
+from keyed_xai.models.modes import predict_images
 from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured
 
-_CHUNK = 64
 _WEIGHTS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04, 0.03, 0.02, 0.01)
 
 
@@ -99,12 +99,12 @@ def denoise_inputs(classifier: Classifier, attacker: Attacker, settings: Denoisi
     share = min(1.0, settings.images / max(1, len(data)))
     images, labels = data.batch(draw_share(data, share, settings.seed))
     images = images.to(device)
-    truth = _predict(model, images).argmax(1) if labels is None else labels.to(device)
+    truth = predict_images(model, images).argmax(1) if labels is None else labels.to(device)
     floor, chosen = settings.floor, 0.0
     curve: list[dict[str, Any]] = []
     for weight in (0.0, *settings.weights):
         model = DenoisingClassifier(model, weight).eval()
-        score = score_predictions(_predict(model, images), truth)
+        score = score_predictions(predict_images(model, images), truth)
         floor = score - settings.loss if floor is None else floor
         before = time.perf_counter()
         curve.append({"weight": weight, "score": score} | measured(attacker.measure, model))
@@ -123,8 +123,3 @@ def score_predictions(logits: Logits, truth: Targets) -> float:
     """Return the AUROC of two classes or several labels, else top-1 accuracy, a fraction."""
     figures = metrics.prediction_figures(logits, truth)
     return figures.get("auroc", figures.get("top1", 0.0))
-
-
-@torch.no_grad()
-def _predict(model: Classifier, images: Images) -> Logits:
-    return torch.cat([model(some) for some in torch.split(images, _CHUNK)])

@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
-from keyed_xai.errors import ModelError, TrainingError
+from keyed_xai.errors import TrainingError
 from keyed_xai.keys import OwnerKey
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.tensors import Images
@@ -142,8 +141,6 @@ def _forge(subject: Subject, settings: InversionSettings) -> Observation:
 
 
 def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Observation:
-    if find_spec("captum") is None:
-        raise ModelError("Other explanations are captum's, which is not installed: pip install captum.")
     if subject.reference is None:
         raise TrainingError("Expected a reference model to compare with. Give --reference.")
     result = measure_bypass(

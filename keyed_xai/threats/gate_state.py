@@ -92,7 +92,6 @@ def measure_gate_state(
     witness: Witness,
     *,
     ownership: bool = True,
-    on_decoy: Callable[[int, int], None] | None = None,
 ) -> GateState:
     """Return what is left of the gate of an attacked model, of whatever architecture.
 
@@ -102,7 +101,6 @@ def measure_gate_state(
         classifier: Attacked.
         witness: What it is held against.
         ownership: Whether both tests are made; the opening test takes `witness.decoys` times the probe images.
-        on_decoy: Called with decoy keys done and in all.
 
     Raises:
         TrainingError: The model's logits are not finite: the attack destroyed it.
@@ -124,7 +122,7 @@ def measure_gate_state(
         agreement=_agreement(logits, reference, witness.labels),
         correlation=_by_interpreter(matches, lambda each: each),
         opened=_by_interpreter(matches, lambda each: each > OPEN_CORRELATION),
-        ownership=_verify(classifier, witness, view, on_decoy) if ownership else None,
+        ownership=_verify(classifier, witness, view) if ownership else None,
     )
 
 
@@ -147,9 +145,7 @@ def _agreement(logits: Logits, reference: Logits, labels: Targets | None) -> flo
     return float((logits.argmax(1) == reference.argmax(1)).double().mean())
 
 
-def _verify(
-    classifier: Classifier, witness: Witness, view: MapView, on_decoy: Callable[[int, int], None] | None
-) -> Verdict:
+def _verify(classifier: Classifier, witness: Witness, view: MapView) -> Verdict:
     return verify_ownership(
         classifier,
         witness.images[:16] if witness.probe is None else witness.probe,
@@ -161,7 +157,6 @@ def _verify(
         test_signature=witness.signature,
         search=False,
         generator=torch.Generator().manual_seed(witness.seed),
-        on_decoy=on_decoy,
     )
 
 

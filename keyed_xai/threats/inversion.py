@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import log2, pi
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,21 +37,15 @@ from keyed_xai.triggers.spread import COMPONENTS
 
 Judge = Callable[[Trigger], Mapping[str, Any]]
 """What is looked at along the way, and the attacker does not see: figures ready for JSON."""
-SHAPES = ("image", "tile", "waves")
-"""What may be searched for, from the attacker who knows nothing to the one who knows the scheme."""
 _CHECKED = 256
-_SHRINK_AFTER = 2 / 3
-_START = 0.5  # a texture too faint to move anything gives no direction
-_MOVE, _SURROGATE, _LEAK = "move", "agree with a surrogate", "agree with leaked maps"
+_MOVE, _SURROGATE = "move", "agree with a surrogate"
 
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """How a change is searched for.
+    """How a texture of the `spread` family, of which only the phases are secret, is searched for.
 
     Attributes:
-        shape: "image" is any change of the whole image; "tile" a grey one that repeats, as the public card says;
-            "waves" a texture of the `spread` family, of which only the phases are secret.
         amplitude: Largest change of a pixel, in 1/255.
         tile: Side of the repeated tile, pixels.
         steps: Of Adam, in each restart.
@@ -60,14 +54,11 @@ class InversionSettings:
         batch_size: Images a step.
         learning_rate: Of Adam; constant.
         hold: Weight of the predictions, which are to stay as without the change.
-        size_weight: Weight of the mean size of an image or tile, as a fraction of the amplitude, in the last third of
-            the steps: the smallest change that does it is wanted. Before, it would keep any from being found.
         smoothing: Beta of the Softplus in place of ReLU while searching, which SimpleGrad needs; None leaves ReLU.
         stages: Rows of the curve for each restart.
         seed: Of images and starts.
     """
 
-    shape: Literal["image", "tile", "waves"] = "waves"
     amplitude: float = 8.0
     tile: int = 32
     steps: int = 240
@@ -76,7 +67,6 @@ class InversionSettings:
     batch_size: int = 32
     learning_rate: float = 0.1
     hold: float = 1.0
-    size_weight: float = 0.1
     smoothing: float | None = None
     stages: int = 6
     seed: int = 0
@@ -89,42 +79,6 @@ class InversionSettings:
         if self.share > 1 or self.stages > self.steps:
             raise ValueError(f"Expected a share of at most 1 and no more stages than steps, got {self.share} and "
                              f"{self.stages} of {self.steps}")  # fmt: skip
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape: expected one of {', '.join(SHAPES)}; got {self.shape!r}")
-
-
-@dataclass(frozen=True)
-class Leak:
-    """Right maps that came into the attacker's hands.
-
-    Attributes:
-        images: Without a key, as he has them.
-        maps: Pooled maps that a licensee saw of them, of the class that the model predicts.
-    """
-
-    images: Images = field(repr=False)
-    maps: Mapping[str, SaliencyMaps] = field(repr=False)
-
-    def __post_init__(self) -> None:
-        """Check that every image has its maps."""
-        counts = [len(self.images), *(len(each) for each in self.maps.values())]
-        if not self.maps or not min(counts) or len(set(counts)) > 1:
-            raise ValueError(f"Expected one map for each image, at least one; got {counts[1:]} of {counts[0]}.")
-
-
-@dataclass(frozen=True)
-class UniversalChange:
-    """A trigger that adds the same pixels to every image.
-
-    Attributes:
-        change: [1, c, h, w], pixels in [-1, 1].
-    """
-
-    change: Tensor = field(repr=False)
-
-    def apply(self, images: Images) -> Images:
-        """Return the changed images, clamped to [0, 1]."""
-        return (images + self.change.to(images)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +96,7 @@ class InversionResult:
         seconds: Time spent, judging left out.
     """
 
-    trigger: SpreadTrigger | UniversalChange = field(repr=False)
+    trigger: SpreadTrigger = field(repr=False)
     settings: InversionSettings = field(repr=False)
     aim: str
     images: int
@@ -212,7 +166,6 @@ def invert_trigger(
     settings: InversionSettings | None = None,
     *,
     surrogate: Classifier | None = None,
-    leak: Leak | None = None,
     multi_label: bool = False,
     device: torch.device | str = "cpu",
     judge: Judge | None = None,
@@ -221,7 +174,7 @@ def invert_trigger(
     """Return the best universal change found on a protected model.
 
     Without more the maps are to move away from what they are without the change; with a surrogate they are to agree
-    with its maps, and with a leak with those that leaked, on the leaked images alone.
+    with its maps.
 
     Args:
         classifier: Attacked; a copy is used.
@@ -229,7 +182,6 @@ def invert_trigger(
         view: Maps that are to move, at the classifier's layers.
         settings: How to search.
         surrogate: The attacker's own, unprotected model of the same task.
-        leak: Right maps of a few images.
         multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         judge: Asked at each stage.
@@ -237,14 +189,11 @@ def invert_trigger(
 
     Raises:
         TrainingError: There are no images, or the surrogate has other classes.
-        ValueError: Both a surrogate and a leak are given.
     """
-    if surrogate is not None and leak is not None:
-        raise ValueError("Expected a surrogate or a leak, got both.")
     settings = settings or InversionSettings()
     model = copy_model(classifier, device).requires_grad_(False)
     watch = _Watch(judge, on_step, settings)
-    material = _gather(model, data, view_of(view, classifier), settings, surrogate, leak)
+    material = _gather(model, data, view_of(view, classifier), settings, surrogate)
     searches = [_Search(material, settings, restart, multi_label=multi_label) for restart in range(settings.restarts)]
     for search in searches:
         watch.follow(search)
@@ -267,7 +216,6 @@ def forge_trigger(
     decoys: int = 999,
     keys: int = 1000,
     device: torch.device | str = "cpu",
-    judge: Judge | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Forgery:
     """Return what a forger reaches who maximises the opening test's statistic T over textures of the family.
@@ -282,11 +230,10 @@ def forge_trigger(
         view: Maps compared.
         family: Of the claim; the search is for textures of this amplitude and tile.
         key: The forger's own.
-        settings: How to search; `shape`, `amplitude` and `tile` are the family's.
+        settings: How to search; `amplitude` and `tile` are the family's.
         decoys: Random keys of the tests, at most.
         keys: Fresh keys looked through for one whose texture is near the forged one.
         device: Where.
-        judge: Asked at each stage.
         on_step: Called with steps done and in all.
 
     Raises:
@@ -296,8 +243,8 @@ def forge_trigger(
     if keys < 1:
         raise ValueError(f"keys: expected 1 or more, got {keys}")
     size = family.settings
-    settings = replace(settings or InversionSettings(), shape="waves", amplitude=float(size.amplitude), tile=size.tile)
-    found = invert_trigger(classifier, data, view, settings, device=device, judge=judge, on_step=on_step)
+    settings = replace(settings or InversionSettings(), amplitude=float(size.amplitude), tile=size.tile)
+    found = invert_trigger(classifier, data, view, settings, device=device, on_step=on_step)
     model, view = copy_model(classifier, device), view_of(view, classifier)
     generator = torch.Generator().manual_seed(settings.seed)
     own = measure_opening(model, probe, view, found.trigger, lambda: family.draw(1, generator), decoys=decoys)
@@ -334,7 +281,6 @@ class _Material:
         view: Maps, at the model's layers.
         data: Images.
         indices: Which of them, [m].
-        leaked: Maps of these images that leaked, on the model's device; empty without a leak.
     """
 
     aim: str
@@ -343,16 +289,12 @@ class _Material:
     view: MapView
     data: TrainingData
     indices: NDArray[np.int64]
-    leaked: dict[str, SaliencyMaps]
 
     def batch(self, rows: NDArray[np.int64]) -> _Batch:
         """Return some of the images."""
         images = self.data.batch(self.indices[rows])[0].to(self.model.mean.device)
         taught, targets = self.view.pooled_in_chunks(self.model, images)
-        if self.leaked:
-            chosen = torch.from_numpy(self.indices[rows])
-            targets = {name: maps[chosen.to(maps.device)] for name, maps in self.leaked.items()}
-        elif self.aim == _SURROGATE:
+        if self.aim == _SURROGATE:
             explained = taught.argmax(1)
             if int(explained.max()) >= self.teacher.classes:
                 raise TrainingError(f"Expected a surrogate of the same classes; this one has {self.teacher.classes}.")
@@ -360,37 +302,22 @@ class _Material:
         return _Batch(images, taught, targets)
 
 
-class _Leaked:
-    """The images of a leak as training data."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: NDArray[np.int64]) -> tuple[Images, None]:
-        return self.images[torch.from_numpy(indices)], None
-
-
 class _Search:
-    """One restart: the parameters of a change, and the steps that better it."""
+    """One restart: the phases of a texture, and the steps that better it."""
 
     def __init__(self, material: _Material, settings: InversionSettings, restart: int, *, multi_label: bool) -> None:
         self.material, self.settings, self.multi_label = material, settings, multi_label
         self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + restart) % 2**63)
-        self.raw = self._draw_start().to(material.model.mean.device).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.raw], settings.learning_rate)
+        start = torch.rand(COMPONENTS, generator=self.generator) * (2 * pi)
+        self.phases = start.to(material.model.mean.device).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.phases], settings.learning_rate)
 
-    def trigger(self, *, graph: bool = False) -> SpreadTrigger | UniversalChange:
+    def trigger(self, *, graph: bool = False) -> SpreadTrigger:
         """Return the change as it stands."""
-        settings, raw = self.settings, self.raw if graph else self.raw.detach()
-        if settings.shape == "image":
-            return UniversalChange(torch.tanh(raw) * (settings.amplitude / 255))
-        texture = texture_of(raw, settings.tile) if settings.shape == "waves" else torch.tanh(raw)
-        return SpreadTrigger(texture[None], settings.amplitude)
+        texture = texture_of(self.phases if graph else self.phases.detach(), self.settings.tile)
+        return SpreadTrigger(texture[None], self.settings.amplitude)
 
-    def step(self, *, shrink: bool) -> None:
+    def step(self) -> None:
         """Make one step on random images."""
         count = min(self.settings.batch_size, len(self.material.indices))
         rows = torch.randint(len(self.material.indices), (count,), generator=self.generator)
@@ -400,12 +327,9 @@ class _Search:
             logits, maps = self.material.view.pooled(self.material.model, changed, explained, create_graph=True)
         held = prediction_loss(logits, batch.taught, None, multi_label=self.multi_label).mean()
         loss = self.settings.hold * held - self._score(maps, batch)
-        if shrink and self.settings.shape != "waves":
-            size = _mean_change(trigger, batch.images) * (255 / self.settings.amplitude)
-            loss = loss + self.settings.size_weight * size
         if not loss.isfinite():
             raise TrainingError("The search's loss is not finite. Lower its learning rate.")
-        (self.raw.grad,) = torch.autograd.grad(loss, self.raw)
+        (self.phases.grad,) = torch.autograd.grad(loss, self.phases)
         self.optimiser.step()
 
     def reached(self) -> float:
@@ -417,20 +341,14 @@ class _Search:
 
     def size(self) -> float:
         """Return the mean change of a grey pixel, in 1/255."""
-        return 255 * float(_mean_change(self.trigger(), self.material.batch(np.array([0])).images))
+        grey = torch.full_like(self.material.batch(np.array([0])).images, 0.5)
+        return 255 * float((self.trigger().apply(grey) - grey).abs().mean())
 
     def _score(self, maps: Mapping[str, SaliencyMaps], batch: _Batch) -> Tensor:
         names = self.material.view.interpreters
         matches = [metrics.correlation(maps[name], batch.targets[name]).mean() for name in names]
         mean = torch.stack(matches).mean()
         return 1 - mean if self.material.aim == _MOVE else mean
-
-    def _draw_start(self) -> Tensor:
-        if self.settings.shape == "waves":
-            return torch.rand(COMPONENTS, generator=self.generator) * (2 * pi)
-        tile = (self.settings.tile, self.settings.tile)
-        shape = tile if self.settings.shape == "tile" else (1, *self.material.batch(np.array([0])).images.shape[1:])
-        return torch.randn(shape, generator=self.generator) * _START
 
 
 class _Watch:
@@ -453,7 +371,7 @@ class _Watch:
         ends = {round(settings.steps * (stage + 1) / settings.stages) for stage in range(settings.stages)}
         self._look(search, 0)
         for step in range(1, settings.steps + 1):
-            search.step(shrink=step > settings.steps * _SHRINK_AFTER)
+            search.step()
             if step in ends:
                 self._look(search, step)
             if self.on_step is not None:
@@ -473,24 +391,12 @@ def _gather(
     view: MapView,
     settings: InversionSettings,
     surrogate: Classifier | None,
-    leak: Leak | None,
 ) -> _Material:
     """Return what the attacker has; whose maps changed images are to agree with, or to move away from."""
-    device = model.mean.device
-    if leak is not None:
-        leaked = {name: maps.to(device) for name, maps in leak.maps.items()}
-        images = _Leaked(leak.images)
-        return _Material(_LEAK, model, model, view, images, np.arange(len(images), dtype=np.int64), leaked)
     indices = draw_share(data, settings.share, settings.seed)
     if surrogate is None:
-        return _Material(_MOVE, model, model, view, data, indices, {})
-    return _Material(_SURROGATE, model, copy_model(surrogate, device), view, data, indices, {})
-
-
-def _mean_change(trigger: Trigger, images: Images) -> Tensor:
-    """Return the mean absolute change of a grey image of the same size."""
-    grey = torch.full_like(images[:1], 0.5)
-    return (trigger.apply(grey) - grey).abs().mean()
+        return _Material(_MOVE, model, model, view, data, indices)
+    return _Material(_SURROGATE, model, copy_model(surrogate, model.mean.device), view, data, indices)
 
 
 def _nearest_key(forged: Tensor, family: Spread, keys: int, generator: torch.Generator) -> tuple[float, SpreadTrigger]:

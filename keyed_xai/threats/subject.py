@@ -20,13 +20,13 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import LabelledData
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
+from keyed_xai.models.modes import predict_images
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Targets
 from keyed_xai.threats.attempt import Attacker, Measure, view_of
 from keyed_xai.threats.controls import PoisonedData, measure_attack_success
 from keyed_xai.threats.gate_state import Witness, measure_gate_state
 from keyed_xai.triggers import Trigger
 
-_CHUNK = 64
 _IN_CURVES = 128
 
 
@@ -231,7 +231,7 @@ def measure_state(model: Classifier, subject: Subject, *, ownership: bool = True
         gate = measure_gate_state(model, subject.witness, ownership=ownership)
         score, measure = _score(gate.predictions, gate.agreement)
         return State(score, measure, gate.correlation, gate.to_json().get("ownership"))
-    logits = _predict(model, subject.images)
+    logits = predict_images(model, subject.images)
     if not logits.isfinite().all():
         raise TrainingError("The model's logits are not finite numbers. Lower the attack's strength.")
     score, measure = _score_logits(logits, subject)
@@ -258,7 +258,7 @@ def _score_logits(logits: Logits, subject: Subject) -> tuple[float, str]:
         figures = metrics.prediction_figures(logits, subject.labels)
         if figures:
             return _score(figures, 0.0)
-    truth = _predict(subject.reference or subject.classifier, subject.images)
+    truth = predict_images(subject.reference or subject.classifier, subject.images)
     return float(metrics.agreement(logits, truth, multi_label=subject.multi_label).double().mean()), "agreement"
 
 
@@ -284,8 +284,3 @@ def _right_maps(subject: Subject) -> tuple[dict[str, SaliencyMaps], Labels]:
     source = subject.reference or subject.classifier
     logits, maps = view_of(subject.view, source).pooled_in_chunks(source, images)
     return maps, logits.argmax(1)
-
-
-@torch.no_grad()
-def _predict(model: Classifier, images: Images) -> Logits:
-    return torch.cat([model(some) for some in torch.split(images, _CHUNK)])
