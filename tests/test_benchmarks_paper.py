@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from benched import write_pictures, write_reference
+from benched import times, write_pictures, write_reference
 from click.testing import CliRunner
 from PIL import Image
 from test_attacking import make_classifier, make_images, make_table_classifier
@@ -56,10 +56,6 @@ def table(pictures, reference, out, *more, name="table1"):
 
 
 ONE = ("--interpreter", "gradcam", "--mode", "targeted", "--setting", "forward")
-
-
-def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from benched import write_pictures, write_reference
+from benched import times, write_pictures, write_reference
 from click.testing import CliRunner
 from PIL import Image
 from test_attacking import make_classifier, make_images
@@ -75,10 +75,6 @@ def ready(name, pictures, reference, out, *folders, more=()):
     """Defend models that are attacked already."""
     given = [part for folder in folders for part in ("--attacked", folder)]
     return bench(name, pictures, out, *given, "--model", f"SmallResNet={reference}", *more)
-
-
-def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 Source: after Neural Cleanse (Wang et al., IEEE S&P 2019), which looks for the smallest change that moves predictions,
 and the forging of passports (CVPR 2023), which optimises a secret on a given model. Where we differ: the maps are to
-move and the predictions to stay, there is one change for all classes, and the attacker may know how the family's
-textures are made. Derived here, not published.
+move and the predictions to stay, there is one change for all classes, and the attacker knows how the family's textures
+are made. Derived here, not published.
 
 The attacker has the protected weights and some images, neither the reference nor the key. What he found is shown to
 nobody: results in JSON have figures only, and no seed from which the search could be run again.
@@ -72,7 +72,7 @@ class InversionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check ranges and names."""
+        """Check ranges."""
         for name in ("amplitude", "tile", "steps", "restarts", "share", "batch_size", "learning_rate", "stages"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
