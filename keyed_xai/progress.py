@@ -84,10 +84,20 @@ def phases(progress: Progress) -> Callable[[str], None]:
     return begin
 
 
+def plan_printer(progress: Progress) -> Callable[[tuple[str, ...]], None]:
+    """Return a function that prints the lines of a pre-flight."""
+
+    def on_plan(lines: tuple[str, ...]) -> None:
+        for line in lines:
+            progress.console.print(f"{printable(line).rstrip('.')}.", highlight=False, markup=False, soft_wrap=True)
+
+    return on_plan
+
+
 def training_callbacks(
     progress: Progress, description: str = "training", *, kept: str = "opens", moved: str = "closed"
 ) -> Callbacks:
-    """Return callbacks that show the pre-flight and each phase of protecting or attacking, with the running figures.
+    """Return callbacks that show each phase of protecting or attacking a model, with the running figures.
 
     Args:
         progress: Where.
@@ -100,12 +110,7 @@ def training_callbacks(
     def on_step(figures: StepFigures) -> None:
         move(figures.step, figures.steps, f"{kept} {figures.opens:.0%}, {moved} {figures.stays_closed:.0%}")
 
-    def on_plan(lines: tuple[str, ...]) -> None:
-        for line in lines:
-            progress.console.print(f"{printable(line).rstrip('.')}.", highlight=False, markup=False, soft_wrap=True)
-
     return Callbacks(
-        on_plan=on_plan,
         on_step=on_step,
         on_wrong_key=counter(progress, "wrong keys"),
     )

@@ -33,7 +33,7 @@ from keyed_xai.models.origin import settle_origin
 from keyed_xai.names import name_class
 from keyed_xai.objective import DECOYS
 from keyed_xai.preflight import plan_run
-from keyed_xai.progress import progress_bar, training_callbacks
+from keyed_xai.progress import plan_printer, progress_bar, training_callbacks
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.samples import (
@@ -183,7 +183,7 @@ def protect(
     )
     settings = replace(settings, training=training)
     with progress_bar(silent=callbacks is not None or not progress) as bar:
-        heard = callbacks or training_callbacks(bar)
+        heard = callbacks or replace(training_callbacks(bar), on_plan=plan_printer(bar))
         return _protect(classifier, key, train_data, held_out, settings, training, device, checkpoint, resume, heard)
 
 
