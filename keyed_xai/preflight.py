@@ -18,6 +18,7 @@ from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.names import INTERPRETER_NAMES
 from keyed_xai.samples import Part
 from keyed_xai.training import Lesson, TrainingSettings, train
+from keyed_xai.training.refusals import refusing_in_words
 
 _TIMED_STEPS = 3
 _NAMED_CLASSES = 5
@@ -190,7 +191,8 @@ def _time_steps(
     stamps: list[float] = []
     short = replace(settings, steps=1 + _TIMED_STEPS, validate_every=0, goals=None, time_limit=None)
     seen = Part(few.data, few.indices[:2])
-    train(classifier, few, seen, lesson, short, device=device, on_step=lambda _: stamps.append(time.perf_counter()))
+    with refusing_in_words(classifier.architecture):
+        train(classifier, few, seen, lesson, short, device=device, on_step=lambda _: stamps.append(time.perf_counter()))
     return statistics.median(np.diff(stamps).tolist())
 
 
