@@ -16,7 +16,6 @@ Each network is run in a process of its own, with a limit of time and of memory.
 import argparse
 import json
 import os
-import resource
 import select
 import signal
 import sys
@@ -40,6 +39,7 @@ from keyed_xai.data import ImageData
 from keyed_xai.errors import KeyedXAIError, ModelError, TrainingError
 from keyed_xai.evidence import named_layers
 from keyed_xai.keys import OwnerKey, write_owner_key
+from keyed_xai.memory import limit_memory
 from keyed_xai.models import Classifier, build_network, load_classifier, wrap_network
 from keyed_xai.models.catalogue import architectures, default_input
 from keyed_xai.protection import ProtectSettings, protect, write_protection
@@ -159,18 +159,12 @@ def _work(network: str, limits: Limits, outlet: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     try:
-        _limit_memory(limits.memory)
+        limit_memory(limits.memory)
         with os.fdopen(outlet, "w", buffering=1) as lines, tempfile.TemporaryDirectory() as folder:
             run_steps(network, Path(folder), lambda *event: print(json.dumps(event), file=lines))
         os._exit(0)
     finally:
         os._exit(1)
-
-
-def _limit_memory(most: int) -> None:
-    if sys.platform == "linux":
-        most += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def run_steps(network: str, folder: Path, say: Callable[..., None], *, trace: bool = False) -> None:

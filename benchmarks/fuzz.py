@@ -15,7 +15,6 @@ the others go on.
 import argparse
 import json
 import os
-import resource
 import select
 import signal
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 
 from benchmarks.readers import Reader, make_readers
 from keyed_xai.errors import KeyedXAIError
+from keyed_xai.memory import limit_memory, peak_memory
 
 SLOW_SECONDS = 1.0
 LARGE_BYTES = 2**30
@@ -126,14 +126,14 @@ def _work(name: str, reader: Reader, cases: range, seed: int, outlet: int) -> No
     """Run cases and write a line about each; never returns."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what decoders print
     warnings.simplefilter("ignore")
-    _limit_memory()
+    limit_memory(MOST_BYTES)
     fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
         with os.fdopen(outlet, "w", buffering=1) as lines, tempfile.TemporaryDirectory(dir=fast) as folder:
-            before = _peak()
+            before = peak_memory()
             for case in cases:
                 entry = _try_case(reader, _source(name, seed, case), Path(folder))
-                grown = _peak() - before
+                grown = peak_memory() - before
                 lines.write(json.dumps([case, *entry, grown]) + "\n")
                 if grown > LARGE_BYTES:  # the peak never falls: the next process measures from its own
                     break
@@ -158,17 +158,6 @@ def _source(name: str, seed: int, case: int) -> Random:
     return Random(f"{seed}/{name}/{case}")
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _limit_memory() -> None:
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + MOST_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 def describe(name: str, tally: Tally) -> str:
     """Return a row of the table."""
     figures = " | ".join(str(tally.counts[outcome]) for outcome in OUTCOMES)
@@ -185,7 +174,7 @@ def show_case(name: str, reader: Reader, case: int, seed: int) -> None:
             reader.read(made, Path(folder))
         except Exception:  # noqa: BLE001 - it is what is looked at
             traceback.print_exc()
-    print(f"{time.perf_counter() - started:.2f} s, {_peak() / 2**20:.0f} MiB at most")
+    print(f"{time.perf_counter() - started:.2f} s, {peak_memory() / 2**20:.0f} MiB at most")
 
 
 def main() -> int:

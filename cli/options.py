@@ -232,7 +232,7 @@ def resumable(checkpoint: Path) -> Iterator[None]:
 def print_plan(lines: tuple[str, ...], *, json_path: Path | None) -> None:
     """Print what a run is about to do, a line each."""
     for line in lines:
-        say(line if line.endswith(".") else f"{line}.", json_path=json_path)
+        say(line, json_path=json_path)
 
 
 def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> None:

@@ -13,16 +13,14 @@ from torch import nn
 from keyed_xai import metrics
 from keyed_xai.artifacts.card import Card
 from keyed_xai.artifacts.documents import Document
-from keyed_xai.artifacts.onnx_file import read_onnx
 from keyed_xai.client import Client
 from keyed_xai.errors import ModelError
 from keyed_xai.inference import encode_pixels
 from keyed_xai.maps import LARGEST_DEFAULT_SIDE, MapView, default_grid
 from keyed_xai.models import InputSpec
-from keyed_xai.runtime import Runtime
 from keyed_xai.saliency import Sites
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
-from keyed_xai.trial import try_graph
+from keyed_xai.trial import open_tried
 
 
 @runtime_checkable
@@ -154,9 +152,7 @@ def open_black_box(suspect: str, *, device: str = "auto", headers: Mapping[str, 
         KeyedXAIError: The address is malformed, or nothing fitting answers there.
     """
     if not suspect.startswith(("http://", "https://")):
-        file = read_onnx(Path(suspect))
-        try_graph(file.data)
-        return BlackBox(Runtime(file, device=device))
+        return BlackBox(open_tried(Path(suspect), device=device))
     try:
         return BlackBox(Client(suspect, headers=headers))
     except ValueError as error:

@@ -3,7 +3,6 @@
 import copy
 import math
 import statistics
-import sys
 import time
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from keyed_xai.data import ImageData, TableData
 from keyed_xai.evaluation import IMAGES_PER_WRONG_KEY
 from keyed_xai.fitting import FittingSettings, fit_classifier
 from keyed_xai.maps import MapView
+from keyed_xai.memory import peak_memory
 from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.names import INTERPRETER_NAMES
 from keyed_xai.samples import Part
@@ -63,7 +63,7 @@ def plan_run(
         _describe_training(settings),
         _describe_cost(seconds, after, settings, device),
     )
-    return tuple(line for line in lines if line)
+    return tuple(f"{line.rstrip('.')}." for line in lines if line)
 
 
 def plan_fit(
@@ -95,11 +95,11 @@ def plan_fit(
     what = "features" if isinstance(data, TableData) else describe_input(classifier.input)
     width = f"{classifier.input.width} " if isinstance(data, TableData) else ""
     return (
-        f"{classifier.architecture}, {width}{what}, {classifier.classes:,} classes, {numbers:,} weights",
-        describe_data(len(data), 0, data, held_out, len(held_out)),
+        f"{classifier.architecture}, {width}{what}, {classifier.classes:,} classes, {numbers:,} weights.",
+        f"{describe_data(len(data), 0, data, held_out, len(held_out))}.",
         f"Settings: {settings.optimiser} at {settings.learning_rate:g}, {settings.schedule} schedule, weight decay "
-        f"{settings.weight_decay:g}, seed {settings.seed}",
-        f"{settings.epochs:,} epochs of {steps:,} steps of {settings.batch_size}, {_describe_time(seconds, device)}",
+        f"{settings.weight_decay:g}, seed {settings.seed}.",
+        f"{settings.epochs:,} epochs of {steps:,} steps of {settings.batch_size}, {_describe_time(seconds, device)}.",
     )
 
 
@@ -199,11 +199,7 @@ def _time_steps(
 def _memory(device: torch.device | str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
 
 
 def _duration(seconds: float) -> str:

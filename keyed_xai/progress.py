@@ -89,7 +89,7 @@ def plan_printer(progress: Progress) -> Callable[[tuple[str, ...]], None]:
 
     def on_plan(lines: tuple[str, ...]) -> None:
         for line in lines:
-            progress.console.print(f"{printable(line).rstrip('.')}.", highlight=False, markup=False, soft_wrap=True)
+            progress.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     return on_plan
 

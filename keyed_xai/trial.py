@@ -11,13 +11,27 @@ from pathlib import Path
 import numpy as np
 
 from keyed_xai.artifacts.documents import printable
-from keyed_xai.artifacts.onnx_file import decode_onnx
+from keyed_xai.artifacts.onnx_file import decode_onnx, read_onnx
 from keyed_xai.errors import KeyedXAIError, ModelError
+from keyed_xai.memory import limit_memory
+from keyed_xai.runtime import Runtime
 
 SECONDS = 300.0
 _MEMORY = 4 * 2**30  # bytes, beyond what the process has and eight times the file
 _LONGEST = 2000
 _REFUSED = 1
+
+
+def open_tried(path: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
+    """Return the model in a file of a stranger, ready to run, once it has been tried; see `Runtime`.
+
+    Raises:
+        ArtifactError: The file cannot be read, or was not made by export.
+        ModelError: onnxruntime refuses the graph or ends on it, or the device asked for cannot be used.
+    """
+    file = read_onnx(path)
+    try_graph(file.data)
+    return Runtime(file, device=device, threads=threads)
 
 
 def try_graph(data: bytes, *, seconds: float = SECONDS) -> None:
@@ -51,10 +65,8 @@ def _cause(code: int) -> str:
 
 def _main() -> int:
     """Try what comes on standard input; return 1, with words on standard output, if it cannot be run."""
-    from keyed_xai.runtime import Runtime
-
     data = sys.stdin.buffer.read()
-    _limit_memory(_MEMORY + 8 * len(data))
+    limit_memory(_MEMORY + 8 * len(data))
     try:
         runtime = Runtime(decode_onnx(data, origin="the model"), device="cpu", threads=1)
         runtime.run(np.zeros((1, *runtime.input_size), runtime.pixels))
@@ -62,18 +74,6 @@ def _main() -> int:
         sys.stdout.write(str(error))
         return _REFUSED
     return 0
-
-
-def _limit_memory(most: int) -> None:
-    """Allow this process so many bytes more than it has, where the system lets it say so."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most += pages * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from keyed_xai.artifacts.onnx_file import METADATA_KEY, encode_parameter, read_onnx
+from keyed_xai.artifacts.onnx_file import METADATA_KEY, encode_parameter
 from keyed_xai.errors import ModelError
 from keyed_xai.runtime import Runtime
 from keyed_xai.serving.batching import Batcher
 from keyed_xai.serving.metrics import Metrics
 from keyed_xai.serving.protocol import VERSION, Signature, TensorSpec
 from keyed_xai.serving.refusal import busy
-from keyed_xai.trial import try_graph
+from keyed_xai.trial import open_tried
 from keyed_xai.triton import check_name
 
 PLATFORM = "onnxruntime_onnx"
@@ -234,9 +234,7 @@ def open_service(
     service = Service(settings, models, metrics)
     try:
         for name, path in zip(names, paths, strict=True):
-            file = read_onnx(path)
-            try_graph(file.data)
-            models[name] = ServedModel(name, Runtime(file, device=device, threads=threads), settings, metrics)
+            models[name] = ServedModel(name, open_tried(path, device=device, threads=threads), settings, metrics)
     except BaseException:
         service.close()
         raise
