@@ -19,12 +19,16 @@ def test_every_package_is_installed():
 
 
 def test_every_file_beside_the_code_is_installed():
-    told = SETTINGS["tool"]["setuptools"]["package-data"].items()
-    told = {ROOT.joinpath(*package.split(".")): patterns for package, patterns in told}
-    installed = {file for folder, patterns in told.items() for pattern in patterns for file in folder.glob(pattern)}
-    beside = {file for file in (ROOT / "keyed_xai").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    folders = SETTINGS["tool"]["setuptools"]["package-dir"]
+    installed = set()
+    for package, patterns in SETTINGS["tool"]["setuptools"]["package-data"].items():
+        first, *rest = package.split(".")
+        folder = ROOT.joinpath(folders[first], *rest)
+        installed |= {file for pattern in patterns for file in folder.glob(pattern)}
+    files = {file for folder in folders.values() for file in (ROOT / folder).rglob("*") if file.is_file()}
+    beside = {file for file in files if file.suffix not in (".py", ".pyc")}
     assert beside == installed
-    assert {file.name for file in beside} >= {"page.html", "py.typed"}
+    assert {file.name for file in beside} >= {"page.html", "py.typed", "card.json", "common.json"}
 
 
 def test_links_for_mypy_lead_to_the_mapped_folders():

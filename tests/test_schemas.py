@@ -1,24 +1,71 @@
-"""The schemas are valid, self-contained and documented."""
+"""The schemas are valid and documented, say everything once, and mean the same to other validators."""
 
 import json
+from collections import Counter
+from copy import deepcopy
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
 
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.errors import ArtifactError
 from keyed_xai_schemas import SCHEMAS, load_key_vectors, load_schema
 
+FILES = {
+    file.name: json.loads(file.read_text(encoding="utf-8"))
+    for file in resources.files("keyed_xai_schemas").iterdir()
+    if file.name.endswith(".json") and not file.name.endswith("-vectors.json")
+}
+FOLDER = Registry().with_resources((name, Resource.from_contents(schema)) for name, schema in FILES.items())
+EXAMPLE = Path(__file__).parent / "artifacts" / "example-v1.keyed"
+
 every_schema = pytest.mark.parametrize("name", SCHEMAS)
 
 
 def parts(schema):
-    """A schema and all schemas of properties and items in it."""
+    """A schema and all schemas in it."""
     yield schema
-    for inner in [*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties")]:
+    named = [*schema.get("properties", {}).values(), *schema.get("$defs", {}).values()]
+    for inner in [*named, *(schema.get(keyword) for keyword in ("items", "additionalProperties", "propertyNames"))]:
         if isinstance(inner, dict):
             yield from parts(inner)
+
+
+def references():
+    """Every schema that has a `$ref`, with the name of its file."""
+    return [(file, part) for file, schema in FILES.items() for part in parts(schema) if "$ref" in part]
+
+
+def meaning(schema):
+    """A schema without its words."""
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: meaning(inner)
+        for name, inner in schema.items()
+        if name not in ("title", "description") or isinstance(inner, dict)  # a property may have such a name
+    }
+
+
+def size(schema):
+    """How many objects, lists and values it has."""
+    if isinstance(schema, dict | list):
+        return 1 + sum(map(size, schema.values() if isinstance(schema, dict) else schema))
+    return 1
+
+
+def spoilt(document, part=None):
+    """The document with each value in it, in its turn, replaced by one that is hardly ever right."""
+    part = document if part is None else part
+    for place in part if isinstance(part, dict) else range(len(part)):
+        kept, part[place] = part[place], [None]
+        yield deepcopy(document)
+        part[place] = kept
+        if isinstance(kept, dict | list):
+            yield from spoilt(document, kept)
 
 
 def a_verify_report():
@@ -38,8 +85,9 @@ def test_schema_is_valid_and_names_itself(name):
     schema = load_schema(name)
     Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    version = schema["properties"].get("schema", {}).get("const", "v1").rpartition("/")[2]
-    assert schema["$id"] == f"https://keyed-xai.dev/schemas/{name}/{version}.json"
+    assert schema["$id"] == f"{name}.json"
+    version = schema["properties"].get("schema", {"const": f"keyed-xai/{name}/v1"})["const"]
+    assert version.startswith(f"keyed-xai/{name}/v")
 
 
 @every_schema
@@ -56,8 +104,46 @@ def test_required_fields_are_defined(name):
 
 
 def test_list_of_schemas_is_complete():
-    files = {file.name for file in resources.files("keyed_xai_schemas").iterdir() if file.name.endswith(".json")}
-    assert files == {f"{name}.json" for name in SCHEMAS} | {"key-vectors.json", "trigger-vectors.json"}
+    assert set(FILES) == {f"{name}.json" for name in SCHEMAS} | {"common.json"}
+
+
+def test_every_reference_is_to_a_part_of_the_folder_and_adds_to_it_or_describes_it():
+    assert references()
+    for file, part in references():
+        named = FOLDER.resolver(file).lookup(part["$ref"]).contents
+        assert not set(part) & set(named) - {"$ref", "description"}, part["$ref"]
+
+
+def test_every_definition_is_used():
+    defined = {f"{file}#/$defs/{name}" for file, schema in FILES.items() for name in schema.get("$defs", {})}
+    used = {part["$ref"] if part["$ref"][0] != "#" else file + part["$ref"] for file, part in references()}
+    assert defined <= used
+
+
+def test_nothing_long_is_written_twice():
+    written = [meaning(part) for schema in FILES.values() for part in parts(schema)]
+    times = Counter(json.dumps(part, sort_keys=True) for part in written if size(part) >= 12)
+    assert [part for part, count in times.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("verify-report", a_verify_report()),
+        ("card", json.loads((EXAMPLE / "card.json").read_text())),
+        ("license", json.loads((EXAMPLE / "license.json").read_text())),
+        ("protect-report", json.loads((EXAMPLE / "report.json").read_text())),
+    ],
+)
+def test_validators_that_follow_references_find_the_same(name, document):
+    ours = Draft202012Validator(load_schema(name))
+    theirs = Draft202012Validator(FILES[f"{name}.json"], registry=FOLDER)
+    assert theirs.is_valid(document)
+    for wrong in spoilt(document):
+        ours_say, theirs_say = (
+            [(each.json_path, each.message) for each in one.iter_errors(wrong)] for one in (ours, theirs)
+        )
+        assert ours_say == theirs_say
 
 
 def test_unknown_schema_is_refused_by_name():

@@ -1,5 +1,6 @@
 """JSON documents that are validated both ways, and files that appear whole or not at all."""
 
+import functools
 import json
 import math
 import os
@@ -104,7 +105,7 @@ def validate(document: object, schema: str, *, origin: str) -> None:
     Raises:
         ArtifactError: It does not fit; the message names the place, what was expected there and what came.
     """
-    error = next(Draft202012Validator(load_schema(schema)).iter_errors(document), None)  # the first: bounds the work
+    error = next(_validator(schema).iter_errors(document), None)  # the first: bounds the work
     if error is not None:
         raise ArtifactError(f"{printable(origin)} does not fit the schema {schema!r}: {_describe(error)}.")
 
@@ -179,6 +180,11 @@ def writing(path: Path) -> Iterator[None]:
 def printable(text: str) -> str:
     """Return text from outside on one line and without control characters, so that it cannot steer a terminal."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+@functools.cache
+def _validator(schema: str) -> Draft202012Validator:
+    return Draft202012Validator(load_schema(schema))
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Document:
