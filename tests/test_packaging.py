@@ -24,7 +24,7 @@ def test_every_file_beside_the_code_is_installed():
     installed = {file for folder, patterns in told.items() for pattern in patterns for file in folder.glob(pattern)}
     beside = {file for file in (ROOT / "keyed_xai").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
     assert beside == installed
-    assert {file.name for file in beside} >= {"page.html", "py.typed"}
+    assert {file.name for file in beside} >= {"page.html", "base.html", "py.typed"}
 
 
 def test_links_for_mypy_lead_to_the_mapped_folders():
