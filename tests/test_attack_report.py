@@ -271,6 +271,7 @@ def test_every_text_is_escaped():
         known = {"lang", "charset", "name", "content", "http-equiv", "class", "alt", "src"}
         assert {name for name, _ in page.attributes} <= known
         assert "<script>alert(1)</script>" in page.text
+        assert "&lt;" not in page.text, "escaped twice"
         assert not re.search("[\x00\u202e\ud800]", page.text)
 
 

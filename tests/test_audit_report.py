@@ -157,10 +157,13 @@ def test_curves_are_shown_with_the_controls_folded():
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a\nb\x1b[31m"])
 def test_hostile_text_is_escaped(evil):
     report = a_report(SURVIVED | {"title": evil, "strength": evil, "sentence": evil, "outcome": evil}, notes=[evil])
-    report["model"]["name"] = evil
-    page = render_audit_report(report)
+    report["model"]["name"] = report["model"]["architecture"] = report["data"]["train"]["source"] = evil
+    report["not_run"] = [dict.fromkeys(("name", "title", "strength", "why"), evil)]
+    report["settings"] = report["versions"] = {evil: evil}
+    page = render_audit_report(report, pictures={"curve:int8": PNG})
     assert "<script" not in page
-    assert "<img" not in page
+    assert page.count("<img") == 1
+    assert "&amp;lt;" not in page, "escaped twice"
     assert "\x1b" not in page
 
 

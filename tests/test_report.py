@@ -199,6 +199,7 @@ def test_every_text_is_escaped():
         *("lang", "charset", "name", "content", "http-equiv", "class", "alt", "src"),
     }
     assert "<script>alert(1)</script>" in page.text
+    assert "&lt;" not in page.text, "escaped twice"
     assert not re.search("[\x00\u202e\ud800]", page.text)
 
 
