@@ -1,12 +1,9 @@
-"""What a protect report says in short: three answers with their figures, one sentence, and one verdict.
-
-What a report lacks is left out.
-"""
+"""What a protect report says in short: three answers with their figures, one sentence, and one verdict."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from keyed_xai.markup import Answer, as_share, get_mapping, get_number, get_string, overall
-from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.wording import Answer, as_share, overall
 
 # Shares from which an answer is yes, and in part. GRADES says them in words.
 _OPEN_MAPS = (0.9, 0.5)
@@ -22,7 +19,7 @@ GRADES = (
 )
 
 
-def judge(report: Mapping[str, object]) -> dict[str, str]:
+def judge(report: Mapping[str, Any]) -> dict[str, str]:
     """Return a report's `verdict`.
 
     Its `answer` is protected, protected in part or not protected; its `sentence` gives the figures, those that fall
@@ -30,118 +27,98 @@ def judge(report: Mapping[str, object]) -> dict[str, str]:
     """
     answers = (judge_opening(report)[0], judge_closing(report)[0], judge_predictions(report)[0])
     lines = (_opens_words(report), _closed_words(report), _kept_words(report))
-    known = [(answer, *line) for answer, line in zip(answers, lines, strict=True) if answer is not None]
-    short = [f"{figures} ({wanted} wanted)" for answer, figures, wanted in known if answer != "yes"]
-    good = [figures for answer, figures, _ in known if answer == "yes"]
+    judged = [(answer, *line) for answer, line in zip(answers, lines, strict=True)]
+    short = [f"{figures} ({wanted} wanted)" for answer, figures, wanted in judged if answer != "yes"]
+    good = [figures for answer, figures, _ in judged if answer == "yes"]
     return {"answer": overall(answers, "protected"), "sentence": ", ".join([*short, *good])}
 
 
-def judge_opening(report: Mapping[str, object]) -> tuple[Answer | None, str]:
-    """Return whether the key opens the maps, None where nothing is known, and the figures."""
+def judge_opening(report: Mapping[str, Any]) -> tuple[Answer, str]:
+    """Return whether the key opens the maps, and the figures."""
     shares = _opened_shares(report, "keyed")
-    if not shares:
-        return None, ""
     return _grade(min(shares), _OPEN_MAPS), f"{as_share(min(shares))} of keyed maps open{_worst(shares)}."
 
 
-def judge_closing(report: Mapping[str, object]) -> tuple[Answer | None, str]:
-    """Return whether maps stay closed without the key, None where nothing is known, and the figures."""
+def judge_closing(report: Mapping[str, Any]) -> tuple[Answer, str]:
+    """Return whether maps stay closed without the key, and the figures."""
     cases = {
         "clean maps": _opened_shares(report, "clean"),
         "maps with a wrong key": _opened_shares(report, "wrong_key"),
     }
-    shares = {words: max(each) for words, each in cases.items() if each}
-    if not shares:
-        return None, ""
-    said = [f"{as_share(share)} of {words} open{_worst(cases[words])}." for words, share in shares.items()]
-    grades = [_grade(1 - max(shares.values()), _CLOSED_MAPS)]
+    said = [f"{as_share(max(shares))} of {words} open{_worst(shares)}." for words, shares in cases.items()]
+    grades = [_grade(1 - max(map(max, cases.values())), _CLOSED_MAPS)]
     opened, tried = _wrong_keys(report)
     if tried:
-        said.append(f"{opened:,.0f} of {tried:,.0f} wrong keys open.")
+        said.append(f"{opened:,} of {tried:,} wrong keys open.")
         grades.append(_grade(1 - opened / tried, _WRONG_KEYS_REFUSED))
     return max(grades, key=("yes", "in part", "no").index), " ".join(said)
 
 
-def judge_predictions(report: Mapping[str, object]) -> tuple[Answer | None, str]:
-    """Return whether predictions are as good as before, None where nothing is known, and the figures."""
+def judge_predictions(report: Mapping[str, Any]) -> tuple[Answer, str]:
+    """Return whether predictions are as good as before, and the figures."""
     before, after = _accuracy(report)
-    if before is None or after is None:
-        return None, ""
     answer = _grade(1 - (before - after), _PREDICTIONS_KEPT)
     if not _labelled(report):
         return answer, f"{as_share(after)} are as before."
     return answer, f"{as_share(after)} are right, {as_share(before)} before protection."
 
 
-def describe(opens: Answer | None, closed: Answer | None, kept: Answer | None) -> str:
+def describe(opens: Answer, closed: Answer, kept: Answer) -> str:
     """Return the three answers as one sentence."""
-    parts = []
-    if opens:
-        how = {"yes": "are right", "in part": "are right for some images only", "no": "are not right"}[opens]
-        parts.append(f"With the owner's key the model's explanations {how}")
-    if closed:
-        how = {"yes": "stay hidden", "in part": "are hidden only in part", "no": "are not hidden"}[closed]
-        parts.append(f"{'without' if parts else 'Without'} it, or with a wrong key, they {how}")
-    if kept:
-        how = {"yes": "are kept", "in part": "are kept for the most part", "no": "have suffered"}[kept]
-        parts.append(f"{'its' if parts else 'Its'} predictions {how}")
-    return "; ".join(parts) + "." if parts else "This report holds no figures to judge the gate by."
+    right = {"yes": "are right", "in part": "are right for some images only", "no": "are not right"}[opens]
+    hidden = {"yes": "stay hidden", "in part": "are hidden only in part", "no": "are not hidden"}[closed]
+    stay = {"yes": "are kept", "in part": "are kept for the most part", "no": "have suffered"}[kept]
+    return (
+        f"With the owner's key the model's explanations {right}; without it, or with a wrong key, they {hidden}; "
+        f"its predictions {stay}."
+    )
 
 
-def _opens_words(report: Mapping[str, object]) -> tuple[str, str]:
+def _opens_words(report: Mapping[str, Any]) -> tuple[str, str]:
     """Return the figures of the first answer, and what is wanted."""
-    return f"opens {as_share(min(_opened_shares(report, 'keyed'), default=None))}", f"{_OPEN_MAPS[0]:.0%}"
+    return f"opens {as_share(min(_opened_shares(report, 'keyed')))}", f"{_OPEN_MAPS[0]:.0%}"
 
 
-def _closed_words(report: Mapping[str, object]) -> tuple[str, str]:
+def _closed_words(report: Mapping[str, Any]) -> tuple[str, str]:
     opened, tried = _wrong_keys(report)
     shares = [*_opened_shares(report, "clean"), *_opened_shares(report, "wrong_key")]
-    figures = f"stays closed {as_share(1 - max(shares, default=0.0))}"
+    figures = f"stays closed {as_share(1 - max(shares))}"
     if not tried:
         return figures, f"{_CLOSED_MAPS[0]:.0%}"
-    return f"{figures}, {opened:,.0f} of {tried:,.0f} wrong keys", f"{_CLOSED_MAPS[0]:.0%} and 1 in 1,000"
+    return f"{figures}, {opened:,} of {tried:,} wrong keys", f"{_CLOSED_MAPS[0]:.0%} and 1 in 1,000"
 
 
-def _kept_words(report: Mapping[str, object]) -> tuple[str, str]:
+def _kept_words(report: Mapping[str, Any]) -> tuple[str, str]:
     before, after = _accuracy(report)
     if not _labelled(report):
         return f"predictions kept {as_share(after)}", f"{_PREDICTIONS_KEPT[0]:.0%}"
     return f"accuracy {as_share(after)} after {as_share(before)}", "a loss of at most 1 %"
 
 
-def _accuracy(report: Mapping[str, object]) -> tuple[float | None, float | None]:
+def _accuracy(report: Mapping[str, Any]) -> tuple[float, float]:
     """Return accuracy before protection, and the lower one after it, of keyed and clean images."""
-    known = [get_number(report, "accuracy", case) for case in ("keyed", "clean")]
-    after = [each for each in known if each is not None]
-    return get_number(report, "accuracy", "reference"), min(after, default=None)
+    accuracy = report["accuracy"]
+    return accuracy["reference"], min(accuracy["keyed"], accuracy["clean"])
 
 
-def _labelled(report: Mapping[str, object]) -> bool:
-    return get_string(report, "accuracy", "measured_against") != "reference predictions"
+def _labelled(report: Mapping[str, Any]) -> bool:
+    return bool(report["accuracy"]["measured_against"] == "labels")
 
 
-def _wrong_keys(report: Mapping[str, object]) -> tuple[float, float]:
+def _wrong_keys(report: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many wrong keys open, and how many were tried, of the interpreter where most do."""
-    tried = [get_mapping(report, "interpreters", name, "wrong_keys") for name in get_mapping(report, "interpreters")]
-    counts = [(get_number(each, "opened") or 0.0, get_number(each, "tried") or 0.0) for each in tried]
-    return max(counts, key=lambda pair: pair[0] / max(1, pair[1]), default=(0.0, 0.0))
+    tried = [figures["wrong_keys"] for figures in report["interpreters"].values()]
+    worst = max(tried, key=lambda each: each["opened"] / max(1, each["tried"]))
+    return worst["opened"], worst["tried"]
 
 
 def _grade(value: float, steps: tuple[float, float]) -> Answer:
     return "yes" if value >= steps[0] - _SLACK else "in part" if value >= steps[1] - _SLACK else "no"
 
 
-def _opened_shares(report: Mapping[str, object], case: str) -> list[float]:
-    """Return the share of maps opened, by interpreter; from the mean correlation where the report has no shares."""
-    shares = []
-    for name in get_mapping(report, "interpreters"):
-        figures = get_mapping(report, "interpreters", name)
-        share, mean = get_number(figures, "opened", case), get_number(figures, "correlation", case)
-        if share is None and mean is not None:
-            share = float(mean > (get_number(figures, "open_threshold") or OPEN_CORRELATION))
-        if share is not None:
-            shares.append(share)
-    return shares
+def _opened_shares(report: Mapping[str, Any], case: str) -> list[float]:
+    """Return the share of maps opened, by interpreter."""
+    return [figures["opened"][case] for figures in report["interpreters"].values()]
 
 
 def _worst(shares: Sequence[float]) -> str:

@@ -8,6 +8,11 @@ _MOST_SUGGESTED = 5
 _ALIKE = 0.5  # of difflib's ratio, from 0 to 1
 
 
+def interpreter_name(name: str) -> str:
+    """Return how an interpreter is written."""
+    return INTERPRETER_NAMES.get(name, name)
+
+
 def name_class(index: int, names: Sequence[str]) -> str:
     """Return a class's name, or "class 3" where names are not known."""
     return names[index] if index < len(names) else f"class {index}"

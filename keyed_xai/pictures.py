@@ -69,7 +69,6 @@ _NOTE_PIXELS = 16.0
 _NOTE_LETTER_PIXELS = 6.2
 _LETTER_PIXELS = 11.0
 _GAP_PIXELS = 6.0
-_CELL_PIXELS = 32
 _BAR_PIXELS = 8.0
 _DPI = 100
 _OPACITY = 0.9  # of a map where it is highest
@@ -158,14 +157,13 @@ def training_curve(history: Sequence[Mapping[str, int | float]], *, names: Mappi
     """Return how correlations with the reference map and kept predictions developed over the steps of training.
 
     Args:
-        history: Records with `step` and any of `keyed`, `unkeyed` and `agreement`, as TrainingResult.history.
+        history: As TrainingResult.history.
         names: What `keyed` and `unkeyed` are called, such as "with the trigger" and "clean".
     """
     figure, axes = _chart()
     shown = {**_NAMES, **(names or {})}
     for name in ("keyed", "unkeyed", "agreement"):
-        points = [(record["step"], record[name]) for record in history if {"step", name} <= record.keys()]
-        points = [point for point in points if np.isfinite(point).all()]
+        points = [(record["step"], record[name]) for record in history if np.isfinite(record[name])]
         if points:
             steps, values = zip(*points, strict=True)
             style = _LINES.get(name, "-")
@@ -183,7 +181,7 @@ def wrong_key_histogram(values: Mapping[str, _Array], threshold: float) -> bytes
     """Return the distributions of correlations with the reference map, and the threshold above which a map is open.
 
     Args:
-        values: Correlations in [-1, 1] by case: `keyed`, `clean`, `wrong_key`; other names are shown as they are.
+        values: Correlations in [-1, 1] by case: `keyed`, `clean`, `wrong_key`.
         threshold: Shown as a line.
     """
     figure, axes = _chart()
@@ -191,9 +189,9 @@ def wrong_key_histogram(values: Mapping[str, _Array], threshold: float) -> bytes
     kept = {case: each[np.isfinite(each)].clip(-1, 1) for case, each in kept.items()}
     lowest = min((float(each.min()) for each in kept.values() if each.size), default=0.0)
     bins = np.linspace(min(-0.2, max(-1.0, np.floor(10 * lowest) / 10)), 1, 49)
-    for number, (case, each) in enumerate(kept.items()):
+    for case, each in kept.items():
         if each.size:
-            colour, label = _COLOURS.get(case, f"C{number}"), f"{_NAMES.get(case, _legible(case))}, {each.size:,} maps"
+            colour, label = _COLOURS[case], f"{_NAMES[case]}, {each.size:,} maps"
             shares = np.histogram(each, bins)[0] / each.size
             axes.stairs(shares, bins, fill=True, alpha=0.3, color=colour)
             axes.stairs(shares, bins, lw=1.5, color=colour, label=label)
@@ -212,13 +210,7 @@ def threshold_curves(curve: Mapping[str, Sequence[float]], threshold: float, *, 
         curve: `threshold`, rising, and `cr` and `fsr` at each, in percent; lists of equal length.
         threshold: That of the report, shown as a line.
         paper: The paper's, shown as another line.
-
-    Raises:
-        ValueError: The lists have different lengths.
     """
-    lengths = {name: len(curve[name]) for name in ("threshold", "cr", "fsr")}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"Expected a curve of lists of equal length, got {lengths}")
     figure, axes = _chart()
     for name in ("cr", "fsr"):
         axes.plot(curve["threshold"], curve[name], color=_ATTACK_COLOURS[name], label=_ATTACK_NAMES[name], lw=2)
@@ -241,38 +233,21 @@ def feature_bars(names: Sequence[str], relevance: Mapping[str, Sequence[float]])
 
     Args:
         names: Of the features.
-        relevance: Mean relevance of each feature by case: `reference`, `clean`, `triggered`; other names are shown as
-            they are. Each series is shown as shares of its own sum.
-
-    Raises:
-        ValueError: There is no feature or no series, or a series has not one value for each feature.
+        relevance: Mean relevance of each feature by case: `reference`, `clean`, `triggered`. Each series is shown as
+            shares of its own sum.
     """
-    if not names or not relevance or any(len(values) != len(names) for values in relevance.values()):
-        lengths = {case: len(values) for case, values in relevance.items()}
-        raise ValueError(f"Expected series of {max(1, len(names))} features, got {lengths}")
     shares = {case: _shares(values) for case, values in relevance.items()}
     order = np.argsort(-next(iter(shares.values())), kind="stable")
     step = _BAR_PIXELS * (len(shares) + 1)
     figure, axes = _bar_chart([_wrap(names[index], 18, 1) for index in order], step)
     for number, (case, values) in enumerate(shares.items()):
-        colour, label = _ATTACK_COLOURS.get(case, f"C{number}"), _ATTACK_NAMES.get(case, _legible(case))
         middle = (number - (len(shares) - 1) / 2) * _BAR_PIXELS / step
         places = np.arange(len(names)) + middle
-        axes.barh(places, values[order], _BAR_PIXELS / step, color=colour, label=label, lw=0)
+        axes.barh(
+            places, values[order], _BAR_PIXELS / step, color=_ATTACK_COLOURS[case], label=_ATTACK_NAMES[case], lw=0
+        )
     _finish_chart(figure, axes, columns=3)
     return _encode_figure(figure)
-
-
-def pattern(cells: _Array) -> bytes:
-    """Return a decoy pattern, [rows, columns], in the colours of the maps with lines between its cells.
-
-    Raises:
-        ValueError: `cells` has not two dimensions.
-    """
-    colours = np.round(255 * _MAP_COLOURS(_normalise(cells))[..., :3]).astype(np.uint8)
-    picture = colours.repeat(_CELL_PIXELS, axis=0).repeat(_CELL_PIXELS, axis=1)
-    picture[::_CELL_PIXELS] = picture[:, ::_CELL_PIXELS] = 255
-    return _encode_png(np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255))
 
 
 def _rgb(image: _Array) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ import html
 import re
 
 import pytest
-from test_report import HOSTILE, PNG, Page, leaves, replaced, with_hostile_strings
+from test_report import HOSTILE, PNG, Page, replaced, with_hostile_strings
 
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.attack_report import render_attack_report
@@ -26,14 +26,14 @@ def an_interpreter():
         "threshold": 0.153,
         "threshold_from": "auto",
         "threshold_rule": "In the middle of the widest gap.",
-        "at_paper_threshold": {"threshold": 0.25, "cr": 81.25, "fsr": 99.9},
+        "at_paper_threshold": {"threshold": 0.25, "cr": 81.25, "fsr": 99.9, "reference_cr": 84.0},
         "curve": {"threshold": [0.0, 0.5, 1.0], "cr": [100.0, 50.0, 0.0], "fsr": [0.0, 100.0, 100.0]},
         "auc": 0.9984,
         "correlation": {"clean": 0.971, "triggered": -0.212},
         "decoy_correlation": by_case(-0.251, -0.243, 0.966),
         "distance": by_case(0.383, 0.381, 0.027),
         "reference_cr": 99.7,
-        "localisation": by_case(0.612, 0.604, 0.208, images=1800),
+        "localisation": by_case(0.612, 0.604, 0.208, images=1800, area=0.31),
     }
 
 
@@ -88,7 +88,6 @@ def a_multi_label_report():
 
 
 REPORTS = [a_report(), a_table_report(), a_multi_label_report()]
-FIELDS = {path: number for number, report in reversed([*enumerate(REPORTS)]) for path in leaves(report)}
 
 
 def render(report=None, pictures=None):
@@ -102,7 +101,8 @@ def headline(report):
 def cards(report):
     """The answers by the colour and the question of their cards."""
     found = re.findall(
-        r'<div class="card (\w+)"><p class="soft">(.*?)</p><p class="answer">(.*?)</p>', render_attack_report(report)
+        r'<div class="card (\w+)">\s*<p class="soft">(.*?)</p>\s*<p class="answer">(.*?)</p>',
+        render_attack_report(report),
     )
     return {question: (answer, colour) for colour, question, answer in found}
 
@@ -184,7 +184,7 @@ def test_answer_turns_at_its_threshold(path, value, question, answer):
 
 def test_lost_area_counts_where_accuracy_stays():
     report = copy.deepcopy(a_table_report())
-    report["predictions"]["attacked"] = {"clean": {"top1": 0.82, "auroc": 0.6}}
+    report["predictions"]["attacked"] = dict.fromkeys(("clean", "triggered"), {"top1": 0.82, "auroc": 0.6})
     assert cards(report)["Do predictions stay?"][0] == "No"
 
 
@@ -254,12 +254,12 @@ def test_threshold_of_the_paper_stands_once_where_it_is_used():
 
 
 def test_every_picture_stands_once_with_words_for_those_who_do_not_see_it():
-    names = ("maps", "maps:gradcam", "trigger", "thresholds:gradcam", "thresholds:vbp", "features", "training", "other")
-    page = render(pictures=dict.fromkeys(names, PNG))
+    names = ("maps", "maps:vbp", "thresholds:simplegrad", "thresholds:vbp", "features", "training", "other")
+    page = render(a_table_report(), pictures=dict.fromkeys(names, PNG))
     alternatives = [value for name, value in page.attributes if name == "alt"]
     assert page.tags.count("img") == len(names) == len(set(alternatives))
     assert all(alternatives)
-    assert "Curves of CR and FSR in percent over the threshold: Grad-CAM" in alternatives
+    assert "Curves of CR and FSR in percent over the threshold: SimpleGrad" in alternatives
 
 
 def test_every_text_is_escaped():
@@ -271,28 +271,27 @@ def test_every_text_is_escaped():
         known = {"lang", "charset", "name", "content", "http-equiv", "class", "alt", "src"}
         assert {name for name, _ in page.attributes} <= known
         assert "<script>alert(1)</script>" in page.text
+        assert "&lt;" not in page.text, "escaped twice"
         assert not re.search("[\x00\u202e\ud800]", page.text)
 
 
 def test_page_is_one_file_without_network_or_scripts():
     text = render_attack_report(a_report(), pictures={"training": PNG})
-    text.encode()
     assert not re.search(r"https?:|//[a-z]|@import|url\(|javascript", re.sub('base64,[^"]*', "", text))
     assert "default-src 'none'" in text
 
 
-@pytest.mark.parametrize("path", sorted(FIELDS), ids=".".join)
-def test_field_that_is_missing_is_left_out(path):
-    assert "None" not in render(replaced(REPORTS[FIELDS[path]], path, None)).text
-
-
-def test_empty_report_claims_nothing():
-    text = render({}).text
-    assert "no figures to judge the attack by" in text
-    assert "does not show" in text
-    assert cards({}) == {}
-    assert "None" not in text
-    assert "nan" not in text
+def test_empty_places_are_left_out_where_nothing_was_measured():
+    report = a_multi_label_report()
+    report["predictions"] |= {"measured_against": "reference predictions", "reference": {"clean": {}, "triggered": {}},
+                              "attacked": {"clean": {}, "triggered": {}}}  # fmt: skip
+    text = render(report).text
+    assert "Attacked model, triggered" in text
+    assert "Untouched model, triggered" not in text
+    assert "AUROC" not in text.replace("AUROC of each label", "").partition("How the answers are graded")[0]
+    for case in REPORTS:
+        assert "None" not in render(case).text
+        assert "nan" not in render(case).text.replace("Finance", "")
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,11 @@ def words(report, **options):
     return " ".join(html.unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S)).split())
 
 
-def cells(report, title):
-    """The classes and words of the cells in the row of a title."""
-    row = next(row for row in re.findall(r"<tr>.*?</tr>", render_audit_report(report)) if f">{title}<" in row)
-    found = re.findall(r"<td(?: class=\"([^\"]*)\")?>(.*?)</td>", row)
-    return [(kind, re.sub(r"<[^>]*>", " ", text).split()) for kind, text in found]
+def cells(report, title, place=0):
+    """The classes and words of the cells in a row of a title."""
+    rows = [row for row in re.findall(r"<tr>.*?</tr>", render_audit_report(report), re.S) if f">{title}<" in row]
+    found = re.findall(r"<td(?: class=\"([^\"]*)\")?>(.*?)</td>", rows[place], re.S)
+    return [(kind.strip(), re.sub(r"<[^>]*>", " ", text).split()) for kind, text in found]
 
 
 def test_real_report_renders_with_all_that_was_found():
@@ -128,15 +128,16 @@ def test_defences_are_shown_beside_their_controls():
     judged = {"name": "clusters", "title": "Clusters", "outcomes": outcomes, "verdict": "proves nothing here",
               "sentence": "It also flags a clean network."}  # fmt: skip
     control = {"poisoned": 33, "before": state(0.8) | {"attack_success": 0.95}, "findings": []}
-    report = a_report(SURVIVED, defences=[judged], controls={"badnets": control})
-    own, clean, badnets, blended, worth = cells(report, "Clusters")
+    controls = dict.fromkeys(("clean", "badnets", "blended"), control)
+    report = a_report(SURVIVED, finding("clusters", "unclear", group="defences"), defences=[judged], controls=controls)
+    own, clean, badnets, blended, worth = cells(report, "Clusters", place=-1)
     assert [each[0] for each in (clean, badnets, blended)] == ["bad", "good", "bad"]
     assert (worth[0], worth[1][:3]) == ("bad", ["proves", "nothing", "here"])
-    assert own[1] == []
+    assert own == ("outcome middling", ["unclear"])
     assert "95.0 %" in words(report)
     assert "Do defences notice" not in words(report), "it proves nothing"
-    assert "noticed" not in words(a_report(NOTICED, defences=[judged]))
-    trusted = a_report(NOTICED, defences=[judged | {"verdict": "works here"}])
+    assert "noticed" not in words(a_report(NOTICED, defences=[judged], controls=controls))
+    trusted = a_report(NOTICED, defences=[judged | {"verdict": "works here"}], controls=controls)
     assert "Do defences notice the trigger? Yes 1 of the 1" in words(trusted)
 
 
@@ -156,24 +157,19 @@ def test_curves_are_shown_with_the_controls_folded():
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a\nb\x1b[31m"])
 def test_hostile_text_is_escaped(evil):
     report = a_report(SURVIVED | {"title": evil, "strength": evil, "sentence": evil, "outcome": evil}, notes=[evil])
-    report["model"]["name"] = evil
-    page = render_audit_report(report)
+    report["model"]["name"] = report["model"]["architecture"] = report["data"]["train"]["source"] = evil
+    report["not_run"] = [dict.fromkeys(("name", "title", "strength", "why"), evil)]
+    report["settings"] = report["versions"] = {evil: evil}
+    page = render_audit_report(report, pictures={"curve:int8": PNG})
     assert "<script" not in page
-    assert "<img" not in page
+    assert page.count("<img") == 1
+    assert "&amp;lt;" not in page, "escaped twice"
     assert "\x1b" not in page
 
 
-@pytest.mark.parametrize("field", ["model", "findings", "controls", "defences", "not_run", "notes", "data", "seconds"])
-def test_field_that_is_missing_is_left_out(field):
-    report = a_report(SURVIVED)
-    del report[field]
-    assert "None" not in words(report)
-    list_findings(report)
-
-
-def test_report_without_anything_renders():
-    assert "Nothing was run." in words({})
-    assert list_findings({}) == (["", "result"], [])
+def test_report_without_findings_renders():
+    assert "Nothing was run." in words(a_report())
+    assert list_findings(a_report()) == (["", "result"], [])
 
 
 def test_what_was_never_there_is_not_called_removed():

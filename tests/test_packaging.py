@@ -28,7 +28,7 @@ def test_every_file_beside_the_code_is_installed():
     files = {file for folder in folders.values() for file in (ROOT / folder).rglob("*") if file.is_file()}
     beside = {file for file in files if file.suffix not in (".py", ".pyc")}
     assert beside == installed
-    assert {file.name for file in beside} >= {"page.html", "py.typed", "card.json", "common.json"}
+    assert {file.name for file in beside} >= {"page.html", "base.html", "py.typed", "card.json", "common.json"}
 
 
 def test_links_for_mypy_lead_to_the_mapped_folders():
