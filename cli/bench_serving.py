@@ -28,7 +28,7 @@ _ARCHITECTURES = ("resnet50", "vgg19", "densenet121")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphOptions:
+class TimedGraphOptions:
     """The graphs that are timed, and how."""
 
     architectures: Annotated[tuple[str, ...], click.option(
@@ -83,24 +83,24 @@ class ServedOptions:
 
     def read(self) -> "Served | None":
         """Return the model and its key; None where the demo's is served."""
-        from keyed_xai.benchmarks.serving_figures import Served
-
         if self.keyed is None:
             return None
         if self.key_file is None or self.reference is None:
             raise click.UsageError("--keyed needs --key-file and --reference.")
+        from keyed_xai.benchmarks.serving_figures import Served
+
         return Served(self.keyed, self.reference, read_key(self.key_file, self.passphrase_file))
 
 
 @click.command()
 @click.option("--part", "parts", multiple=True, type=click.Choice(["graphs", "load", "files"]), help="All if absent.")
-@grouped(graphs=GraphOptions, load=ServedOptions)
+@grouped(graphs=TimedGraphOptions, load=ServedOptions)
 @bench_out_option
 @device_option
 @json_option
 def serving(
     parts: tuple[str, ...],
-    graphs: GraphOptions,
+    graphs: TimedGraphOptions,
     load: ServedOptions,
     out: Path,
     device: str,
@@ -128,7 +128,7 @@ def serving(
         say(table, json_path=json_path)
 
 
-def _plan(out: Path, graphs: GraphOptions, load: ServedOptions, device: str) -> "ServingRun":
+def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str) -> "ServingRun":
     from keyed_xai.benchmarks.serving import ServingSettings
     from keyed_xai.benchmarks.serving_figures import ServingRun
     from keyed_xai.benchmarks.serving_load import LoadSettings

@@ -88,8 +88,8 @@ class ClaimOptions(KeyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestOptions:
-    """What the tests are made on, and how thorough they are."""
+class EvidenceOptions:
+    """What the tests are made on, and how much evidence they ask for."""
 
     folder: Annotated[Path | None, click.option(
         "--images", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -117,7 +117,7 @@ class TestOptions:
 
 @click.command()
 @click.argument("suspect", callback=_check_suspect)
-@grouped(claim_options=ClaimOptions, tests=TestOptions, headers=HeaderOptions, model_options=ModelOptions)
+@grouped(claim_options=ClaimOptions, evidence=EvidenceOptions, headers=HeaderOptions, model_options=ModelOptions)
 @device_option
 @json_option
 @click.pass_context
@@ -126,7 +126,7 @@ def verify(
     /,
     suspect: str,
     claim_options: ClaimOptions,
-    tests: TestOptions,
+    evidence: EvidenceOptions,
     headers: HeaderOptions,
     model_options: ModelOptions,
     device: str,
@@ -164,8 +164,8 @@ def verify(
 
     claim_options.check()
     model, claim = _open_suspect(suspect, claim_options, headers.merge(), model_options, device)
-    probe = load_probe(model.input, folder=tests.folder, count=tests.count, follow_links=tests.follow_links)
-    result = _verify(model, claim, probe, tests)
+    probe = load_probe(model.input, folder=evidence.folder, count=evidence.count, follow_links=evidence.follow_links)
+    result = _verify(model, claim, probe, evidence)
     document = result.to_json(suspect)
     emit_json(document, schema="verify-report", json_path=json_path)
     _print_table(document, to_stderr=json_path == STANDARD_OUTPUT)
@@ -202,7 +202,9 @@ def _open_suspect(
     return classifier.to(choose_device(device)), claim
 
 
-def _verify(model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", tests: TestOptions) -> "Verification":
+def _verify(
+    model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", evidence: EvidenceOptions
+) -> "Verification":
     from keyed_xai.progress import counter, progress_bar
     from keyed_xai.verification import verify as run_tests
 
@@ -211,10 +213,10 @@ def _verify(model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", 
             model,
             claim,
             probe,
-            alpha=tests.alpha,
-            decoys=tests.decoys,
-            search=tests.search,
-            seed=tests.seed,
+            alpha=evidence.alpha,
+            decoys=evidence.decoys,
+            search=evidence.search,
+            seed=evidence.seed,
             on_decoy=counter(progress, "trying random keys"),
             on_look=counter(progress, "looking through re-encodings"),
         )
