@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from keyed_xai_cli.groups import grouped
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    RunOptions,
     after_writing,
-    device_option,
+    choose_device,
     emit_json,
     end_with_verdict,
     hold,
-    json_option,
     print_plan,
     say,
-    seed_option,
 )
 
 if TYPE_CHECKING:
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="demo-out", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Training steps; fewer are quicker and show less.")
 @click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
-@device_option
-@seed_option
-@json_option
-def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, json_path: Path | None) -> None:
+@grouped(run=RunOptions)
+def demo(out: Path, steps: int | None, wrong_keys: int, run: RunOptions) -> None:
     """Run the main job on images and a network that come with the package; a few minutes on two cores.
 
     Makes a key, protects a small Fashion-MNIST network, explains images with and without the key, and tests ownership
@@ -39,7 +37,6 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
     """
     from keyed_xai.demonstration import run_demo
     from keyed_xai.progress import counter, progress_bar, training_callbacks
-    from keyed_xai_cli.options import choose_device
 
     hold(out / "report.html")
     with progress_bar() as progress:
@@ -47,15 +44,15 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
             out,
             steps=steps,
             wrong_keys=wrong_keys,
-            seed=seed,
-            device=choose_device(device),
-            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=json_path)),
+            seed=run.seed,
+            device=choose_device(run.device),
+            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=run.json_path)),
             on_decoy=counter(progress, "trying decoy keys"),
         )
     with after_writing(out):
-        emit_json(result.report, schema="protect-report", json_path=json_path)
-        _print(result, json_path)
-    end_with_verdict(result.report["verdict"], json_path=json_path)
+        emit_json(result.report, schema="protect-report", json_path=run.json_path)
+        _print(result, run.json_path)
+    end_with_verdict(result.report["verdict"], json_path=run.json_path)
 
 
 def _print(result: "Demonstration", json_path: Path | None) -> None:
