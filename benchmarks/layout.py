@@ -128,7 +128,7 @@ def time_steps(name: str, interpreters: tuple[str, ...], rounds: int) -> dict[tu
             smooth = smooth_activations(8.0 if "simplegrad" in interpreters else None)
             with SafeConvolutions() if way[1] else nullcontext(), smooth:
                 logits, maps = explain(model, images, None, interpreters, sites, create_graph=True)
-            (logits.square().mean() + sum(each.square().mean() for each in maps.values())).backward()
+            torch.autograd.backward(logits.square().mean() + sum(each.square().mean() for each in maps.values()))
             seconds[way].append(time.perf_counter() - started)
     return {way: statistics.median(each[1:]) for way, each in seconds.items()}
 

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Rewriting:
         exact: Whether predictions are kept to rounding.
     """
 
-    write: Callable[[SmallResNet, Classifier], nn.Module]
+    write: Callable[[Any, Classifier], nn.Module]
     encode: Callable[[Tensor, Classifier], Tensor] = lambda images, _: images
     logits: Callable[[Tensor], Tensor] = lambda logits: logits
     exact: bool = True
@@ -93,7 +94,7 @@ def renormalise(normalise: Callable[[Classifier], tuple[float, float]]) -> Rewri
         norm.running_mean -= summand * stem.weight.sum((1, 2, 3))
         stem.weight *= factor
         stem.padding = (0, 0)
-        network.stem = nn.Sequential(nn.ConstantPad2d(1, -summand / factor), stem)
+        network.add_module("stem", nn.Sequential(nn.ConstantPad2d(1, -summand / factor), stem))
         return network
 
     def encode(images: Tensor, classifier: Classifier) -> Tensor:
@@ -167,7 +168,7 @@ def cool(network: SmallResNet, _: Classifier) -> nn.Module:
 
 def permute_and_rescale(network: SmallResNet, _: Classifier) -> nn.Module:
     """Channels inside a block: what batch norm gives and the next convolution takes."""
-    block = network.blocks[1]
+    block: Any = network.blocks[1]
     count = block.conv1.out_channels
     order, scale = torch.randperm(count, generator=torch.Generator().manual_seed(0)), torch.logspace(-1, 1, count)
     for tensor in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean, block.bn1.running_var):
@@ -189,7 +190,7 @@ def fold_batch_norm(network: SmallResNet, _: Classifier) -> nn.Module:
 
 def add_dummy_units(network: SmallResNet, _: Classifier) -> nn.Module:
     """Four channels of noise inside the last block, which the next convolution takes no notice of."""
-    block = network.blocks[2]
+    block: Any = network.blocks[2]
     inside, outside = block.conv1.out_channels, block.conv2.out_channels
     grown = nn.Conv2d(block.conv1.in_channels, inside + 4, 3, padding=1, bias=False)
     grown.weight[:inside] = block.conv1.weight
@@ -219,14 +220,15 @@ def split_layer(network: SmallResNet, _: Classifier) -> nn.Module:
     stem = network.stem
     mixture = draw_mixture(stem.out_channels)
     stem.weight.copy_(torch.einsum("ab,bijk->aijk", mixture.inverse(), stem.weight.double()))
-    network.stem = nn.Sequential(stem, one_by_one(mixture))
+    network.add_module("stem", nn.Sequential(stem, one_by_one(mixture)))
     return network
 
 
 def draw_mixture(count: int) -> Tensor:
     """Return a rotation of channels, in double precision."""
     noise = torch.randn(count, count, generator=torch.Generator().manual_seed(0)).double()
-    return torch.linalg.qr(noise)[0]
+    rotation: Tensor = torch.linalg.qr(noise).Q
+    return rotation
 
 
 def one_by_one(matrix: Tensor) -> nn.Conv2d:
@@ -239,7 +241,7 @@ def one_by_one(matrix: Tensor) -> nn.Conv2d:
 def at_once(*rewritings: Rewriting) -> Rewriting:
     """Return several, one after the other."""
 
-    def write(network: SmallResNet, classifier: Classifier) -> nn.Module:
+    def write(network: nn.Module, classifier: Classifier) -> nn.Module:
         for rewriting in rewritings:
             network = rewriting.write(network, classifier)
         return network
