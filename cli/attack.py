@@ -18,7 +18,6 @@ from keyed_xai_cli.options import (
     end_with_verdict,
     hold_folder,
     json_option,
-    print_plan,
     resumable,
     say,
     seed_option,
@@ -112,7 +111,7 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.attacking import run_attack, write_attack
     from keyed_xai.data import is_table
     from keyed_xai.loading import open_model
-    from keyed_xai.progress import progress_bar, training_callbacks
+    from keyed_xai.progress import KEPT, progress_bar
 
     json_path, spec = arguments["json_path"], arguments["spec"]
     out = arguments["out"] or model.with_name(f"{model.stem}.attacked")
@@ -120,7 +119,8 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     classifier, _ = open_model(model, **take_model_options(arguments), require_map=not is_table(spec))
     tell_notes(classifier)
     train_data, held_out = load_both(classifier, spec, arguments)
-    with resumable(checkpoint), progress_bar() as progress:
+    shown = progress_bar(say=partial(say, json_path=json_path), words=KEPT)
+    with resumable(checkpoint), shown as progress:
         attacked = run_attack(
             classifier,
             train_data,
@@ -129,10 +129,7 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
             device=choose_device(arguments["device"]),
             checkpoint=checkpoint,
             resume=arguments["resume"],
-            callbacks=replace(
-                training_callbacks(progress, kept="kept", moved="moved"),
-                on_plan=partial(print_plan, json_path=json_path),
-            ),
+            progress=progress,
         )
     write_attack(attacked, out, force=arguments["force"], checkpoint=checkpoint)
     with after_writing(out):

@@ -53,13 +53,13 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, json_path: Path | No
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.main_job import ROWS, make_case, render_rows
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     prepare_folder(out)
     device = choose_device(arguments["device"])
     named = {name: arguments[name] for name in ("data", "model", "arch", "input_size")}
     with progress_bar() as progress:
-        made = make_case(case, out, device=device, on_fit=counter(progress, "fitting a reference"), **named)
+        made = make_case(case, out, device=device, progress=progress, **named)
     results = [_run(made, row, out, device, arguments) for row in rows or ROWS]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
     write_atomically(out / f"{case}-{made.classifier.architecture}.md", table.encode())
@@ -72,7 +72,7 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
     from dataclasses import replace
 
     from keyed_xai.benchmarks.main_job import ROWS, run_row
-    from keyed_xai.progress import progress_bar, training_callbacks
+    from keyed_xai.progress import progress_bar
     from keyed_xai.protection import ProtectSettings, choose_recipe
 
     names = ("steps", "batch_size", "learning_rate", "beta")
@@ -87,8 +87,7 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
         held_out_images=arguments["held_out"],
     )
     with progress_bar() as progress:
-        callbacks = training_callbacks(progress)
-        return run_row(case, row, out, settings, device=device, callbacks=callbacks)
+        return run_row(case, row, out, settings, device=device, progress=progress)
 
 
 @bench.command(name="false-claims")
@@ -107,7 +106,7 @@ def false_claims(json_path: Path | None, **settings: Any) -> None:  # noqa: ANN4
 
     from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
     from keyed_xai.data import load_images
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     where = choose_device(settings["device"])
     train, probe = (
@@ -115,9 +114,7 @@ def false_claims(json_path: Path | None, **settings: Any) -> None:  # noqa: ANN4
         load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=settings["images"]),
     )
     with progress_bar() as progress:
-        fitted = fit_unmarked_models(
-            train, settings["models"], settings["epochs"], device=where, on_model=counter(progress, "fitting")
-        )
+        fitted = fit_unmarked_models(train, settings["models"], settings["epochs"], device=where, progress=progress)
         batch, _ = probe.batch(torch.arange(len(probe)).numpy())
         found = count_false_claims(
             fitted,
@@ -125,7 +122,7 @@ def false_claims(json_path: Path | None, **settings: Any) -> None:  # noqa: ANN4
             keys=settings["keys"],
             decoys=settings["decoys"],
             generator=torch.Generator().manual_seed(0),
-            on_key=counter(progress, "trying keys"),
+            progress=progress,
         )
     emit_figures("false-claims", [found], settings, json_path=json_path)
     if json_path != STANDARD_OUTPUT:

@@ -195,9 +195,9 @@ def figure5(**arguments: Any) -> None:  # noqa: ANN401
 def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Run, write and print a table of defences; return it as a document."""
     from keyed_xai.artifacts.documents import write_atomically, write_json
-    from keyed_xai.benchmarks.paper_defences import DefenceSettings, DefenceWatch, render_defences, run_defences
+    from keyed_xai.benchmarks.paper_defences import DefenceSettings, render_defences, run_defences
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     out, json_path, folders = arguments["out"], arguments["json_path"], list(arguments["attacked"])
     if folders and not arguments["architectures"]:
@@ -207,15 +207,12 @@ def _defend(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         folders = [*(out / result.folder for result in results), *folders]
     prepare_folder(out)
     with progress_bar() as progress:
-        watch = DefenceWatch(
-            counter(progress, "fitting a control"), counter(progress, "models"), counter(progress, "defending")
-        )
         document = run_defences(
             folders,
             DefenceSettings(name, settings, arguments.get("floor")),
             out,
             device=choose_device(arguments["device"]),
-            watch=watch,
+            progress=progress,
         )
     words = render_defences(document)
     write_atomically(out / f"{name}.md", words.encode())
@@ -237,10 +234,9 @@ def _run(name: str, title: str, interpreters: list[tuple[str, ...]], arguments: 
 
 def _run_cells(interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -> "tuple[TableSettings, list[Result]]":
     """Attack what the options choose, or take it from the folder."""
-    from keyed_xai.benchmarks.paper_tables import Cell, Watch, list_cells, run_cells
+    from keyed_xai.benchmarks.paper_tables import list_cells, run_cells
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar, training_callbacks
-    from keyed_xai.training import Callbacks
+    from keyed_xai.progress import KEPT, progress_bar
 
     settings, out = _table_settings(arguments), arguments["out"]
     prepare_folder(out)
@@ -250,15 +246,8 @@ def _run_cells(interpreters: list[tuple[str, ...]], arguments: dict[str, Any]) -
         arguments["setting"] or _SETTINGS,
         interpreters,
     )
-    with progress_bar() as progress:
-
-        def callbacks(cell: Cell) -> Callbacks:
-            return training_callbacks(
-                progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})", kept="kept", moved="moved"
-            )
-
-        watch = Watch(counter(progress, "fitting a reference"), callbacks)
-        return settings, run_cells(cells, settings, out, device=choose_device(arguments["device"]), watch=watch)
+    with progress_bar(words=KEPT) as progress:
+        return settings, run_cells(cells, settings, out, device=choose_device(arguments["device"]), progress=progress)
 
 
 def _write(name: str, words: str, results: "list[Result]", out: Path, json_path: Path | None) -> None:
@@ -317,18 +306,17 @@ def figure1b(data: str, steps: int | None, out: Path, device: str, seed: int, js
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
     from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar, training_callbacks
+    from keyed_xai.progress import KEPT, progress_bar
 
     prepare_folder(out)
-    with progress_bar() as progress:
+    with progress_bar(words=KEPT) as progress:
         result = run_figure1b(
             data,
             out,
             steps=steps,
             seed=seed,
             device=choose_device(device),
-            on_fit=counter(progress, "fitting a reference"),
-            callbacks=training_callbacks(progress, kept="kept", moved="moved"),
+            progress=progress,
         )
     _write(FIGURE_1B, render_figure1b(result), [result], out, json_path)
 

@@ -18,7 +18,6 @@ from keyed_xai_cli.options import (
     hold_folder,
     json_option,
     key_options,
-    print_plan,
     read_key,
     resumable,
     say,
@@ -101,7 +100,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.models import load_classifier
     from keyed_xai.models.loading import OWN_CODE, describe_own_code
-    from keyed_xai.progress import progress_bar, training_callbacks
+    from keyed_xai.progress import progress_bar
     from keyed_xai.protection import protect as protect_model
     from keyed_xai.protection import write_protection
 
@@ -117,7 +116,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
         _settings(classifier, len(train_data), arguments), fixed_layer=options["target_layer"] is not None
     )
     _warn_of_weak_trigger(settings)
-    with resumable(checkpoint), progress_bar() as progress:
+    with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         protection = protect_model(
             classifier,
             key,
@@ -127,7 +126,7 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
             device=choose_device(arguments["device"]),
             checkpoint=checkpoint,
             resume=arguments["resume"],
-            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=json_path)),
+            progress=progress,
         )
     written = write_protection(protection, out, key, force=force, checkpoint=checkpoint)
     with after_writing(out):

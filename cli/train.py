@@ -17,7 +17,6 @@ from keyed_xai_cli.options import (
     follow_links_option,
     hold,
     json_option,
-    print_plan,
     resumable,
     say,
     seed_option,
@@ -104,7 +103,7 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
     keyed-xai train --data imagefolder:photos --arch resnet50 -o photos.safetensors
     keyed-xai train --data credit-default:default.csv -o credit.safetensors
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
     from keyed_xai.references import build_classifier, claim_output, train_reference, write_reference
 
     json_path, force, resume = arguments["json_path"], arguments["force"], arguments["resume"]
@@ -113,7 +112,7 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
     blueprint, train_data, held_out = _load(spec, arguments)
     classifier = build_classifier(blueprint, len(train_data.classes), seed=arguments["seed"])
     settings = _settings(classifier, len(train_data), arguments)
-    with resumable(checkpoint), progress_bar() as progress:
+    with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         reference = train_reference(
             classifier,
             train_data,
@@ -122,8 +121,7 @@ def train(spec: str, out: Path, **arguments: Any) -> None:  # noqa: ANN401
             device=choose_device(arguments["device"]),
             checkpoint=checkpoint,
             resume=resume,
-            on_step=counter(progress, f"training {classifier.architecture}"),
-            on_plan=partial(print_plan, json_path=json_path),
+            progress=progress,
         )
     write_reference(reference, out, force=force, checkpoint=checkpoint)
     with after_writing(out):

@@ -95,7 +95,7 @@ def load_both_images(size: "InputSpec", spec: str, arguments: dict[str, Any]) ->
     """Return the images to learn from and the held-out ones, with a progress bar, and name broken ones."""
     from keyed_xai.artifacts.documents import printable
     from keyed_xai.data import load_images
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
         return load_images(
@@ -108,7 +108,7 @@ def load_both_images(size: "InputSpec", spec: str, arguments: dict[str, Any]) ->
             strict=arguments["strict"],
             seed=arguments["seed"],
             follow_links=arguments["follow_links"],
-            progress=counter(progress, f"reading {split} images"),
+            progress=progress,
         )
 
     with progress_bar() as progress:

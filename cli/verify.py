@@ -182,7 +182,7 @@ def _read_claim(suspect: "Path | Card | None", arguments: dict[str, Any]) -> "Cl
 def _verify(
     model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", arguments: dict[str, Any]
 ) -> "Verification":
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
     from keyed_xai.verification import verify as run_tests
 
     with progress_bar() as progress:
@@ -194,8 +194,7 @@ def _verify(
             decoys=arguments["decoys"],
             search=arguments["search"],
             seed=arguments["seed"],
-            on_decoy=counter(progress, "trying random keys"),
-            on_look=counter(progress, "looking through re-encodings"),
+            progress=progress,
         )
 
 
