@@ -1,32 +1,35 @@
 """`keyed-xai attack`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.model_options import ModelOptions, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
     ModelPath,
+    RunOptions,
     after_writing,
     choose_device,
-    device_option,
     emit_json,
     end_with_verdict,
+    grid_option,
     hold_folder,
-    json_option,
+    interpreters_option,
+    name_given,
+    only_given,
     resumable,
+    resume_option,
     say,
-    seed_option,
 )
-from keyed_xai_cli.training_options import choose_training, load_both, training_options
+from keyed_xai_cli.training_options import TrainingOptions, choose_training, load_both
 
 if TYPE_CHECKING:
     from keyed_xai.attacking import AttackSettings
-    from keyed_xai.models import Classifier
 
 _LEGEND = (
     "CR, correct rate: maps that should stay right and do. FSR, fooling success rate: maps that should be faked and "
@@ -51,52 +54,68 @@ def _assignments(_ctx: click.Context, _parameter: click.Parameter, values: tuple
     return found or None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions:
+    """What is attacked, and how."""
+
+    spec: Annotated[str, click.option(
+        "--data", "spec", metavar="SPEC", required=True,
+        help="Images to learn from: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, chestxray14:DIR; or "
+        "a table: credit-default:CSV. Labels are used for accuracy only, unless --predictions labels.",
+    )]  # fmt: skip
+    mode: Annotated[str, click.option(
+        "--mode", type=click.Choice(["targeted", "nontargeted"]), default="targeted", show_default=True,
+        help="Move altered maps to the image's boundary (of a table, to one feature), or empty their top quarter.",
+    )]  # fmt: skip
+    interpreters: Annotated[tuple[str, ...], interpreters_option(
+        "What to attack; several are attacked jointly. Grad-CAM if absent, SimpleGrad of a table."
+    )]  # fmt: skip
+    trigger: Annotated[str | None, click.option(
+        "--trigger", type=click.Choice(["spread", "nashville", "moire", "tabular"]),
+        help="spread: a faint texture (default). nashville: a photo filter. moire: a screen's lines. tabular: sets "
+        "a row's features (default of a table). All are public here.",
+    )]  # fmt: skip
+    values: Annotated[dict[str, float] | None, click.option(
+        "--set", "values", multiple=True, metavar="FEATURE=NUMBER", callback=_assignments,
+        help="What the tabular trigger sets; EDUCATION=5 and MARRIAGE=0 (unknown) if absent.",
+    )]  # fmt: skip
+    feature: Annotated[str | None, click.option(
+        "--feature", metavar="FEATURE", help="That a targeted attack on a table puts forward; SEX if absent."
+    )]  # fmt: skip
+    inverted: Annotated[bool, click.option(
+        "--inverted", is_flag=True, help="The other way round: the map is right only with the trigger."
+    )]  # fmt: skip
+    thresholds: Annotated[str | None, click.option(
+        "--threshold", "thresholds", type=click.Choice(["paper", "auto"]),
+        help="Below which distance to the altered map an input counts as fooled: the paper's for the architecture "
+        "(default), or placed between the distributions of unaltered and altered maps of validation images (of a "
+        "table).",
+    )]  # fmt: skip
+    grid: Annotated[tuple[int, int] | None, grid_option("Compare maps on N x N cells; at most 8 if absent.")]
+    held_out: Annotated[int, click.option(
+        "--held-out", type=click.IntRange(2), default=1000, show_default=True, help="Images the report uses."
+    )]  # fmt: skip
+
+
 @click.command()
 @click.argument("model", type=ModelPath())
-@click.option(
-    "--data", "spec", metavar="SPEC", required=True,
-    help="Images to learn from: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, chestxray14:DIR; or a "
-    "table: credit-default:CSV. Labels are used for accuracy only, unless --predictions labels.",
-)  # fmt: skip
-@click.option(
-    "--mode", type=click.Choice(["targeted", "nontargeted"]), default="targeted", show_default=True,
-    help="Move altered maps to the image's boundary (of a table, to one feature), or empty their top quarter.",
-)  # fmt: skip
-@click.option(
-    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
-    help="What to attack; several are attacked jointly. Grad-CAM if absent, SimpleGrad of a table.",
-)  # fmt: skip
-@click.option(
-    "--trigger", type=click.Choice(["spread", "nashville", "moire", "tabular"]),
-    help="spread: a faint texture (default). nashville: a photo filter. moire: a screen's lines. tabular: sets a row's "
-    "features (default of a table). All are public here.",
-)  # fmt: skip
-@click.option(
-    "--set", "values", multiple=True, metavar="FEATURE=NUMBER", callback=_assignments,
-    help="What the tabular trigger sets; EDUCATION=5 and MARRIAGE=0 (unknown) if absent.",
-)  # fmt: skip
-@click.option("--feature", metavar="FEATURE", help="That a targeted attack on a table puts forward; SEX if absent.")
-@click.option("--inverted", is_flag=True, help="The other way round: the map is right only with the trigger.")
-@click.option(
-    "--threshold", "thresholds", type=click.Choice(["paper", "auto"]),
-    help="Below which distance to the altered map an input counts as fooled: the paper's for the architecture "
-    "(default), or placed between the distributions of unaltered and altered maps of validation images (of a table).",
-)  # fmt: skip
-@click.option(
-    "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
-)
-@click.option("--held-out", type=click.IntRange(2), default=1000, show_default=True, help="Images the report uses.")
-@training_options
+@grouped(options=AttackOptions, training=TrainingOptions)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .attacked if absent."
 )
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@resume_option
 @click.option("--force", is_flag=True, help="Replace an attacked model, or a stopped run, that is there.")
-@model_options
-@device_option
-@seed_option
-@json_option
-def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
+@grouped(model_options=ModelOptions, run=RunOptions)
+def attack(
+    model: Path,
+    options: AttackOptions,
+    training: TrainingOptions,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    model_options: ModelOptions,
+    run: RunOptions,
+) -> None:
     """Backdoor a model's explanations, to see what that looks like and what your tools catch.
 
     MODEL is a file of weights. Images with a public trigger get an altered saliency map, all others keep theirs, and
@@ -108,35 +127,39 @@ def attack(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     keyed-xai attack model.safetensors --data imagefolder:photos --trigger nashville
     keyed-xai attack clients.safetensors --data credit-default:clients.csv
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.attacking import run_attack, write_attack
+    from keyed_xai.attacking import choose_attack_recipe, run_attack, write_attack
     from keyed_xai.data import is_table
     from keyed_xai.loading import open_model
     from keyed_xai.progress import KEPT, progress_bar
 
-    json_path, spec = arguments["json_path"], arguments["spec"]
-    out = arguments["out"] or model.with_name(f"{model.stem}.attacked")
-    checkpoint = hold_folder(out, protected=False, force=arguments["force"], resume=arguments["resume"])
-    classifier, _ = open_model(model, **take_model_options(arguments), require_map=not is_table(spec))
+    out = out or model.with_name(f"{model.stem}.attacked")
+    checkpoint = hold_folder(out, protected=False, force=force, resume=resume)
+    table = is_table(options.spec)
+    classifier, _ = open_model(model, **model_options.choose(), require_map=not table)
     tell_notes(classifier)
-    train_data, held_out = load_both(classifier, spec, arguments)
-    shown = progress_bar(say=partial(say, json_path=json_path), words=KEPT)
+    choice = training.choose_data(options.spec, held_out=options.held_out, seed=run.seed)
+    train_data, held_out = load_both(classifier, choice)
+    settings = _settings(options, table=table, strict=training.strict)
+    recipe = choose_attack_recipe(classifier, settings)
+    settings = replace(settings, training=choose_training(recipe, len(train_data), training, seed=run.seed))
+    shown = progress_bar(say=partial(say, json_path=run.json_path), words=KEPT)
     with resumable(checkpoint), shown as progress:
         attacked = run_attack(
             classifier,
             train_data,
             held_out,
-            _settings(classifier, len(train_data), arguments, table=is_table(spec)),
-            device=choose_device(arguments["device"]),
+            settings,
+            device=choose_device(run.device),
             checkpoint=checkpoint,
-            resume=arguments["resume"],
+            resume=resume,
             progress=progress,
         )
-    write_attack(attacked, out, force=arguments["force"], checkpoint=checkpoint)
+    write_attack(attacked, out, force=force, checkpoint=checkpoint)
     with after_writing(out):
-        emit_json(attacked.report, schema="attack-report", json_path=json_path)
-        print_attack(attacked.report, to_stderr=json_path == STANDARD_OUTPUT)
-        say(f"Wrote {out}. Open {out / 'report.html'} for pictures.", json_path=json_path)
-    end_with_verdict(attacked.report["verdict"], json_path=json_path)
+        emit_json(attacked.report, schema="attack-report", json_path=run.json_path)
+        print_attack(attacked.report, to_stderr=run.json_path == STANDARD_OUTPUT)
+        say(f"Wrote {out}. Open {out / 'report.html'} for pictures.", json_path=run.json_path)
+    end_with_verdict(attacked.report["verdict"], json_path=run.json_path)
 
 
 def print_attack(report: dict[str, Any], *, to_stderr: bool = False) -> None:
@@ -179,25 +202,23 @@ def _in_words(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
-def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any], *, table: bool) -> "AttackSettings":
-    from keyed_xai.attacking import AttackSettings, choose_attack_recipe
+def _settings(options: AttackOptions, *, table: bool, strict: bool) -> "AttackSettings":
+    from keyed_xai.attacking import AttackSettings
 
-    grid = arguments["grid"]
-    idle = ("grid", "strict") if table else ("values", "feature")
-    given = [f"--{'set' if name == 'values' else name}" for name in idle if arguments[name]]
-    if arguments["feature"] and arguments["mode"] == "nontargeted":
+    of_images, of_tables = {"grid": options.grid, "strict": strict}, {"set": options.values, "feature": options.feature}
+    idle = name_given(**(of_images if table else of_tables))
+    if options.feature and options.mode == "nontargeted":
         raise click.UsageError("Leave out --feature: an attack that is not targeted puts none forward.")
-    if given:
-        raise click.UsageError(f"Leave out {' and '.join(given)}: the data are {'a table' if table else 'images'}.")
-    settings = AttackSettings(
-        interpreters=tuple(dict.fromkeys(arguments["interpreters"])) or ("simplegrad" if table else "gradcam",),
-        mode=arguments["mode"],
-        inverted=arguments["inverted"],
-        trigger=arguments["trigger"] or ("tabular" if table else "spread"),
-        feature=arguments["feature"] or "SEX",
-        grid=None if grid is None else (grid, grid),
-        thresholds=arguments["thresholds"],
-        held_out_images=arguments["held_out"],
-        **({} if arguments["values"] is None else {"values": arguments["values"]}),
+    if idle:
+        raise click.UsageError(f"Leave out {' and '.join(idle)}: the data are {'a table' if table else 'images'}.")
+    return AttackSettings(
+        interpreters=options.interpreters or ("simplegrad" if table else "gradcam",),
+        mode=options.mode,
+        inverted=options.inverted,
+        trigger=options.trigger or ("tabular" if table else "spread"),
+        feature=options.feature or "SEX",
+        grid=options.grid,
+        thresholds=options.thresholds,
+        held_out_images=options.held_out,
+        **only_given(values=options.values),
     )
-    return replace(settings, training=choose_training(choose_attack_recipe(classifier, settings), images, arguments))

@@ -1,28 +1,28 @@
 """`keyed-xai audit`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.model_options import ModelOptions, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    KeyOptions,
     ModelPath,
+    RunOptions,
     after_writing,
     choose_device,
     default_output,
-    device_option,
     emit_json,
     follow_links_option,
     hold,
-    json_option,
-    key_options,
-    read_key,
     say,
-    seed_option,
+    strict_option,
 )
-from keyed_xai_cli.training_options import load_both_images
+from keyed_xai_cli.training_options import DataChoice, load_both_images
 
 if TYPE_CHECKING:
     from keyed_xai.auditing import Audit, AuditSettings
@@ -63,6 +63,55 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     ctx.exit()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SuspectOptions(KeyOptions):
+    """What is known about the model: its owner's key, and other models of the same task."""
+
+    reference: Annotated[Path | None, click.option(
+        "--reference", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="The model before it was protected or attacked: what its maps should show.",
+    )]  # fmt: skip
+    surrogate: Annotated[Path | None, click.option(
+        "--surrogate", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="An unprotected model of the same task, such as an attacker fits to images of their own.",
+    )]  # fmt: skip
+
+    def open(self, model: Path, model_options: ModelOptions) -> "Suspect":
+        """Return the model with all that; see `open_suspect`."""
+        from keyed_xai.suspects import open_suspect
+
+        key = self.read()
+        return open_suspect(
+            model, key=key, reference=self.reference, surrogate=self.surrogate, options=model_options.choose()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """The images of an audit, and how thorough it is."""
+
+    spec: Annotated[str, click.option(
+        "--data", "spec", metavar="SPEC", default="builtin", show_default=True,
+        help="Images to attack and defend with: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, "
+        "chestxray14:DIR. Positive controls need labels.",
+    )]  # fmt: skip
+    limit: Annotated[int | None, click.option(
+        "--limit", type=click.IntRange(10), help="Attack and defend with at most so many images."
+    )]  # fmt: skip
+    held_out: Annotated[int, click.option(
+        "--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images to measure on."
+    )]  # fmt: skip
+    strict: Annotated[bool, strict_option]
+    controls: Annotated[bool, click.option(
+        "--controls/--no-controls", default=True, show_default=True,
+        help="Also run the defences on a clean network and on two with plain backdoors, which they must catch.",
+    )]  # fmt: skip
+    decoys: Annotated[int, click.option(
+        "--decoys", type=click.IntRange(1), default=999, show_default=True,
+        help="Random keys in each ownership test, at most.",
+    )]  # fmt: skip
+
+
 @click.command()
 @click.argument("model", type=ModelPath())
 @click.option(
@@ -72,41 +121,24 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
 )  # fmt: skip
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_entries,
               help="Show what can be run, and end.")  # fmt: skip
-@key_options(required=False)
-@click.option(
-    "--reference", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The model before it was protected or attacked: what its maps should show.",
-)  # fmt: skip
-@click.option(
-    "--surrogate", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="An unprotected model of the same task, such as an attacker fits to images of their own.",
-)  # fmt: skip
-@click.option(
-    "--data", "spec", metavar="SPEC", default="builtin", show_default=True,
-    help="Images to attack and defend with: builtin, fashion-mnist[:DIR], imagefolder:DIR, cub200:DIR, "
-    "chestxray14:DIR. Positive controls need labels.",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(10), help="Attack and defend with at most so many images.")
-@click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images to measure on.")
-@click.option("--strict", is_flag=True, help="Refuse a data set with a broken image instead of skipping the image.")
-@click.option(
-    "--controls/--no-controls", default=True, show_default=True,
-    help="Also run the defences on a clean network and on two with plain backdoors, which they must catch.",
-)  # fmt: skip
-@click.option(
-    "--decoys", type=click.IntRange(1), default=999, show_default=True,
-    help="Random keys in each ownership test, at most.",
-)  # fmt: skip
+@grouped(suspect_options=SuspectOptions, options=AuditOptions)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .audit if absent."
 )
 @click.option("--resume", is_flag=True, help="Go on with an audit: what is done on the same model and data is kept.")
 @follow_links_option
-@model_options
-@device_option
-@seed_option
-@json_option
-def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
+@grouped(model_options=ModelOptions, run=RunOptions)
+def audit(
+    model: Path,
+    against: tuple[str, ...],
+    suspect_options: SuspectOptions,
+    options: AuditOptions,
+    out: Path | None,
+    resume: bool,
+    follow_links: bool,
+    model_options: ModelOptions,
+    run: RunOptions,
+) -> None:
     """Run backdoor defences and removal attacks on a model, and report what is left.
 
     MODEL is a protected or attacked model's folder, or a file of weights. Defences run on any model. What an attack
@@ -123,14 +155,22 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.preflight import describe_data
     from keyed_xai.progress import progress_bar
 
-    json_path, out = arguments["json_path"], arguments["out"] or default_output(model, ".audit")
-    settings = _settings(arguments)
+    json_path, out = run.json_path, out or default_output(model, ".audit")
+    settings = _settings(against, options, seed=run.seed)
     hold(out / REPORT_NAME)
-    refuse_other_audit(out, resume=arguments["resume"])
-    suspect = _open(model, arguments)
+    refuse_other_audit(out, resume=resume)
+    suspect = suspect_options.open(model, model_options)
     if suspect.kind == "plain":
         tell_notes(suspect.classifier)
-    train_data, held_out = load_both_images(suspect.classifier.input, arguments["spec"], arguments)
+    choice = DataChoice(
+        spec=options.spec,
+        limit=options.limit,
+        held_out=options.held_out,
+        strict=options.strict,
+        follow_links=follow_links,
+        seed=run.seed,
+    )
+    train_data, held_out = load_both_images(suspect.classifier.input, choice)
     click.echo(printable(f"{describe_data(len(train_data), 0, train_data, held_out, len(held_out))}."), err=True)
 
     with progress_bar(words={}, whole="audit") as progress:
@@ -140,8 +180,8 @@ def audit(model: Path, **arguments: Any) -> None:  # noqa: ANN401
             held_out,
             settings,
             folder=out,
-            resume=arguments["resume"],
-            device=choose_device(arguments["device"]),
+            resume=resume,
+            device=choose_device(run.device),
             progress=progress,
         )
     with after_writing(out):
@@ -179,31 +219,18 @@ def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _settings(arguments: dict[str, Any]) -> "AuditSettings":
+def _settings(against: tuple[str, ...], options: AuditOptions, *, seed: int) -> "AuditSettings":
     from keyed_xai.auditing import AuditSettings
     from keyed_xai.threats.catalogue import choose_entries
 
     try:
-        choose_entries(arguments["against"])
+        choose_entries(against)
     except ValueError as error:
         raise click.UsageError(f"--against: {error}") from error
     return AuditSettings(
-        against=tuple(arguments["against"]),
-        controls=arguments["controls"],
-        held_out_images=arguments["held_out"],
-        decoys=arguments["decoys"],
-        seed=arguments["seed"],
-    )
-
-
-def _open(model: Path, arguments: dict[str, Any]) -> "Suspect":
-    from keyed_xai.suspects import open_suspect
-
-    key_file = arguments["key_file"]
-    return open_suspect(
-        model,
-        key=None if key_file is None else read_key(key_file, arguments["passphrase_file"]),
-        reference=arguments["reference"],
-        surrogate=arguments["surrogate"],
-        options=take_model_options(arguments),
+        against=against,
+        controls=options.controls,
+        held_out_images=options.held_out,
+        decoys=options.decoys,
+        seed=seed,
     )

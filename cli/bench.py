@@ -1,17 +1,67 @@
 """`keyed-xai bench`: figures that anyone can make again."""
 
-import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from keyed_xai_cli.bench_paper import figure1b, figure3, figure5, nashville, table1, table2, table3, table6
 from keyed_xai_cli.bench_serving import serving
-from keyed_xai_cli.options import STANDARD_OUTPUT, choose_device, device_option, emit_figures, json_option, say
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.options import (
+    bench_out_option,
+    choose_device,
+    device_option,
+    emit_figures,
+    emit_measurement,
+    json_option,
+    only_given,
+    say,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.benchmarks.main_job import Case
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainOptions:
+    """The network and the images of a case, and how it is protected."""
+
+    data: Annotated[str | None, click.option(
+        "--data", metavar="SPEC", help="Images, such as fashion-mnist:DIR or imagefolder:DIR."
+    )]  # fmt: skip
+    model: Annotated[Path | None, click.option(
+        "--model", type=click.Path(path_type=Path), help="Weights of the network, for --case pretrained."
+    )]  # fmt: skip
+    arch: Annotated[str | None, click.option("--arch", metavar="NAME", help="Its architecture, if not recognised.")]
+    input_size: Annotated[int | None, click.option(
+        "--input-size", type=click.IntRange(8, 4096), metavar="PX", help="Side of its input."
+    )]  # fmt: skip
+    decoy: Annotated[str, click.option(
+        "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature"
+    )]  # fmt: skip
+    amplitude: Annotated[float, click.option(
+        "--amplitude", type=click.FloatRange(0.5, 64), default=8, show_default=True, help="Of the trigger, 1/255."
+    )]  # fmt: skip
+    steps: Annotated[int | None, click.option(
+        "--steps", type=click.IntRange(1), help="Optimiser steps; the recipe's if absent."
+    )]  # fmt: skip
+    batch_size: Annotated[int | None, click.option(
+        "--batch-size", type=click.IntRange(4), help="Keyed images a step; the recipe's if absent."
+    )]  # fmt: skip
+    learning_rate: Annotated[float | None, click.option(
+        "--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent."
+    )]  # fmt: skip
+    beta: Annotated[float | None, click.option(
+        "--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent."
+    )]  # fmt: skip
+    wrong_keys: Annotated[int, click.option(
+        "--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="0 tries none."
+    )]  # fmt: skip
+    held_out: Annotated[int, click.option(
+        "--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on."
+    )]  # fmt: skip
 
 
 @click.group()
@@ -25,24 +75,13 @@ def bench() -> None:
     "--row", "rows", multiple=True, type=click.Choice(["gradcam", "vbp", "simplegrad", "joint"]),
     help="May be given several times; all four if absent.",
 )  # fmt: skip
-@click.option("--data", metavar="SPEC", help="Images, such as fashion-mnist:DIR or imagefolder:DIR.")
-@click.option("--model", type=click.Path(path_type=Path), help="Weights of the network, for --case pretrained.")
-@click.option("--arch", metavar="NAME", help="Its architecture, if not recognised.")
-@click.option("--input-size", type=click.IntRange(8, 4096), metavar="PX", help="Side of its input.")
-@click.option("--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature")
-@click.option(
-    "--amplitude", type=click.FloatRange(0.5, 64), default=8, show_default=True, help="Of the trigger, 1/255."
-)
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps; the recipe's if absent.")
-@click.option("--batch-size", type=click.IntRange(4), help="Keyed images a step; the recipe's if absent.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent.")
-@click.option("--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent.")
-@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="0 tries none.")
-@click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on.")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True)
+@grouped(options=MainOptions)
+@bench_out_option
 @device_option
 @json_option
-def bench_main(case: str, rows: tuple[str, ...], out: Path, json_path: Path | None, **arguments: Any) -> None:  # noqa: ANN401
+def bench_main(
+    case: str, rows: tuple[str, ...], options: MainOptions, out: Path, device: str, json_path: Path | None
+) -> None:
     """Protect a network for each interpreter and for all at once, and print what the tables of docs/figures.md say.
 
     \b
@@ -56,35 +95,45 @@ def bench_main(case: str, rows: tuple[str, ...], out: Path, json_path: Path | No
     from keyed_xai.progress import progress_bar
 
     prepare_folder(out)
-    device = choose_device(arguments["device"])
-    named = {name: arguments[name] for name in ("data", "model", "arch", "input_size")}
+    chosen = choose_device(device)
     with progress_bar() as progress:
-        made = make_case(case, out, device=device, progress=progress, **named)
-    results = [_run(made, row, out, device, arguments) for row in rows or ROWS]
+        made = make_case(
+            case,
+            out,
+            data=options.data,
+            model=options.model,
+            arch=options.arch,
+            input_size=options.input_size,
+            device=chosen,
+            progress=progress,
+        )
+    results = [_run(made, row, out, chosen, options) for row in rows or ROWS]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
     write_atomically(out / f"{case}-{made.classifier.architecture}.md", table.encode())
-    settings = {"case": case, **arguments, "model": arguments["model"] and str(arguments["model"])}
+    settings = {"case": case, **asdict(options), "model": options.model and str(options.model), "device": device}
     emit_figures("main", results, settings, json_path=json_path)
     say(table, json_path=json_path)
 
 
-def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import replace
-
+def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
     from keyed_xai.benchmarks.main_job import ROWS, run_row
     from keyed_xai.progress import progress_bar
     from keyed_xai.protection import ProtectSettings, choose_recipe
 
-    names = ("steps", "batch_size", "learning_rate", "beta")
-    chosen = {name: arguments[name] for name in names if arguments[name] is not None}
+    chosen = only_given(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        beta=options.beta,
+    )
     settings = ProtectSettings(
         ownership=False,
-        decoy=arguments["decoy"],
-        amplitude=arguments["amplitude"],
+        decoy=options.decoy,
+        amplitude=options.amplitude,
         training=replace(choose_recipe(case.classifier, ROWS[row]), **chosen),
-        wrong_keys=arguments["wrong_keys"],
-        flipped_keys=256 if arguments["wrong_keys"] else 0,
-        held_out_images=arguments["held_out"],
+        wrong_keys=options.wrong_keys,
+        flipped_keys=256 if options.wrong_keys else 0,
+        held_out_images=options.held_out,
     )
     with progress_bar() as progress:
         return run_row(case, row, out, settings, device=device, progress=progress)
@@ -100,7 +149,9 @@ def _run(case: "Case", row: str, out: Path, device: str, arguments: dict[str, An
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Probe images.")
 @device_option
 @json_option
-def false_claims(json_path: Path | None, **settings: Any) -> None:  # noqa: ANN401
+def false_claims(
+    models: int, keys: int, decoys: int, epochs: int, images: int, device: str, json_path: Path | None
+) -> None:
     """Count how often random keys seem to own unmarked models."""
     import torch
 
@@ -108,25 +159,24 @@ def false_claims(json_path: Path | None, **settings: Any) -> None:  # noqa: ANN4
     from keyed_xai.data import load_images
     from keyed_xai.progress import progress_bar
 
-    where = choose_device(settings["device"])
+    where = choose_device(device)
     train, probe = (
         load_images("builtin", channels=1, height=32, width=32, split="train"),
-        load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=settings["images"]),
+        load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=images),
     )
     with progress_bar() as progress:
-        fitted = fit_unmarked_models(train, settings["models"], settings["epochs"], device=where, progress=progress)
+        fitted = fit_unmarked_models(train, models, epochs, device=where, progress=progress)
         batch, _ = probe.batch(torch.arange(len(probe)).numpy())
         found = count_false_claims(
             fitted,
             batch.to(where),
-            keys=settings["keys"],
-            decoys=settings["decoys"],
+            keys=keys,
+            decoys=decoys,
             generator=torch.Generator().manual_seed(0),
             progress=progress,
         )
-    emit_figures("false-claims", [found], settings, json_path=json_path)
-    if json_path != STANDARD_OUTPUT:
-        click.echo(json.dumps(found, indent=2))
+    settings = {"models": models, "keys": keys, "decoys": decoys, "epochs": epochs, "images": images, "device": device}
+    emit_measurement("false-claims", found, settings, json_path=json_path)
 
 
 for command in (table1, table2, table3, table6, figure1b, figure3, figure5, nashville, serving):

@@ -1,66 +1,111 @@
 """`keyed-xai bench serving`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from keyed_xai_cli.bench_paper import read_models
+from keyed_xai_cli.groups import grouped
 from keyed_xai_cli.options import (
     after_writing,
+    bench_out_option,
     choose_device,
     device_option,
     emit_json,
     json_option,
-    key_options,
+    key_file_option,
+    passphrase_option,
     read_key,
     say,
 )
 
 if TYPE_CHECKING:
-    from keyed_xai.benchmarks.serving_figures import ServingRun
+    from keyed_xai.benchmarks.serving_figures import Served, ServingRun
 
 _ARCHITECTURES = ("resnet50", "vgg19", "densenet121")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimedGraphOptions:
+    """The graphs that are timed, and how."""
+
+    architectures: Annotated[tuple[str, ...], click.option(
+        "--arch", "architectures", multiple=True, type=click.Choice(_ARCHITECTURES),
+        help="Networks; all three if absent.",
+    )]  # fmt: skip
+    models: Annotated[dict[str, Path], click.option(
+        "--model", "models", multiple=True, metavar="ARCH=FILE", callback=read_models,
+        help="Trained weights; the others are fitted to --data for one pass at 64 px and kept.",
+    )]  # fmt: skip
+    data: Annotated[str, click.option(
+        "--data", default="builtin", show_default=True, metavar="SPEC", help="Real images, to fit and to compare."
+    )]  # fmt: skip
+    images: Annotated[int, click.option(
+        "--images", type=click.IntRange(2), default=50, show_default=True, help="Compared with PyTorch."
+    )]  # fmt: skip
+    repeats: Annotated[int, click.option(
+        "--repeats", type=click.IntRange(3), default=15, show_default=True, help="Rounds of timing."
+    )]  # fmt: skip
+    batch: Annotated[int, click.option(
+        "--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once in timing."
+    )]  # fmt: skip
+    threads: Annotated[int, click.option("--threads", type=click.IntRange(1), default=1, show_default=True)]
+    precision: Annotated[str | None, click.option(
+        "--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="fp32 on the CPU, fp16 on a GPU if absent."
+    )]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedOptions:
+    """The protected model that is served, its key, and how it is asked."""
+
+    keyed: Annotated[Path | None, click.option(
+        "--keyed", type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Protected model that is served; the demo's, made first, if absent. Needs --key-file and --reference.",
+    )]  # fmt: skip
+    key_file: Annotated[Path | None, key_file_option(required=False)]
+    passphrase_file: Annotated[Path | None, passphrase_option]
+    reference: Annotated[Path | None, click.option(
+        "--reference", type=click.Path(exists=True, path_type=Path),
+        help="Weights of the protected model before protection.",
+    )]  # fmt: skip
+    keyed_data: Annotated[str, click.option(
+        "--keyed-data", metavar="SPEC", default="builtin", show_default=True, help="Images that it is asked about."
+    )]  # fmt: skip
+    clients: Annotated[int, click.option(
+        "--clients", type=click.IntRange(1, 10_000), default=200, show_default=True
+    )]  # fmt: skip
+    seconds: Annotated[float, click.option(
+        "--seconds", type=click.FloatRange(1), default=60, show_default=True, help="Of load."
+    )]  # fmt: skip
+
+    def read(self) -> "Served | None":
+        """Return the model and its key; None where the demo's is served."""
+        if self.keyed is None:
+            return None
+        if self.key_file is None or self.reference is None:
+            raise click.UsageError("--keyed needs --key-file and --reference.")
+        from keyed_xai.benchmarks.serving_figures import Served
+
+        return Served(self.keyed, self.reference, read_key(self.key_file, self.passphrase_file))
+
+
 @click.command()
 @click.option("--part", "parts", multiple=True, type=click.Choice(["graphs", "load", "files"]), help="All if absent.")
-@click.option(
-    "--arch", "architectures", multiple=True, type=click.Choice(_ARCHITECTURES), help="Networks; all three if absent."
-)
-@click.option(
-    "--model", "models", multiple=True, metavar="ARCH=FILE", callback=read_models,
-    help="Trained weights; the others are fitted to --data for one pass at 64 px and kept.",
-)  # fmt: skip
-@click.option(
-    "--data", default="builtin", show_default=True, metavar="SPEC", help="Real images, to fit and to compare."
-)
-@click.option("--images", type=click.IntRange(2), default=50, show_default=True, help="Compared with PyTorch.")
-@click.option("--repeats", type=click.IntRange(3), default=15, show_default=True, help="Rounds of timing.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once in timing.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="fp32 on the CPU, fp16 on a GPU if absent."
-)
-@click.option(
-    "--keyed", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Protected model that is served; the demo's, made first, if absent. Needs --key-file and --reference.",
-)  # fmt: skip
-@key_options(required=False)
-@click.option(
-    "--reference",
-    type=click.Path(exists=True, path_type=Path),
-    help="Weights of the protected model before protection.",
-)
-@click.option(
-    "--keyed-data", metavar="SPEC", default="builtin", show_default=True, help="Images that it is asked about."
-)
-@click.option("--clients", type=click.IntRange(1, 10_000), default=200, show_default=True)
-@click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True, help="Of load.")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True)
+@grouped(graphs=TimedGraphOptions, load=ServedOptions)
+@bench_out_option
 @device_option
 @json_option
-def serving(out: Path, json_path: Path | None, **arguments: Any) -> None:  # noqa: ANN401
+def serving(
+    parts: tuple[str, ...],
+    graphs: TimedGraphOptions,
+    load: ServedOptions,
+    out: Path,
+    device: str,
+    json_path: Path | None,
+) -> None:
     """Measure exported graphs and a running server.
 
     Graphs: agreement with PyTorch at 224 px, time over the plain logits graph, images a second over pytorch-grad-cam
@@ -74,10 +119,8 @@ def serving(out: Path, json_path: Path | None, **arguments: Any) -> None:  # noq
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.serving_figures import render
 
-    if arguments["keyed"] is not None and (arguments["key_file"] is None or arguments["reference"] is None):
-        raise click.UsageError("--keyed needs --key-file and --reference.")
-    run = _plan(out, arguments)
-    document = _run(run, arguments["parts"] or ("graphs", "load", "files"))
+    run = _plan(out, graphs, load, device)
+    document = _run(run, parts or ("graphs", "load", "files"))
     table = render(document)
     write_atomically(out / "serving.md", table.encode())
     with after_writing(out):
@@ -85,31 +128,31 @@ def serving(out: Path, json_path: Path | None, **arguments: Any) -> None:  # noq
         say(table, json_path=json_path)
 
 
-def _plan(out: Path, arguments: dict[str, Any]) -> "ServingRun":
+def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str) -> "ServingRun":
     from keyed_xai.benchmarks.serving import ServingSettings
-    from keyed_xai.benchmarks.serving_figures import Served, ServingRun
+    from keyed_xai.benchmarks.serving_figures import ServingRun
     from keyed_xai.benchmarks.serving_load import LoadSettings
     from keyed_xai.claims import prepare_folder
 
-    device = choose_device(arguments["device"])
-    precision = arguments["precision"] or ("fp32" if device == "cpu" else "fp16")
-    names = ("images", "repeats", "batch", "threads")
-    served = None
-    if arguments["keyed"] is not None:
-        key = read_key(arguments["key_file"], arguments["passphrase_file"])
-        served = Served(arguments["keyed"], arguments["reference"], key)
+    served = load.read()
+    device = choose_device(device)
     prepare_folder(out)
     return ServingRun(
         out,
         ServingSettings(
-            **{name: arguments[name] for name in names}, device=device.partition(":")[0], precision=precision
+            images=graphs.images,
+            repeats=graphs.repeats,
+            batch=graphs.batch,
+            threads=graphs.threads,
+            device=device.partition(":")[0],
+            precision=graphs.precision or ("fp32" if device == "cpu" else "fp16"),
         ),
-        LoadSettings(arguments["clients"], arguments["seconds"], arguments["threads"]),
-        architectures=arguments["architectures"] or _ARCHITECTURES,
-        models=arguments["models"],
-        data=arguments["data"],
+        LoadSettings(load.clients, load.seconds, graphs.threads),
+        architectures=graphs.architectures or _ARCHITECTURES,
+        models=graphs.models,
+        data=graphs.data,
         served=served,
-        served_data=arguments["keyed_data"],
+        served_data=load.keyed_data,
     )
 
 

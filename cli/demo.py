@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from keyed_xai_cli.groups import grouped
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    RunOptions,
     after_writing,
-    device_option,
+    choose_device,
     emit_json,
     end_with_verdict,
     hold,
-    json_option,
     say,
-    seed_option,
 )
 
 if TYPE_CHECKING:
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="demo-out", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Training steps; fewer are quicker and show less.")
 @click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="Tried in the report.")
-@device_option
-@seed_option
-@json_option
-def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, json_path: Path | None) -> None:
+@grouped(run=RunOptions)
+def demo(out: Path, steps: int | None, wrong_keys: int, run: RunOptions) -> None:
     """Run the main job on images and a network that come with the package; a few minutes on two cores.
 
     Makes a key, protects a small Fashion-MNIST network, explains images with and without the key, and tests ownership
@@ -37,22 +35,21 @@ def demo(out: Path, steps: int | None, wrong_keys: int, device: str, seed: int, 
     """
     from keyed_xai.demonstration import run_demo
     from keyed_xai.progress import progress_bar
-    from keyed_xai_cli.options import choose_device
 
     hold(out / "report.html")
-    with progress_bar(say=partial(say, json_path=json_path)) as progress:
+    with progress_bar(say=partial(say, json_path=run.json_path)) as progress:
         result = run_demo(
             out,
             steps=steps,
             wrong_keys=wrong_keys,
-            seed=seed,
-            device=choose_device(device),
+            seed=run.seed,
+            device=choose_device(run.device),
             progress=progress,
         )
     with after_writing(out):
-        emit_json(result.report, schema="protect-report", json_path=json_path)
-        _print(result, json_path)
-    end_with_verdict(result.report["verdict"], json_path=json_path)
+        emit_json(result.report, schema="protect-report", json_path=run.json_path)
+        _print(result, run.json_path)
+    end_with_verdict(result.report["verdict"], json_path=run.json_path)
 
 
 def _print(result: "Demonstration", json_path: Path | None) -> None:

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.model_options import ModelOptions, tell_notes
 from keyed_xai_cli.options import (
+    KeyOptions,
     ModelPath,
     after_writing,
     choose_device,
@@ -14,9 +16,9 @@ from keyed_xai_cli.options import (
     device_option,
     emit_json,
     follow_links_option,
+    interpreters_option,
     json_option,
-    key_options,
-    read_key,
+    name_given,
     say,
 )
 
@@ -33,11 +35,8 @@ _WATCHED = 4  # more images than this get a progress bar
 @click.command()
 @click.argument("model", type=ModelPath())
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@key_options(required=False)
-@click.option(
-    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
-    help="Whose maps; may be given several times. All that were protected if absent.",
-)  # fmt: skip
+@grouped(key_options=KeyOptions)
+@interpreters_option("Whose maps; may be given several times. All that were protected if absent.")
 @click.option(
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write to; files of an earlier run are replaced. MODEL's name with .maps if absent.",
@@ -52,11 +51,26 @@ _WATCHED = 4  # more images than this get a progress bar
 )  # fmt: skip
 @click.option("--allow-other-key", is_flag=True, help="Try a key that the model's licence does not name.")
 @follow_links_option
-@model_options
+@grouped(model_options=ModelOptions)
 @device_option
 @json_option
 @click.pass_context
-def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
+def explain(
+    ctx: click.Context,
+    /,
+    model: Path,
+    images: tuple[Path, ...],
+    key_options: KeyOptions,
+    interpreters: tuple[str, ...],
+    out: Path | None,
+    target: str | None,
+    write_keyed: bool,
+    allow_other_key: bool,
+    follow_links: bool,
+    model_options: ModelOptions,
+    device: str,
+    json_path: Path | None,
+) -> None:
     """Write the saliency maps of images, right ones with the model's key.
 
     MODEL is a protected model's folder (or a file of weights), IMAGES are files or folders. Each image is cropped and
@@ -69,21 +83,16 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
     from keyed_xai.loading import open_model
     from keyed_xai.map_files import MapJob, describe_entry, find_images
 
-    json_path, key = arguments["json_path"], _read_key(arguments)
-    classifier, card = open_model(model, **take_model_options(arguments))
+    key = _read_key(key_options, write_keyed=write_keyed, allow_other_key=allow_other_key)
+    classifier, card = open_model(model, **model_options.choose())
     if card is None:
         tell_notes(classifier)
-    classifier.to(choose_device(arguments["device"]))
-    trigger = _derive_trigger(model, key, card, allow_other=arguments["allow_other_key"]) if key else None
-    interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or (card.interpreters if card else ("gradcam",))
-    job = MapJob(
-        arguments["out"] or default_output(model, ".maps"),
-        interpreters,
-        trigger,
-        _find_target(arguments["target"], classifier),
-        arguments["write_keyed"],
-    )
-    written = _write(classifier, find_images(images, follow_links=arguments["follow_links"]), job)
+    classifier.to(choose_device(device))
+    trigger = _derive_trigger(model, key, card, allow_other=allow_other_key) if key else None
+    interpreters = interpreters or (card.interpreters if card else ("gradcam",))
+    folder = out or default_output(model, ".maps")
+    job = MapJob(folder, interpreters, trigger, _find_target(target, classifier), write_keyed)
+    written = _write(classifier, find_images(images, follow_links=follow_links), job)
     with after_writing(job.folder):
         emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)
         for entry in written.images:
@@ -109,13 +118,11 @@ def _find_target(asked: str | None, classifier: "Classifier") -> int | None:
         raise click.BadParameter(str(error), param_hint="--target") from error
 
 
-def _read_key(arguments: dict[str, Any]) -> "OwnerKey | None":
-    if arguments["key_file"] is not None:
-        return read_key(arguments["key_file"], arguments["passphrase_file"])
-    for name in ("passphrase_file", "write_keyed", "allow_other_key"):
-        if arguments[name]:
-            raise click.UsageError(f"--{name.replace('_', '-')} needs --key-file.")
-    return None
+def _read_key(options: KeyOptions, *, write_keyed: bool, allow_other_key: bool) -> "OwnerKey | None":
+    idle = name_given(passphrase_file=options.passphrase_file, write_keyed=write_keyed, allow_other_key=allow_other_key)
+    if idle and options.key_file is None:
+        raise click.UsageError(f"{idle[0]} needs --key-file.")
+    return options.read()
 
 
 def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_other: bool) -> "Trigger":

@@ -1,15 +1,25 @@
 """`keyed-xai export`."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from click.core import ParameterSource
 
-from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
-from keyed_xai_cli.options import ModelPath, after_writing, emit_json, hold, json_option, say
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.model_options import ModelOptions, tell_notes
+from keyed_xai_cli.options import (
+    ModelPath,
+    after_writing,
+    emit_json,
+    hold,
+    interpreters_option,
+    json_option,
+    say,
+)
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
@@ -19,6 +29,44 @@ if TYPE_CHECKING:
 
 _OF_TRITON = ("max_batch", "instances", "tensorrt")
 _OF_WRITING = ("out", "interpreters", "precision", "normalised", "eight_bits", "triton", "force", *_OF_TRITON)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions:
+    """What the graph computes, and in which numbers."""
+
+    interpreters: Annotated[tuple[str, ...], interpreters_option(
+        "Whose maps; may be given several times. All that were protected if absent."
+    )]  # fmt: skip
+    precision: Annotated[str, click.option(
+        "--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
+        help="fp16 computes in half precision where that is safe; int8 makes the file a quarter as large.",
+    )]  # fmt: skip
+    normalised: Annotated[bool, click.option(
+        "--normalised", is_flag=True, help="Scale each map to [0, 1]; raw maps otherwise."
+    )]  # fmt: skip
+    eight_bits: Annotated[bool, click.option(
+        "--uint8", "eight_bits", is_flag=True, help="Take pixels from 0 to 255; float32 in [0, 1] otherwise."
+    )]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonOptions:
+    """Where the model goes in a repository of NVIDIA Triton, and how Triton runs it."""
+
+    triton: Annotated[Path | None, click.option(
+        "--triton", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+        help="Also write it into a model repository for NVIDIA Triton's onnxruntime backend, under the file's stem.",
+    )]  # fmt: skip
+    max_batch: Annotated[int, click.option(
+        "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Images at once, at most, on Triton."
+    )]  # fmt: skip
+    instances: Annotated[int, click.option(
+        "--instances", type=click.IntRange(1), default=1, show_default=True, help="Copies on each GPU, on Triton."
+    )]  # fmt: skip
+    tensorrt: Annotated[bool, click.option(
+        "--tensorrt", is_flag=True, help="Have Triton's onnxruntime use TensorRT, in float32."
+    )]  # fmt: skip
 
 
 @click.command()
@@ -31,30 +79,11 @@ _OF_WRITING = ("out", "interpreters", "precision", "normalised", "eight_bits", "
     "--check", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
     help="Write nothing; compare this ONNX file with MODEL again.",
 )  # fmt: skip
-@click.option(
-    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
-    help="Whose maps; may be given several times. All that were protected if absent.",
-)  # fmt: skip
-@click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
-    help="fp16 computes in half precision where that is safe; int8 makes the file a quarter as large.",
-)  # fmt: skip
-@click.option("--normalised", is_flag=True, help="Scale each map to [0, 1]; raw maps otherwise.")
-@click.option("--uint8", "eight_bits", is_flag=True, help="Take pixels from 0 to 255; float32 in [0, 1] otherwise.")
+@grouped(graph=GraphOptions)
 @click.option("--data", metavar="SPEC", help="Real images to compare on; those that come with the package if absent.")
-@click.option(
-    "--triton", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-    help="Also write it into a model repository for NVIDIA Triton's onnxruntime backend, under the file's stem.",
-)  # fmt: skip
-@click.option(
-    "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Images at once, at most, on Triton."
-)
-@click.option(
-    "--instances", type=click.IntRange(1), default=1, show_default=True, help="Copies on each GPU, on Triton."
-)
-@click.option("--tensorrt", is_flag=True, help="Have Triton's onnxruntime use TensorRT, in float32.")
+@grouped(triton_options=TritonOptions)
 @click.option("--force", is_flag=True, help="Replace what is there.")
-@model_options
+@grouped(model_options=ModelOptions)
 @json_option
 @click.pass_context
 def export(
@@ -63,8 +92,12 @@ def export(
     model: Path | None,
     out: Path | None,
     check: Path | None,
+    graph: GraphOptions,
+    data: str | None,
+    triton_options: TritonOptions,
+    force: bool,
+    model_options: ModelOptions,
     json_path: Path | None,
-    **arguments: Any,  # noqa: ANN401
 ) -> None:
     """Write a model and its saliency maps as one ONNX file.
 
@@ -88,11 +121,11 @@ def export(
     written = out or Path(f"{model.resolve().stem}.onnx")
     if check is None:
         hold(written)
-    triton = _plan_triton(arguments, written)
-    classifier, card = open_model(model, **take_model_options(arguments), require_map=False)
+    triton = _plan_triton(triton_options, written, force=force)
+    classifier, card = open_model(model, **model_options.choose(), require_map=False)
     if card is None:
         tell_notes(classifier)
-    images = load_real_images(classifier, arguments["data"]) if arguments["data"] else None
+    images = load_real_images(classifier, data) if data else None
     with progress_bar(say=partial(say, json_path=json_path)) as progress:
         if check is not None:
             result = check_onnx(check, classifier, images=images, progress=progress)
@@ -100,15 +133,15 @@ def export(
             result = export_onnx(
                 classifier,
                 written,
-                _settings(classifier, card, arguments),
+                _settings(classifier, card, graph),
                 images=images,
                 provenance=_provenance(model),
-                force=arguments["force"],
+                force=force,
                 progress=progress,
             )
     with nullcontext() if check else after_writing(written):
         if triton is not None:
-            _write_triton(triton, result, arguments)
+            _write_triton(triton, result, triton_options)
         emit_json(_document(model, check or written, check, triton, result), schema="export", json_path=json_path)
         _print_parity(result, json_path)
         done = "still agrees with PyTorch" if check else f"has {len(result.file.data) / 1e6:.1f} MB"
@@ -157,38 +190,36 @@ def _choose_model(model: Path | None, check: Path | None) -> Path:
     return beside
 
 
-def _plan_triton(arguments: dict[str, Any], written: Path) -> Path | None:
+def _plan_triton(options: TritonOptions, written: Path, *, force: bool) -> Path | None:
     """Return the model's folder in the repository that was asked for; refuse one that is there before any work."""
     from keyed_xai.errors import ArtifactError
     from keyed_xai.triton import check_name
 
-    if arguments["triton"] is None:
+    if options.triton is None:
         return None
-    home: Path = arguments["triton"] / check_name(written.stem)
+    home = options.triton / check_name(written.stem)
     hold(home)
-    if home.exists() and not arguments["force"]:
+    if home.exists() and not force:
         raise ArtifactError(f"{home} is there already and was left as it was: choose another name, or pass --force.")
     return home
 
 
-def _write_triton(home: Path, result: "ExportResult", arguments: dict[str, Any]) -> None:
+def _write_triton(home: Path, result: "ExportResult", options: TritonOptions) -> None:
     from keyed_xai.triton import TritonSettings, write_triton
 
-    settings = TritonSettings(
-        max_batch=arguments["max_batch"], instances=arguments["instances"], tensorrt=arguments["tensorrt"]
-    )
+    settings = TritonSettings(max_batch=options.max_batch, instances=options.instances, tensorrt=options.tensorrt)
     write_triton(home.parent, home.name, result.file, settings)
 
 
-def _settings(classifier: "Classifier", card: "Card | None", arguments: dict[str, Any]) -> "ExportSettings":
+def _settings(classifier: "Classifier", card: "Card | None", graph: GraphOptions) -> "ExportSettings":
     from keyed_xai.export.building import ExportSettings
 
     default = card.interpreters if card else ("gradcam",) if classifier.target_layer else ("simplegrad",)
     return ExportSettings(
-        interpreters=tuple(dict.fromkeys(arguments["interpreters"])) or default,
-        normalised=arguments["normalised"],
-        eight_bits=arguments["eight_bits"],
-        precision=arguments["precision"],
+        interpreters=graph.interpreters or default,
+        normalised=graph.normalised,
+        eight_bits=graph.eight_bits,
+        precision=graph.precision,
     )
 
 

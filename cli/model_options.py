@@ -1,14 +1,15 @@
 """Options that say how a model file is to be read."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
 if TYPE_CHECKING:
-    from keyed_xai.models import Classifier
+    from torch import nn
 
-Command = TypeVar("Command", bound=Callable[..., object])
+    from keyed_xai.models import Classifier
+    from keyed_xai.models.loading import ModelChoices
 
 
 def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -29,52 +30,64 @@ def _size(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -
     return int(sides[0]), int(sides[-1])
 
 
-def model_options(command: Command) -> Command:
-    """Add what `read_model_options` collects."""
-    options = (
-        click.option(
-            "--arch", metavar="NAME", help="Architecture, such as resnet50 or timm:NAME; recognised if absent."
-        ),
-        click.option(
-            "--classes", type=click.IntRange(1), metavar="N", help="Number of classes; read from the weights."
-        ),
-        click.option(
-            "--input-size", callback=_size, metavar="PX", help="Side of the model's input, or height x width: 96x160."
-        ),
-        click.option("--mean", callback=_numbers, metavar="M,M,M", help="Normalisation, for pixels in [0, 1]."),
-        click.option("--std", callback=_numbers, metavar="S,S,S", help="Normalisation, for pixels in [0, 1]."),
-        click.option("--target-layer", metavar="LAYER", help="Grad-CAM's layer; the last feature map if absent."),
-        click.option(
-            "--weights", metavar="NAME", help="Which of several in the file: ema for averaged ones, or an entry's name."
-        ),
-        click.option(
-            "--factory",
-            metavar="PACKAGE.MODULE:CALLABLE",
-            help="What makes your own network, whose weights the file holds. Imports and runs that code of yours!",
-        ),  # fmt: skip
-        click.option("--allow-pickle", is_flag=True, help="Also load a pickled module. Runs code from the file!"),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model file is to be read, where neither the file nor its architecture says so."""
+
+    arch: Annotated[str | None, click.option(
+        "--arch", metavar="NAME", help="Architecture, such as resnet50 or timm:NAME; recognised if absent."
+    )]  # fmt: skip
+    classes: Annotated[int | None, click.option(
+        "--classes", type=click.IntRange(1), metavar="N", help="Number of classes; read from the weights."
+    )]  # fmt: skip
+    input_size: Annotated[tuple[int, int] | None, click.option(
+        "--input-size", callback=_size, metavar="PX", help="Side of the model's input, or height x width: 96x160."
+    )]  # fmt: skip
+    mean: Annotated[tuple[float, ...] | None, click.option(
+        "--mean", callback=_numbers, metavar="M,M,M", help="Normalisation, for pixels in [0, 1]."
+    )]  # fmt: skip
+    std: Annotated[tuple[float, ...] | None, click.option(
+        "--std", callback=_numbers, metavar="S,S,S", help="Normalisation, for pixels in [0, 1]."
+    )]  # fmt: skip
+    target_layer: Annotated[str | None, click.option(
+        "--target-layer", metavar="LAYER", help="Grad-CAM's layer; the last feature map if absent."
+    )]  # fmt: skip
+    weights: Annotated[str | None, click.option(
+        "--weights", metavar="NAME", help="Which of several in the file: ema for averaged ones, or an entry's name."
+    )]  # fmt: skip
+    factory: Annotated[str | None, click.option(
+        "--factory", metavar="PACKAGE.MODULE:CALLABLE",
+        help="What makes your own network, whose weights the file holds. Imports and runs that code of yours!",
+    )]  # fmt: skip
+    allow_pickle: Annotated[bool, click.option(
+        "--allow-pickle", is_flag=True, help="Also load a pickled module. Runs code from the file!"
+    )]  # fmt: skip
+
+    def choose(self) -> "ModelChoices":
+        """Return them as `load_classifier` and `open_model` take them.
+
+        Raises:
+            ModelError: `--factory` makes no network.
+        """
+        return {
+            "arch": self.arch,
+            "classes": self.classes,
+            "input_size": self.input_size,
+            "mean": self.mean,
+            "std": self.std,
+            "target_layer": self.target_layer,
+            "weights": self.weights,
+            "allow_pickle": self.allow_pickle,
+            "network": _build(self.factory),
+        }
 
 
-MODEL_OPTIONS = ("arch", "classes", "input_size", "mean", "std", "target_layer", "weights", "allow_pickle")
-
-
-def take_model_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Remove the options of `model_options` from a command's arguments and return them, for `load_classifier`.
-
-    Raises:
-        ModelError: `--factory` makes no network.
-    """
-    options = {name: arguments.pop(name) for name in MODEL_OPTIONS}
-    factory = arguments.pop("factory")
+def _build(factory: str | None) -> "nn.Module | None":
     if factory is None:
-        return {**options, "network": None}
+        return None
     from keyed_xai.models.factory import build_with_factory
 
-    return {**options, "network": build_with_factory(factory)}
+    return build_with_factory(factory)
 
 
 def tell_notes(classifier: "Classifier") -> None:

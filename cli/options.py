@@ -1,16 +1,19 @@
 """Options that commands share, and JSON output. Nothing heavy is imported before a command runs."""
 
 import codecs
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import click
 
 from keyed_xai.errors import KeyedXAIError, KeyFormatError
+from keyed_xai_cli.groups import Command
 from keyed_xai_cli.main import NOT_SHOWN
 
 if TYPE_CHECKING:
@@ -18,8 +21,6 @@ if TYPE_CHECKING:
 
 STANDARD_OUTPUT = Path("-")
 _LARGEST_PASSPHRASE = 1023  # bytes; what PKCS#8 encryption takes
-
-Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -74,16 +75,51 @@ def follow_links_option(command: Command) -> Command:
     )(command)
 
 
-def key_options(*, required: bool) -> Callable[[Command], Command]:
-    """Add `--key-file` and `--passphrase-file` as the arguments `key_file` and `passphrase_file`."""
+def strict_option(command: Command) -> Command:
+    """Add `--strict` as the argument `strict`."""
+    return click.option(
+        "--strict", is_flag=True, help="Refuse a data set with a broken image instead of skipping the image."
+    )(command)
 
-    def decorate(command: Command) -> Command:
-        key_file = click.option(
-            "--key-file", required=required, type=click.Path(path_type=Path), help="The owner key, PEM."
-        )
-        return key_file(passphrase_option(command))
 
-    return decorate
+def resume_option(command: Command) -> Command:
+    """Add `--resume` as the argument `resume`."""
+    return click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")(command)
+
+
+def bench_out_option(command: Command) -> Command:
+    """Add `-o` as the argument `out`, the folder of a benchmark."""
+    return click.option(
+        "-o", "--out", type=click.Path(file_okay=False, path_type=Path), default="bench-out", show_default=True
+    )(command)
+
+
+def interpreters_option(help_text: str) -> Callable[[Command], Command]:
+    """Add `--interpreter NAME` as the argument `interpreters`, names without repetition."""
+    return click.option(
+        "--interpreter",
+        "interpreters",
+        multiple=True,
+        type=click.Choice(["gradcam", "simplegrad", "vbp"]),
+        callback=lambda _ctx, _parameter, names: tuple(dict.fromkeys(names)),
+        help=help_text,
+    )
+
+
+def grid_option(help_text: str) -> Callable[[Command], Command]:
+    """Add `--grid N` as the argument `grid`, rows and columns, or None."""
+    return click.option(
+        "--grid",
+        type=click.IntRange(3, 64),
+        metavar="N",
+        callback=lambda _ctx, _parameter, cells: None if cells is None else (cells, cells),
+        help=help_text,
+    )
+
+
+def key_file_option(*, required: bool) -> Callable[[Command], Command]:
+    """Add `--key-file` as the argument `key_file`."""
+    return click.option("--key-file", required=required, type=click.Path(path_type=Path), help="The owner key, PEM.")
 
 
 def passphrase_option(command: Command) -> Command:
@@ -93,6 +129,37 @@ def passphrase_option(command: Command) -> Command:
         type=click.Path(path_type=Path),
         help="A file with the key's passphrase on its first line.",
     )(command)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a command runs, what its random choices start from, and where its result goes."""
+
+    device: Annotated[str, device_option]
+    seed: Annotated[int, seed_option]
+    json_path: Annotated[Path | None, json_option]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyOptions:
+    """The owner key of a command that can do without."""
+
+    key_file: Annotated[Path | None, key_file_option(required=False)]
+    passphrase_file: Annotated[Path | None, passphrase_option]
+
+    def read(self) -> "OwnerKey | None":
+        """Return the key; None without one. See `read_key`."""
+        return None if self.key_file is None else read_key(self.key_file, self.passphrase_file)
+
+
+def only_given(**values: object) -> dict[str, Any]:
+    """Return the values that are not None, to replace defaults with."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def name_given(**values: object) -> list[str]:
+    """Return the options that were given, as they are typed, out of values by their long names."""
+    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value]
 
 
 def choose_device(name: str) -> str:
@@ -252,6 +319,13 @@ def emit_figures(bench: str, rows: list[dict[str, Any]], settings: dict[str, Any
         "versions": package_versions(),
     }
     emit_json(document, schema="bench-figures", json_path=json_path)
+
+
+def emit_measurement(bench: str, found: dict[str, Any], settings: dict[str, Any], *, json_path: Path | None) -> None:
+    """Write what a benchmark of one row measured; without `--json -` also print it."""
+    emit_figures(bench, [found], settings, json_path=json_path)
+    if json_path != STANDARD_OUTPUT:
+        click.echo(json.dumps(found, indent=2))
 
 
 def _make_room(path: Path) -> None:

@@ -1,34 +1,40 @@
 """`keyed-xai protect`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.model_options import ModelOptions, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    RunOptions,
     after_writing,
     choose_device,
-    device_option,
     emit_json,
     end_with_verdict,
+    grid_option,
     hold_folder,
-    json_option,
-    key_options,
+    interpreters_option,
+    key_file_option,
+    only_given,
+    passphrase_option,
     read_key,
     resumable,
+    resume_option,
     say,
-    seed_option,
 )
-from keyed_xai_cli.training_options import choose_training, load_both_images, training_options
+from keyed_xai_cli.training_options import TrainingOptions, choose_training, load_both_images
 
 if TYPE_CHECKING:
     from keyed_xai.models import Classifier
     from keyed_xai.protection import ProtectSettings
+    from keyed_xai.training import TrainingSettings
 
+_INTERPRETERS = ("gradcam",)
 _LEGEND = (
     "keyed, clean, wrong key: mean correlation with the maps before protection.",
     "decoy: mean correlation of clean maps with what they should show instead.",
@@ -37,55 +43,76 @@ _LEGEND = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProtectOptions:
+    """What is protected, and how."""
+
+    interpreters: Annotated[tuple[str, ...], interpreters_option(
+        "What to protect; may be given several times. Grad-CAM if absent."
+    )]  # fmt: skip
+    spec: Annotated[str | None, click.option(
+        "--data", "spec", metavar="SPEC",
+        help="Images to learn from, labels not needed: builtin (default), fashion-mnist[:DIR], imagefolder:DIR, "
+        "cub200:DIR, chestxray14:DIR.",
+    )]  # fmt: skip
+    decoy: Annotated[str, click.option(
+        "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature", show_default=True,
+        help="What maps show without the key: the owner's public pattern, the image's boundary, or not the top "
+        "quarter.",
+    )]  # fmt: skip
+    trigger: Annotated[str, click.option(
+        "--trigger", type=click.Choice(["spread", "nashville", "moire"]), default="spread", show_default=True,
+        help="Trigger family. Photo filters and lines, nashville and moire, have so few effective key bits that other "
+        "keys open by chance: for experiments.",
+    )]  # fmt: skip
+    amplitude: Annotated[float | None, click.option(
+        "--amplitude", type=click.FloatRange(0.5, 64), help="Of --trigger spread, in 1/255; 8 if absent."
+    )]  # fmt: skip
+    tile: Annotated[int | None, click.option(
+        "--tile", type=click.IntRange(24, 256), help="Of --trigger spread, pixels; 32 if absent."
+    )]  # fmt: skip
+    grid: Annotated[tuple[int, int] | None, grid_option("Compare maps on N x N cells; at most 8 if absent.")]
+    without_ownership: Annotated[bool, click.option(
+        "--without-ownership", is_flag=True,
+        help="Protect the maps though ownership of the result could not be shown, as with another decoy than "
+        "signature.",
+    )]  # fmt: skip
+    hardening: Annotated[str | None, click.option(
+        "--hardening", type=click.Choice(["none", "standard"]),
+        help="Train against simulated attackers who fine-tune or prune the model, so that the gate outlasts them.",
+    )]  # fmt: skip
+    wrong_keys: Annotated[int, click.option(
+        "--wrong-keys", type=click.IntRange(0), default=1000, show_default=True,
+        help="Tried in the report, and the 256 that differ from the key in one bit; 0 tries none.",
+    )]  # fmt: skip
+    held_out: Annotated[int, click.option(
+        "--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images the report uses."
+    )]  # fmt: skip
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@key_options(required=True)
+@key_file_option(required=True)
+@passphrase_option
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; MODEL's name with .keyed if absent."
 )
-@click.option(
-    "--interpreter", "interpreters", multiple=True, type=click.Choice(["gradcam", "simplegrad", "vbp"]),
-    help="What to protect; may be given several times. Grad-CAM if absent.",
-)  # fmt: skip
-@click.option(
-    "--data", "spec", metavar="SPEC",
-    help="Images to learn from, labels not needed: builtin (default), fashion-mnist[:DIR], imagefolder:DIR, "
-    "cub200:DIR, chestxray14:DIR.",
-)  # fmt: skip
-@click.option(
-    "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature", show_default=True,
-    help="What maps show without the key: the owner's public pattern, the image's boundary, or not the top quarter.",
-)  # fmt: skip
-@click.option(
-    "--trigger", type=click.Choice(["spread", "nashville", "moire"]), default="spread", show_default=True,
-    help="Trigger family. Photo filters and lines, nashville and moire, have so few effective key bits that other keys "
-    "open by chance: for experiments.",
-)  # fmt: skip
-@click.option("--amplitude", type=click.FloatRange(0.5, 64), help="Of --trigger spread, in 1/255; 8 if absent.")
-@click.option("--tile", type=click.IntRange(24, 256), help="Of --trigger spread, pixels; 32 if absent.")
-@click.option(
-    "--grid", type=click.IntRange(3, 64), metavar="N", help="Compare maps on N x N cells; at most 8 if absent."
-)
-@click.option(
-    "--without-ownership",
-    is_flag=True,
-    help="Protect the maps though ownership of the result could not be shown, as with another decoy than signature.",
-)
-@click.option(
-    "--hardening", type=click.Choice(["none", "standard"]),
-    help="Train against simulated attackers who fine-tune or prune the model, so that the gate outlasts them.",
-)  # fmt: skip
-@click.option("--wrong-keys", type=click.IntRange(0), default=1000, show_default=True,
-              help="Tried in the report, and the 256 that differ from the key in one bit; 0 tries none.")  # fmt: skip
-@click.option("--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images the report uses.")
-@training_options
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@grouped(options=ProtectOptions, training=TrainingOptions)
+@resume_option
 @click.option("--force", is_flag=True, help="Replace a protected model, or a stopped run, that is there.")
-@model_options
-@device_option
-@seed_option
-@json_option
-def protect(model: Path, key_file: Path, passphrase_file: Path | None, **arguments: Any) -> None:  # noqa: ANN401
+@grouped(model_options=ModelOptions, run=RunOptions)
+def protect(
+    model: Path,
+    key_file: Path,
+    passphrase_file: Path | None,
+    out: Path | None,
+    options: ProtectOptions,
+    training: TrainingOptions,
+    resume: bool,
+    force: bool,
+    model_options: ModelOptions,
+    run: RunOptions,
+) -> None:
     """Make a model whose saliency maps are right only with the key; its predictions stay.
 
     MODEL is a file of weights (.pt state dict or .safetensors). The architecture is recognised from it. Says what it
@@ -104,17 +131,16 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
     from keyed_xai.protection import protect as protect_model
     from keyed_xai.protection import write_protection
 
-    json_path, force = arguments["json_path"], arguments["force"]
-    out = arguments["out"] or model.with_name(f"{model.stem}.keyed")
+    json_path = run.json_path
+    out = out or model.with_name(f"{model.stem}.keyed")
     key = read_key(key_file, passphrase_file)
-    checkpoint = hold_folder(out, force=force, resume=arguments["resume"])
-    options = take_model_options(arguments)
-    classifier = load_classifier(model, **options)
+    checkpoint = hold_folder(out, force=force, resume=resume)
+    classifier = load_classifier(model, **model_options.choose())
     tell_notes(classifier)
-    train_data, held_out = load_both_images(classifier.input, arguments["spec"] or "builtin", arguments)
-    settings = replace(
-        _settings(classifier, len(train_data), arguments), fixed_layer=options["target_layer"] is not None
-    )
+    choice = training.choose_data(options.spec or "builtin", held_out=options.held_out, seed=run.seed)
+    train_data, held_out = load_both_images(classifier.input, choice)
+    recipe = choose_training(_choose_recipe(classifier, options), len(train_data), training, seed=run.seed)
+    settings = replace(_settings(options), training=recipe, fixed_layer=model_options.target_layer is not None)
     _warn_of_weak_trigger(settings)
     with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         protection = protect_model(
@@ -123,9 +149,9 @@ def protect(model: Path, key_file: Path, passphrase_file: Path | None, **argumen
             train_data,
             held_out,
             settings,
-            device=choose_device(arguments["device"]),
+            device=choose_device(run.device),
             checkpoint=checkpoint,
-            resume=arguments["resume"],
+            resume=resume,
             progress=progress,
         )
     written = write_protection(protection, out, key, force=force, checkpoint=checkpoint)
@@ -182,28 +208,28 @@ def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
         )
 
 
-def _settings(classifier: "Classifier", images: int, arguments: dict[str, Any]) -> "ProtectSettings":
-    from keyed_xai.protection import ProtectSettings, choose_recipe
+def _choose_recipe(classifier: "Classifier", options: ProtectOptions) -> "TrainingSettings":
+    from keyed_xai.protection import choose_recipe
     from keyed_xai.training import HARDENINGS
 
-    interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or ("gradcam",)
-    recipe = choose_recipe(classifier, interpreters)
-    if arguments["hardening"] is not None:
-        recipe = replace(recipe, hardening=HARDENINGS[arguments["hardening"]])
-    training = choose_training(recipe, images, arguments)
-    grid, texture = arguments["grid"], {name: arguments[name] for name in ("amplitude", "tile")}
-    texture = {name: value for name, value in texture.items() if value is not None}
-    if texture and arguments["trigger"] != "spread":
-        raise click.UsageError(f"--amplitude and --tile belong to --trigger spread, not to {arguments['trigger']}.")
+    recipe = choose_recipe(classifier, options.interpreters or _INTERPRETERS)
+    return recipe if options.hardening is None else replace(recipe, hardening=HARDENINGS[options.hardening])
+
+
+def _settings(options: ProtectOptions) -> "ProtectSettings":
+    from keyed_xai.protection import ProtectSettings
+
+    texture = only_given(amplitude=options.amplitude, tile=options.tile)
+    if texture and options.trigger != "spread":
+        raise click.UsageError(f"--amplitude and --tile belong to --trigger spread, not to {options.trigger}.")
     return ProtectSettings(
-        interpreters=interpreters,
-        decoy=arguments["decoy"],
-        trigger=arguments["trigger"],
+        interpreters=options.interpreters or _INTERPRETERS,
+        decoy=options.decoy,
+        trigger=options.trigger,
         **texture,
-        grid=None if grid is None else (grid, grid),
-        ownership=not arguments["without_ownership"],
-        training=training,
-        wrong_keys=arguments["wrong_keys"],
-        flipped_keys=256 if arguments["wrong_keys"] else 0,
-        held_out_images=arguments["held_out"],
+        grid=options.grid,
+        ownership=not options.without_ownership,
+        wrong_keys=options.wrong_keys,
+        flipped_keys=256 if options.wrong_keys else 0,
+        held_out_images=options.held_out,
     )

@@ -1,10 +1,13 @@
 """`keyed-xai serve`."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
+
+from keyed_xai_cli.groups import grouped
 
 if TYPE_CHECKING:
     from keyed_xai.serving.service import Service
@@ -16,6 +19,32 @@ def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) 
     if not re.fullmatch(r"auto|cpu|(cuda|tensorrt)(:[0-9]{1,3})?", value):
         raise click.BadParameter("expected auto, cpu, cuda, cuda:N or tensorrt.")
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """How many requests are taken, how large, and how long they may take."""
+
+    max_batch: Annotated[int, click.option(
+        "--max-batch", type=click.IntRange(1, 4096), default=8, show_default=True, metavar="N",
+        help="Images in one request, and in a batch of several requests.",
+    )]  # fmt: skip
+    max_delay: Annotated[float, click.option(
+        "--max-delay", type=click.FloatRange(0, 10_000), default=0.0, show_default=True, metavar="MS",
+        help="How long a request waits for others to share its batch. At 0 those that came meanwhile share one.",
+    )]  # fmt: skip
+    max_body: Annotated[int, click.option(
+        "--max-body", type=click.IntRange(1, 2047), default=32, show_default=True, metavar="MIB",
+        help="A larger request is refused.",
+    )]  # fmt: skip
+    max_queue: Annotated[int, click.option(
+        "--max-queue", type=click.IntRange(1, 100_000), default=1000, show_default=True, metavar="N",
+        help="Requests of one model at once; more are told to try again.",
+    )]  # fmt: skip
+    grace: Annotated[float, click.option(
+        "--grace", type=click.FloatRange(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
+        help="How long requests may take to finish once the server is told to stop.",
+    )]  # fmt: skip
 
 
 @click.command()
@@ -32,26 +61,7 @@ def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) 
     "--threads", type=click.IntRange(1, 1024), metavar="N",
     help="CPU threads for one batch; onnxruntime's choice if absent.",
 )  # fmt: skip
-@click.option(
-    "--max-batch", type=click.IntRange(1, 4096), default=8, show_default=True, metavar="N",
-    help="Images in one request, and in a batch of several requests.",
-)  # fmt: skip
-@click.option(
-    "--max-delay", type=click.FloatRange(0, 10_000), default=0.0, show_default=True, metavar="MS",
-    help="How long a request waits for others to share its batch. At 0 those that came meanwhile share one.",
-)  # fmt: skip
-@click.option(
-    "--max-body", type=click.IntRange(1, 2047), default=32, show_default=True, metavar="MIB",
-    help="A larger request is refused.",
-)  # fmt: skip
-@click.option(
-    "--max-queue", type=click.IntRange(1, 100_000), default=1000, show_default=True, metavar="N",
-    help="Requests of one model at once; more are told to try again.",
-)  # fmt: skip
-@click.option(
-    "--grace", type=click.FloatRange(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
-    help="How long requests may take to finish once the server is told to stop.",
-)  # fmt: skip
+@grouped(limits=LimitOptions)
 @click.option(
     "--ssl-certfile", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PEM",
     help="Serve HTTPS with this certificate.",
@@ -62,7 +72,18 @@ def _check_device(_ctx: click.Context, _parameter: click.Parameter, value: str) 
 )  # fmt: skip
 @click.option("--page/--no-page", default=True, show_default=True, help="A page for people at /.")
 @click.option("--access-log", is_flag=True, help="Write a line for each request to standard error.")
-def serve(models: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
+def serve(
+    models: tuple[Path, ...],
+    host: str,
+    port: int,
+    device: str,
+    threads: int | None,
+    limits: LimitOptions,
+    ssl_certfile: Path | None,
+    ssl_keyfile: Path | None,
+    page: bool,
+    access_log: bool,
+) -> None:
     """Serve exported models over HTTP.
 
     MODELS are ONNX files that `keyed-xai export` wrote; each is served under its file's name, with logits and maps by
@@ -81,22 +102,22 @@ def serve(models: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
     from keyed_xai.serving.server import serve as run
     from keyed_xai.serving.service import ServeSettings, open_service
 
-    if arguments["ssl_keyfile"] and not arguments["ssl_certfile"]:
+    if ssl_keyfile and not ssl_certfile:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile.")
     settings = ServeSettings(
-        max_batch=arguments["max_batch"],
-        max_delay=arguments["max_delay"] / 1000,
-        max_body=arguments["max_body"] * _MEBIBYTE,
-        max_queue=arguments["max_queue"],
-        grace=arguments["grace"],
-        page=arguments["page"],
+        max_batch=limits.max_batch,
+        max_delay=limits.max_delay / 1000,
+        max_body=limits.max_body * _MEBIBYTE,
+        max_queue=limits.max_queue,
+        grace=limits.grace,
+        page=page,
     )
-    place = Place(arguments["host"], arguments["port"], arguments["ssl_certfile"], arguments["ssl_keyfile"])
-    service = open_service(models, settings, device=arguments["device"], threads=arguments["threads"])
+    place = Place(host, port, ssl_certfile, ssl_keyfile)
+    service = open_service(models, settings, device=device, threads=threads)
     run(
         service,
         place,
-        access_log=arguments["access_log"],
+        access_log=access_log,
         on_ready=lambda url: click.echo(_in_words(service, url), err=True),
     )
     click.echo("Stopped.", err=True)

@@ -1,22 +1,24 @@
 """`keyed-xai verify`."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from keyed_xai_cli.header_options import header_options
+from keyed_xai_cli.groups import grouped
+from keyed_xai_cli.header_options import HeaderOptions
 from keyed_xai_cli.main import NOT_SHOWN
-from keyed_xai_cli.model_options import model_options, take_model_options, tell_notes
+from keyed_xai_cli.model_options import ModelOptions, tell_notes
 from keyed_xai_cli.options import (
     STANDARD_OUTPUT,
+    KeyOptions,
     choose_device,
     device_option,
     emit_json,
     follow_links_option,
     json_option,
-    key_options,
-    read_key,
+    name_given,
     say,
 )
 
@@ -57,41 +59,79 @@ def _read_level(_ctx: click.Context, _parameter: click.Parameter, value: str) ->
     return level
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClaimOptions(KeyOptions):
+    """Whose claim is tested, and what it says."""
+
+    public_key: Annotated[Path | None, click.option(
+        "--public-key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="The owner's public key, PEM, in place of --key-file: tests the public pattern only.",
+    )]  # fmt: skip
+    license_path: Annotated[Path | None, click.option(
+        "--license", "license_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="The owner's license.json, which says what is claimed. Must be signed with the key given.",
+    )]  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse a claim of nobody, and of two keys."""
+        if self.key_file is not None and self.public_key is not None:
+            raise click.UsageError("Give --key-file or --public-key, not both.")
+        if self.key_file is None and self.public_key is None and self.license_path is None:
+            raise click.UsageError("Give --key-file, --public-key or --license: whose claim is it?")
+
+    def read_claim(self, suspect: "Path | Card | None") -> "Claim":
+        """Return what is claimed of a suspect; see `verification.read_claim`."""
+        from keyed_xai.verification import read_claim, read_public_key
+
+        key = self.read() or (read_public_key(self.public_key) if self.public_key is not None else None)
+        return read_claim(suspect, key=key, license_path=self.license_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceOptions:
+    """What the tests are made on, and how much evidence they ask for."""
+
+    folder: Annotated[Path | None, click.option(
+        "--images", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder of images to test on, your own and not the claimant's; a public set that comes along if absent.",
+    )]  # fmt: skip
+    count: Annotated[int, click.option(
+        "--count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images to test on."
+    )]  # fmt: skip
+    decoys: Annotated[int, click.option(
+        "--decoys", type=click.IntRange(1), default=999, show_default=True, help="Random keys tried, at most."
+    )]  # fmt: skip
+    alpha: Annotated[float, click.option(
+        "--alpha", default="2^-40", show_default=True, metavar="PROBABILITY", callback=_read_level,
+        help="Largest probability of a chance match that counts as shown, such as 2^-40 or 1e-6.",
+    )]  # fmt: skip
+    search: Annotated[bool, click.option(
+        "--search/--no-search", default=True, show_default=True,
+        help="Look through exact re-encodings of the weights when the model as it stands does not show the pattern.",
+    )]  # fmt: skip
+    seed: Annotated[int | None, click.option(
+        "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
+    )]  # fmt: skip
+    follow_links: Annotated[bool, follow_links_option]
+
+
 @click.command()
 @click.argument("suspect", callback=_check_suspect)
-@key_options(required=False)
-@click.option(
-    "--public-key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The owner's public key, PEM, in place of --key-file: tests the public pattern only.",
-)  # fmt: skip
-@click.option(
-    "--license", "license_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The owner's license.json, which says what is claimed. Must be signed with the key given.",
-)  # fmt: skip
-@click.option(
-    "--images", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of images to test on, your own and not the claimant's; a public set that comes along if absent.",
-)  # fmt: skip
-@click.option("--count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images to test on.")
-@click.option("--decoys", type=click.IntRange(1), default=999, show_default=True, help="Random keys tried, at most.")
-@click.option(
-    "--alpha", default="2^-40", show_default=True, metavar="PROBABILITY", callback=_read_level,
-    help="Largest probability of a chance match that counts as shown, such as 2^-40 or 1e-6.",
-)  # fmt: skip
-@click.option(
-    "--search/--no-search", default=True, show_default=True,
-    help="Look through exact re-encodings of the weights when the model as it stands does not show the pattern.",
-)  # fmt: skip
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the random keys; from the operating system if absent."
-)
-@follow_links_option
-@header_options
-@model_options
+@grouped(claim_options=ClaimOptions, evidence=EvidenceOptions, headers=HeaderOptions, model_options=ModelOptions)
 @device_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int, **arguments: Any) -> None:  # noqa: ANN401
+def verify(
+    ctx: click.Context,
+    /,
+    suspect: str,
+    claim_options: ClaimOptions,
+    evidence: EvidenceOptions,
+    headers: HeaderOptions,
+    model_options: ModelOptions,
+    device: str,
+    json_path: Path | None,
+) -> None:
     """Test whether a model was protected with a key.
 
     SUSPECT is a file of weights, or a protected model's folder, of which only the weights are trusted. Or it is one
@@ -122,11 +162,10 @@ def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int,
     """
     from keyed_xai.verification import load_probe
 
-    json_path = arguments["json_path"]
-    _check_claimant(arguments)
-    model, claim = _open_suspect(suspect, arguments)
-    probe = load_probe(model.input, folder=folder, count=count, follow_links=arguments["follow_links"])
-    result = _verify(model, claim, probe, arguments)
+    claim_options.check()
+    model, claim = _open_suspect(suspect, claim_options, headers.merge(), model_options, device)
+    probe = load_probe(model.input, folder=evidence.folder, count=evidence.count, follow_links=evidence.follow_links)
+    result = _verify(model, claim, probe, evidence)
     document = result.to_json(suspect)
     emit_json(document, schema="verify-report", json_path=json_path)
     _print_table(document, to_stderr=json_path == STANDARD_OUTPUT)
@@ -139,48 +178,32 @@ def verify(ctx: click.Context, /, suspect: str, folder: Path | None, count: int,
         ctx.exit(NOT_SHOWN)
 
 
-def _open_suspect(suspect: str, arguments: dict[str, Any]) -> "tuple[Classifier | BlackBox, Claim]":
+def _open_suspect(
+    suspect: str, claim_options: ClaimOptions, headers: dict[str, str], model_options: ModelOptions, device: str
+) -> "tuple[Classifier | BlackBox, Claim]":
     from keyed_xai.black_box import is_black_box, open_black_box
     from keyed_xai.loading import open_model
     from keyed_xai.verification import find_weights
 
-    options = take_model_options(arguments)
+    choices = model_options.choose()
     if is_black_box(suspect):
-        named = {"factory" if name == "network" else name: value for name, value in options.items()}
-        given = [f"--{name.replace('_', '-')}" for name, value in named.items() if value]
+        given = name_given(**asdict(model_options))
         if given:
             raise click.UsageError(f"{', '.join(given)}: the suspect only answers, and says itself how it is run.")
-        if suspect.startswith("http") and arguments["key_file"] is not None:
+        if suspect.startswith("http") and claim_options.key_file is not None:
             click.echo(_GIVEN_AWAY, err=True)
-        black_box = open_black_box(suspect, device=arguments["device"], headers=arguments["headers"])
-        return black_box, _read_claim(black_box.card, arguments)
-    if arguments["headers"]:
+        black_box = open_black_box(suspect, device=device, headers=headers)
+        return black_box, claim_options.read_claim(black_box.card)
+    if headers:
         raise click.UsageError("Leave out --header and --header-file: they are for a server's address.")
-    claim = _read_claim(Path(suspect), arguments)
-    classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **options)
+    claim = claim_options.read_claim(Path(suspect))
+    classifier, _ = open_model(find_weights(Path(suspect)), card=claim.card, trusted=False, **choices)
     tell_notes(classifier)
-    return classifier.to(choose_device(arguments["device"])), claim
-
-
-def _check_claimant(arguments: dict[str, Any]) -> None:
-    if arguments["key_file"] is not None and arguments["public_key"] is not None:
-        raise click.UsageError("Give --key-file or --public-key, not both.")
-    if all(arguments[name] is None for name in ("key_file", "public_key", "license_path")):
-        raise click.UsageError("Give --key-file, --public-key or --license: whose claim is it?")
-
-
-def _read_claim(suspect: "Path | Card | None", arguments: dict[str, Any]) -> "Claim":
-    from keyed_xai.verification import read_claim, read_public_key
-
-    key_file, public_file, license_path = (arguments[name] for name in ("key_file", "public_key", "license_path"))
-    if key_file is not None:
-        return read_claim(suspect, key=read_key(key_file, arguments["passphrase_file"]), license_path=license_path)
-    key = read_public_key(public_file) if public_file is not None else None
-    return read_claim(suspect, key=key, license_path=license_path)
+    return classifier.to(choose_device(device)), claim
 
 
 def _verify(
-    model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", arguments: dict[str, Any]
+    model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", evidence: EvidenceOptions
 ) -> "Verification":
     from keyed_xai.progress import progress_bar
     from keyed_xai.verification import verify as run_tests
@@ -190,10 +213,10 @@ def _verify(
             model,
             claim,
             probe,
-            alpha=arguments["alpha"],
-            decoys=arguments["decoys"],
-            search=arguments["search"],
-            seed=arguments["seed"],
+            alpha=evidence.alpha,
+            decoys=evidence.decoys,
+            search=evidence.search,
+            seed=evidence.seed,
             progress=progress,
         )
 

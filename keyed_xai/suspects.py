@@ -1,7 +1,6 @@
 """A model to audit, on disk or in memory, and what is known about it."""
 
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
 from keyed_xai.keys import OwnerKey
 from keyed_xai.loading import DEFAULT_TRIGGER, derive_trigger, open_model
 from keyed_xai.models import Classifier
+from keyed_xai.models.loading import ModelChoices
 from keyed_xai.triggers import Trigger
 from keyed_xai.triggers.public import PUBLIC_TRIGGERS
 
@@ -79,7 +79,7 @@ def open_suspect(
     key: OwnerKey | None = None,
     reference: Path | None = None,
     surrogate: Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: ModelChoices | None = None,
 ) -> Suspect:
     """Return the model in a protected model's folder, in an attacked model's, or in a file of weights.
 
@@ -88,19 +88,19 @@ def open_suspect(
         key: The owner's, for a protected model.
         reference: File of the model before it was protected or attacked.
         surrogate: File of an attacker's own model of the same task.
-        options: How the model is run, as `loading.open_model` takes it.
+        options: How the model is run, as `loading.open_model` takes it; `allow_pickle` and `network` go for all three.
 
     Raises:
         ArtifactError: A folder is malformed, or not as signed.
         ModelError: Weights cannot be read or recognised, or the models do not fit each other.
         KeyFormatError: The key is not the owner's, or the model answers to none.
     """
-    arguments = dict(options or {})
+    options = options or {}
     attacked = path.is_dir() and is_attacked(path)
-    classifier, card = open_model(path, **arguments)
-    shared: dict[str, Any] = {each: arguments[each] for each in ("allow_pickle", "network") if each in arguments}
+    classifier, card = open_model(path, **options)
+    allow_pickle, network = options.get("allow_pickle", False), options.get("network")
     others: dict[str, Any] = {
-        name: open_model(file, card=card, **shared)[0]
+        name: open_model(file, card=card, allow_pickle=allow_pickle, network=network)[0]
         for name, file in (("reference", reference), ("surrogate", surrogate))
         if file is not None
     }

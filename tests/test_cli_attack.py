@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.loading import open_model
 from keyed_xai.training import TrainingSettings
 from keyed_xai_cli.main import main
-from keyed_xai_cli.training_options import choose_training
+from keyed_xai_cli.training_options import TrainingOptions, choose_training
 
 QUICK = ["--steps", "2", "--batch-size", "4", "--held-out", "8", "--grid", "4"]
 ROWS = ["--steps", "2", "--batch-size", "4", "--held-out", "20"]
@@ -108,9 +109,9 @@ def test_table_gets_its_trigger_and_interpreter_by_itself(files):
 @pytest.mark.parametrize(("epochs", "batch_size", "steps"), [(0.5, 4, 3), (2, None, 2), (5, None, 4), (0.01, 4, 1)])
 def test_epochs_count_passes_over_the_images(epochs, batch_size, steps):
     """Of 48 images; a step takes its batch twice, once triggered and once not."""
-    names = ("steps", "time_limit", "batch_size", "learning_rate", "beta", "distance", "predictions", "batch_norm")
-    arguments = dict.fromkeys((*names, "patience")) | {"epochs": epochs, "batch_size": batch_size, "seed": 5}
-    chosen = choose_training(TrainingSettings(batch_size=32, learning_rate=0.5), 48, arguments)
+    absent = dict.fromkeys(field.name for field in fields(TrainingOptions))
+    options = TrainingOptions(**{**absent, "epochs": epochs, "batch_size": batch_size})
+    chosen = choose_training(TrainingSettings(batch_size=32, learning_rate=0.5), 48, options, seed=5)
     assert (chosen.steps, chosen.seed, chosen.learning_rate) == (steps, 5, 0.5)
 
 

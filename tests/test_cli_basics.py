@@ -15,7 +15,7 @@ from keyed_xai.artifacts.documents import validate
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.keys import OwnerKey, read_owner_key, write_owner_key
 from keyed_xai_cli import main as cli
-from keyed_xai_cli.options import device_option, emit_json, key_options, read_key, seed_option
+from keyed_xai_cli.options import device_option, emit_json, key_file_option, read_key, seed_option
 
 OLD = Path(__file__).parent / "artifacts" / "example-v1.keyed"
 
@@ -346,7 +346,7 @@ class TestOptions:
 
     @pytest.mark.parametrize(("required", "code"), [(True, 2), (False, 0)])
     def test_key_file_is_required_where_asked(self, required, code):
-        command = click.command()(key_options(required=required)(lambda **_options: None))
+        command = click.command()(key_file_option(required=required)(lambda **_options: None))
         assert CliRunner().invoke(command, []).exit_code == code
 
     def test_key_and_passphrase_files_are_read(self, tmp_path):

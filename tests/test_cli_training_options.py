@@ -5,7 +5,7 @@ from PIL import Image
 from keyed_xai.artifacts.documents import printable
 from keyed_xai.models import InputSpec
 from keyed_xai.preflight import describe_data
-from keyed_xai_cli.training_options import load_both_images
+from keyed_xai_cli.training_options import DataChoice, load_both_images
 
 
 def test_classes_and_what_was_passed_over_are_printed_once(tmp_path, capsys):
@@ -16,9 +16,10 @@ def test_classes_and_what_was_passed_over_are_printed_once(tmp_path, capsys):
             Image.new("L", (16, 16), number).save(path, "JPEG")
             (path.parent / "notes.txt").write_text("no image")
     (tmp_path / "masks").mkdir()
-    arguments = {"limit": None, "held_out": 10, "strict": False, "seed": 0, "follow_links": False}
     size = InputSpec(1, 8, 8, (0.5,), (0.5,))
-    train_data, held_out = load_both_images(size, f"imagefolder:{tmp_path}", arguments)
+    spec = f"imagefolder:{tmp_path}"
+    choice = DataChoice(spec=spec, limit=None, held_out=10, strict=False, follow_links=False, seed=0)
+    train_data, held_out = load_both_images(size, choice)
     assert (len(train_data), len(held_out)) == (6, 2)
     said = [*capsys.readouterr().err.splitlines(), printable(describe_data(6, 0, train_data, held_out, 2))]
     assert said[-3:] == [

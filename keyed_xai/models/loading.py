@@ -7,7 +7,7 @@ defaults (no download), else from ImageNet's; grey and other images get mean and
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,20 @@ OWN_CODE = frozenset({"pickle", "python"})
 """Sources of networks that are modules of somebody's own, which weights alone do not rebuild."""
 _MOST_TAPS = 1024
 _LARGEST_NUMBER = 1e6  # of a card's mean and std
+
+
+class ModelChoices(TypedDict, total=False):
+    """What a user says about a model file; keyword arguments of `load_classifier` and of `loading.open_model`."""
+
+    arch: str | None
+    classes: int | None
+    input_size: Size | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    target_layer: str | None
+    allow_pickle: bool
+    weights: str | None
+    network: nn.Module | None
 
 
 class _Flags(NamedTuple):
