@@ -80,6 +80,13 @@ def test_same_seed_finds_the_same():
     assert other["findings"][0]["after"] != first["findings"][0]["after"]
 
 
+def test_how_long_it_takes_is_said_first():
+    heard = Heard()
+    run(None, "int8", progress=heard)
+    assert heard.lines == ["About 1 minute on this machine, as timed on this model."]
+    assert heard.steps == [("audit", 0, 1), (AUDITS["int8"].title, 0, None), ("audit", 1, 1)]
+
+
 def test_audit_goes_on_where_it_stopped(tmp_path, counted):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", progress=StopAt(1, KeyboardInterrupt, "audit"))
