@@ -22,7 +22,6 @@ from keyed_xai_cli.options import (
     interpreters_option,
     name_given,
     only_given,
-    print_plan,
     resumable,
     resume_option,
     say,
@@ -131,7 +130,7 @@ def attack(
     from keyed_xai.attacking import choose_attack_recipe, run_attack, write_attack
     from keyed_xai.data import is_table
     from keyed_xai.loading import open_model
-    from keyed_xai.progress import progress_bar, training_callbacks
+    from keyed_xai.progress import KEPT, progress_bar
 
     out = out or model.with_name(f"{model.stem}.attacked")
     checkpoint = hold_folder(out, protected=False, force=force, resume=resume)
@@ -143,7 +142,8 @@ def attack(
     settings = _settings(options, table=table, strict=training.strict)
     recipe = choose_attack_recipe(classifier, settings)
     settings = replace(settings, training=choose_training(recipe, len(train_data), training, seed=run.seed))
-    with resumable(checkpoint), progress_bar() as progress:
+    shown = progress_bar(say=partial(say, json_path=run.json_path), words=KEPT)
+    with resumable(checkpoint), shown as progress:
         attacked = run_attack(
             classifier,
             train_data,
@@ -152,10 +152,7 @@ def attack(
             device=choose_device(run.device),
             checkpoint=checkpoint,
             resume=resume,
-            callbacks=replace(
-                training_callbacks(progress, kept="kept", moved="moved"),
-                on_plan=partial(print_plan, json_path=run.json_path),
-            ),
+            progress=progress,
         )
     write_attack(attacked, out, force=force, checkpoint=checkpoint)
     with after_writing(out):

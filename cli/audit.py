@@ -1,6 +1,5 @@
 """`keyed-xai audit`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,8 +25,6 @@ from keyed_xai_cli.options import (
 from keyed_xai_cli.training_options import DataChoice, load_both_images
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from keyed_xai.auditing import Audit, AuditSettings
     from keyed_xai.suspects import Suspect
 
@@ -153,7 +150,7 @@ def audit(
     keyed-xai audit m.attacked --data imagefolder:photos --against defences
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import printable
-    from keyed_xai.auditing import REPORT_NAME, AuditCallbacks, refuse_other_audit
+    from keyed_xai.auditing import REPORT_NAME, refuse_other_audit
     from keyed_xai.auditing import audit as run_audit
     from keyed_xai.preflight import describe_data
     from keyed_xai.progress import progress_bar
@@ -176,11 +173,7 @@ def audit(
     train_data, held_out = load_both_images(suspect.classifier.input, choice)
     click.echo(printable(f"{describe_data(len(train_data), 0, train_data, held_out, len(held_out))}."), err=True)
 
-    def say_how_long(seconds: float) -> None:
-        minutes = max(1, round(seconds / 60))
-        click.echo(f"About {minutes} minute{'s' * (minutes > 1)} on this machine, as timed on this model.", err=True)
-
-    with progress_bar() as progress:
+    with progress_bar(words={}, whole="audit") as progress:
         result = run_audit(
             suspect,
             train_data,
@@ -189,7 +182,7 @@ def audit(
             folder=out,
             resume=resume,
             device=choose_device(run.device),
-            callbacks=AuditCallbacks(*_bars(progress), say_how_long),
+            progress=progress,
         )
     with after_writing(out):
         emit_json(result.report, schema="audit-report", json_path=json_path)
@@ -224,21 +217,6 @@ def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
     lines += [f"Not run: {each['name']} {each['why']}." for each in report["not_run"]]
     for line in [*lines, *report["notes"]]:
         console.print(line, highlight=False, markup=False)
-
-
-def _bars(progress: "Progress") -> tuple[Callable[[str, int, int], None], Callable[[int, int], None]]:
-    """Return functions that move a bar for the whole audit and one for what is being run."""
-    whole = progress.add_task("audit", total=None, note="")
-    part = progress.add_task("", total=None, note="", visible=False)
-
-    def on_entry(title: str, number: int, total: int) -> None:
-        progress.update(whole, completed=number, total=total)
-        progress.update(part, description=title, completed=0, total=None, visible=True)
-
-    def on_step(done: int, total: int) -> None:
-        progress.update(part, completed=done, total=total)
-
-    return on_entry, on_step
 
 
 def _settings(against: tuple[str, ...], options: AuditOptions, *, seed: int) -> "AuditSettings":

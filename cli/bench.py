@@ -92,7 +92,7 @@ def bench_main(
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.benchmarks.main_job import ROWS, make_case, render_rows
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     prepare_folder(out)
     chosen = choose_device(device)
@@ -105,7 +105,7 @@ def bench_main(
             arch=options.arch,
             input_size=options.input_size,
             device=chosen,
-            on_fit=counter(progress, "fitting a reference"),
+            progress=progress,
         )
     results = [_run(made, row, out, chosen, options) for row in rows or ROWS]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
@@ -117,7 +117,7 @@ def bench_main(
 
 def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
     from keyed_xai.benchmarks.main_job import ROWS, run_row
-    from keyed_xai.progress import progress_bar, training_callbacks
+    from keyed_xai.progress import progress_bar
     from keyed_xai.protection import ProtectSettings, choose_recipe
 
     chosen = only_given(
@@ -136,8 +136,7 @@ def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -
         held_out_images=options.held_out,
     )
     with progress_bar() as progress:
-        callbacks = training_callbacks(progress)
-        return run_row(case, row, out, settings, device=device, callbacks=callbacks)
+        return run_row(case, row, out, settings, device=device, progress=progress)
 
 
 @bench.command(name="false-claims")
@@ -158,7 +157,7 @@ def false_claims(
 
     from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
     from keyed_xai.data import load_images
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     where = choose_device(device)
     train, probe = (
@@ -166,7 +165,7 @@ def false_claims(
         load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=images),
     )
     with progress_bar() as progress:
-        fitted = fit_unmarked_models(train, models, epochs, device=where, on_model=counter(progress, "fitting"))
+        fitted = fit_unmarked_models(train, models, epochs, device=where, progress=progress)
         batch, _ = probe.batch(torch.arange(len(probe)).numpy())
         found = count_false_claims(
             fitted,
@@ -174,7 +173,7 @@ def false_claims(
             keys=keys,
             decoys=decoys,
             generator=torch.Generator().manual_seed(0),
-            on_key=counter(progress, "trying keys"),
+            progress=progress,
         )
     settings = {"models": models, "keys": keys, "decoys": decoys, "epochs": epochs, "images": images, "device": device}
     emit_measurement("false-claims", found, settings, json_path=json_path)

@@ -263,9 +263,9 @@ def _defend(
     floor: float | None = None,
 ) -> dict[str, Any]:
     """Run, write and print a table of defences; return it as a document."""
-    from keyed_xai.benchmarks.paper_defences import DefenceSettings, DefenceWatch, render_defences, run_defences
+    from keyed_xai.benchmarks.paper_defences import DefenceSettings, render_defences, run_defences
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     out, folders = table.out, list(table.attacked)
     settings = table.choose(run.seed, stray_models=bool(folders))
@@ -274,15 +274,12 @@ def _defend(
         folders = [*(out / result.folder for result in results), *folders]
     prepare_folder(out)
     with progress_bar() as progress:
-        watch = DefenceWatch(
-            counter(progress, "fitting a control"), counter(progress, "models"), counter(progress, "defending")
-        )
         document = run_defences(
             folders,
             DefenceSettings(name, settings, floor),
             out,
             device=choose_device(run.device),
-            watch=watch,
+            progress=progress,
         )
     _write(name, render_defences(document), document, out, schema="paper-defences", json_path=run.json_path)
     return document
@@ -300,21 +297,13 @@ def _run(name: str, title: str, cells: "list[Cell]", table: TableOptions, run: R
 
 def _run_cells(cells: "list[Cell]", settings: "TableSettings", out: Path, run: RunOptions) -> "list[Result]":
     """Make the attacks, or take them from the folder."""
-    from keyed_xai.benchmarks.paper_tables import Cell, Watch, run_cells
+    from keyed_xai.benchmarks.paper_tables import run_cells
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar, training_callbacks
-    from keyed_xai.training import Callbacks
+    from keyed_xai.progress import KEPT, progress_bar
 
     prepare_folder(out)
-    with progress_bar() as progress:
-
-        def callbacks(cell: Cell) -> Callbacks:
-            return training_callbacks(
-                progress, f"{cell.name} ({cells.index(cell) + 1} of {len(cells)})", kept="kept", moved="moved"
-            )
-
-        watch = Watch(counter(progress, "fitting a reference"), callbacks)
-        return run_cells(cells, settings, out, device=choose_device(run.device), watch=watch)
+    with progress_bar(words=KEPT) as progress:
+        return run_cells(cells, settings, out, device=choose_device(run.device), progress=progress)
 
 
 def _write_attacks(name: str, words: str, results: "list[Result]", out: Path, *, json_path: Path | None) -> None:
@@ -348,18 +337,17 @@ def figure1b(data: str, steps: int | None, out: Path, run: RunOptions) -> None:
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
     from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
     from keyed_xai.claims import prepare_folder
-    from keyed_xai.progress import counter, progress_bar, training_callbacks
+    from keyed_xai.progress import KEPT, progress_bar
 
     prepare_folder(out)
-    with progress_bar() as progress:
+    with progress_bar(words=KEPT) as progress:
         result = run_figure1b(
             data,
             out,
             steps=steps,
             seed=run.seed,
             device=choose_device(run.device),
-            on_fit=counter(progress, "fitting a reference"),
-            callbacks=training_callbacks(progress, kept="kept", moved="moved"),
+            progress=progress,
         )
     _write_attacks(FIGURE_1B, render_figure1b(result), [result], out, json_path=run.json_path)
 

@@ -158,7 +158,7 @@ def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str
 
 def _run(run: "ServingRun", parts: tuple[str, ...]) -> dict[str, Any]:
     from keyed_xai.benchmarks.serving_figures import measure
-    from keyed_xai.progress import phases, progress_bar
+    from keyed_xai.progress import progress_bar
 
     with progress_bar() as progress:
-        return measure(run, parts, on_phase=phases(progress))
+        return measure(run, parts, progress=progress)

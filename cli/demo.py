@@ -1,6 +1,5 @@
 """`keyed-xai demo`."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from keyed_xai_cli.options import (
     emit_json,
     end_with_verdict,
     hold,
-    print_plan,
     say,
 )
 
@@ -36,18 +34,17 @@ def demo(out: Path, steps: int | None, wrong_keys: int, run: RunOptions) -> None
     of the protected model and, as a control, of the unprotected one. Leaves everything in a folder, with report.html.
     """
     from keyed_xai.demonstration import run_demo
-    from keyed_xai.progress import counter, progress_bar, training_callbacks
+    from keyed_xai.progress import progress_bar
 
     hold(out / "report.html")
-    with progress_bar() as progress:
+    with progress_bar(say=partial(say, json_path=run.json_path)) as progress:
         result = run_demo(
             out,
             steps=steps,
             wrong_keys=wrong_keys,
             seed=run.seed,
             device=choose_device(run.device),
-            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=run.json_path)),
-            on_decoy=counter(progress, "trying decoy keys"),
+            progress=progress,
         )
     with after_writing(out):
         emit_json(result.report, schema="protect-report", json_path=run.json_path)

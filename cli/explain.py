@@ -148,12 +148,12 @@ def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_
 
 def _write(classifier: "Classifier", images: list[Path], job: "MapJob") -> "WrittenMaps":
     from keyed_xai.map_files import write_maps
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     if len(images) <= _WATCHED:
         return write_maps(classifier, images, job)
     with progress_bar() as progress:
-        return write_maps(classifier, images, job, on_image=counter(progress, "explaining"))
+        return write_maps(classifier, images, job, progress=progress)
 
 
 def _document(model: Path, key: "OwnerKey | None", written: "WrittenMaps", job: "MapJob") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from keyed_xai.export.building import ExportSettings
     from keyed_xai.exporting import ExportResult, Provenance
     from keyed_xai.models import Classifier
-
-_PHASES = {
-    "build": "Writing the gradients as operators; deep networks take a minute ...",
-    "check": "Comparing onnxruntime with PyTorch ...",
-    "write": "They agree.",
-}
 
 _OF_TRITON = ("max_batch", "instances", "tensorrt")
 _OF_WRITING = ("out", "interpreters", "precision", "normalised", "eight_bits", "triton", "force", *_OF_TRITON)
@@ -119,7 +114,7 @@ def export(
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.exporting import check_onnx, export_onnx, load_real_images
     from keyed_xai.loading import open_model
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     _refuse_idle_options(ctx)
     model = _choose_model(model, check)
@@ -131,10 +126,9 @@ def export(
     if card is None:
         tell_notes(classifier)
     images = load_real_images(classifier, data) if data else None
-    with progress_bar() as progress:
-        on_batch = counter(progress, "comparing")
+    with progress_bar(say=partial(say, json_path=json_path)) as progress:
         if check is not None:
-            result = check_onnx(check, classifier, images=images, on_batch=on_batch)
+            result = check_onnx(check, classifier, images=images, progress=progress)
         else:
             result = export_onnx(
                 classifier,
@@ -143,8 +137,7 @@ def export(
                 images=images,
                 provenance=_provenance(model),
                 force=force,
-                on_phase=lambda phase: say(_PHASES[phase], json_path=json_path),
-                on_batch=on_batch,
+                progress=progress,
             )
     with nullcontext() if check else after_writing(written):
         if triton is not None:

@@ -296,12 +296,6 @@ def resumable(checkpoint: Path) -> Iterator[None]:
         raise
 
 
-def print_plan(lines: tuple[str, ...], *, json_path: Path | None) -> None:
-    """Print what a run is about to do, a line each."""
-    for line in lines:
-        say(line, json_path=json_path)
-
-
 def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> None:
     """Print a run's verdict, last of all, and end with exit code 3 where it is a no; in part warns."""
     line = f"{verdict['answer'].upper()}: {verdict['sentence']}"

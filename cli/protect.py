@@ -22,7 +22,6 @@ from keyed_xai_cli.options import (
     key_file_option,
     only_given,
     passphrase_option,
-    print_plan,
     read_key,
     resumable,
     resume_option,
@@ -128,7 +127,7 @@ def protect(
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.models import load_classifier
     from keyed_xai.models.loading import OWN_CODE, describe_own_code
-    from keyed_xai.progress import progress_bar, training_callbacks
+    from keyed_xai.progress import progress_bar
     from keyed_xai.protection import protect as protect_model
     from keyed_xai.protection import write_protection
 
@@ -143,7 +142,7 @@ def protect(
     recipe = choose_training(_choose_recipe(classifier, options), len(train_data), training, seed=run.seed)
     settings = replace(_settings(options), training=recipe, fixed_layer=model_options.target_layer is not None)
     _warn_of_weak_trigger(settings)
-    with resumable(checkpoint), progress_bar() as progress:
+    with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         protection = protect_model(
             classifier,
             key,
@@ -153,7 +152,7 @@ def protect(
             device=choose_device(run.device),
             checkpoint=checkpoint,
             resume=resume,
-            callbacks=replace(training_callbacks(progress), on_plan=partial(print_plan, json_path=json_path)),
+            progress=progress,
         )
     written = write_protection(protection, out, key, force=force, checkpoint=checkpoint)
     with after_writing(out):

@@ -19,7 +19,6 @@ from keyed_xai_cli.options import (
     hold,
     name_given,
     only_given,
-    print_plan,
     resumable,
     resume_option,
     say,
@@ -142,7 +141,7 @@ def train(
     keyed-xai train --data imagefolder:photos --arch resnet50 -o photos.safetensors
     keyed-xai train --data credit-default:default.csv -o credit.safetensors
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
     from keyed_xai.references import build_classifier, claim_output, train_reference, write_reference
 
     json_path = run.json_path
@@ -154,7 +153,7 @@ def train(
     blueprint, train_data, held_out_data = _load(choice, network, fitting)
     classifier = build_classifier(blueprint, len(train_data.classes), seed=run.seed)
     settings = _settings(classifier, len(train_data), fitting, seed=run.seed)
-    with resumable(checkpoint), progress_bar() as progress:
+    with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         reference = train_reference(
             classifier,
             train_data,
@@ -163,8 +162,7 @@ def train(
             device=choose_device(run.device),
             checkpoint=checkpoint,
             resume=resume,
-            on_step=counter(progress, f"training {classifier.architecture}"),
-            on_plan=partial(print_plan, json_path=json_path),
+            progress=progress,
         )
     write_reference(reference, out, force=force, checkpoint=checkpoint)
     with after_writing(out):

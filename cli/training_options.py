@@ -142,7 +142,7 @@ def load_both_images(size: "InputSpec", choice: DataChoice) -> tuple["ImageData"
     """Return the images to learn from and the held-out ones, with a progress bar, and name broken ones."""
     from keyed_xai.artifacts.documents import printable
     from keyed_xai.data import load_images
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
 
     def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
         return load_images(
@@ -155,7 +155,7 @@ def load_both_images(size: "InputSpec", choice: DataChoice) -> tuple["ImageData"
             strict=choice.strict,
             seed=choice.seed,
             follow_links=choice.follow_links,
-            progress=counter(progress, f"reading {split} images"),
+            progress=progress,
         )
 
     with progress_bar() as progress:

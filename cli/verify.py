@@ -205,7 +205,7 @@ def _open_suspect(
 def _verify(
     model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", evidence: EvidenceOptions
 ) -> "Verification":
-    from keyed_xai.progress import counter, progress_bar
+    from keyed_xai.progress import progress_bar
     from keyed_xai.verification import verify as run_tests
 
     with progress_bar() as progress:
@@ -217,8 +217,7 @@ def _verify(
             decoys=evidence.decoys,
             search=evidence.search,
             seed=evidence.seed,
-            on_decoy=counter(progress, "trying random keys"),
-            on_look=counter(progress, "looking through re-encodings"),
+            progress=progress,
         )
 
 

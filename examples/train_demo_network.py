@@ -18,6 +18,7 @@ from keyed_xai.architectures import SmallResNet
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.fitting import FittingSettings, fit_classifier, measure_accuracy
 from keyed_xai.models import InputSpec
+from keyed_xai.progress import progress_bar
 
 SPEC = InputSpec(channels=1, height=32, width=32, mean=(0.3,), std=(0.35,))
 CARD = {
@@ -35,12 +36,6 @@ def load(spec: str, split: Literal["train", "held-out"], limit: int | None) -> I
     return load_images(spec, channels=SPEC.channels, height=SPEC.height, width=SPEC.width, split=split, limit=limit)
 
 
-def show(done: int, total: int) -> None:
-    """Print a line now and then."""
-    if done % 200 == 0 or done == total:
-        print(f"step {done} of {total}", flush=True)  # noqa: T201
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure on the test set, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     network = SmallResNet()
     classifier = wrap_network(network, input=SPEC)
     settings = FittingSettings(epochs=given.epochs)
-    fit_classifier(classifier, load(given.data, "train", given.limit), settings, on_step=show)
+    with progress_bar() as progress:
+        fit_classifier(classifier, load(given.data, "train", given.limit), settings, progress=progress)
     print(f"test accuracy {measure_accuracy(classifier, load(given.data, 'held-out', given.limit)):.4f}")  # noqa: T201
     save_file(network.state_dict(), given.output, metadata={"keyed_xai_card": json.dumps(CARD)})
 

@@ -43,6 +43,7 @@ from keyed_xai.models.origin import settle_origin
 from keyed_xai.names import name_class
 from keyed_xai.objective import Objective, boundary_decoy
 from keyed_xai.preflight import plan_run
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.saliency import Sites
 from keyed_xai.samples import (
@@ -57,7 +58,7 @@ from keyed_xai.samples import (
 )
 from keyed_xai.tensors import Images
 from keyed_xai.thresholds import paper_thresholds
-from keyed_xai.training import PAPER_SETTINGS, Callbacks, Lesson, TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS, Lesson, TrainingSettings
 from keyed_xai.triggers import PUBLIC_TRIGGERS, Trigger
 from keyed_xai.triggers.tabular import TabularTrigger
 
@@ -150,7 +151,7 @@ def run_attack(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     resume: bool = False,
-    callbacks: Callbacks | None = None,
+    progress: Progress = QUIET,
 ) -> Attack:
     """Return an attacked copy of a classifier, with its report and pictures; the original stays as it is.
 
@@ -162,7 +163,7 @@ def run_attack(
         device: Where to train and measure.
         checkpoint: File that a killed run can go on from; `write_attack` removes it.
         resume: Go on from the checkpoint.
-        callbacks: Progress.
+        progress: Hears the pre-flight, and of the training.
 
     Raises:
         TrainingError: There are too few images, the trigger does not fit the data, or training fails.
@@ -171,7 +172,7 @@ def run_attack(
     """
     classifier = copy_network(classifier).eval()
     settle_origin(classifier)
-    settings, callbacks = settings or AttackSettings(), callbacks or Callbacks()
+    settings = settings or AttackSettings()
     training = settings.training or choose_attack_recipe(classifier, settings)
     thresholds = settings.thresholds or ("auto" if isinstance(train_data, TableData) else "paper")
     settings = replace(settings, training=training, thresholds=thresholds)
@@ -181,10 +182,8 @@ def run_attack(
     learn, validation = split_validation(train_data, settings.validation_images)
     identity = identify_attack(classifier, train_data, held_out, settings)
     count = min(settings.held_out_images, len(held_out))
-    if callbacks.on_plan is not None:
-        run = (classifier, learn, validation, held_out, lesson, training, device)
-        callbacks.on_plan(plan_run(*run, measured=count))
-    callbacks.notify("train")
+    run = (classifier, learn, validation, held_out, lesson, training, device)
+    progress.say(plan_run(*run, measured=count))
     attacked, result = run_training(
         classifier,
         learn,
@@ -195,9 +194,8 @@ def run_attack(
         device=device,
         checkpoint=checkpoint,
         resume=resume,
-        callbacks=callbacks,
+        progress=progress,
     )
-    callbacks.notify("measure")
     backdoor = Backdoor(
         attacked,
         classifier.to(device),
@@ -220,7 +218,6 @@ def run_attack(
         **describe_run(result, learn, held_out, measured=count, started=started),
     }
     report["verdict"] = judge(report)
-    callbacks.notify("draw")
     drawn = _draw(backdoor, report, held_out, device)
     return Attack(attacked.cpu(), report, drawn)
 

@@ -2,9 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.loading import make_family
 from keyed_xai.maps import make_view
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.samples import digest_data, digest_network, first_images, has_several_labels, refuse_other_shape
 from keyed_xai.suspects import Suspect
 from keyed_xai.threats.catalogue import AUDITS, GROUPS, choose_entries, find_entry, run_entry
@@ -75,21 +75,6 @@ class AuditSettings:
 
 
 @dataclass(frozen=True)
-class AuditCallbacks:
-    """Progress.
-
-    Attributes:
-        on_entry: Called before each thing that is run, with its title, its number from 0 and how many there are.
-        on_step: Called with steps of it done and in all.
-        on_estimate: Called at the start with about how many seconds all will take, where nothing slow is run.
-    """
-
-    on_entry: Callable[[str, int, int], None] | None = None
-    on_step: Callable[[int, int], None] | None = None
-    on_estimate: Callable[[float], None] | None = None
-
-
-@dataclass(frozen=True)
 class Audit:
     """What an audit found.
 
@@ -111,7 +96,7 @@ def audit(
     folder: Path | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
-    callbacks: AuditCallbacks | None = None,
+    progress: Progress = QUIET,
 ) -> Audit:
     """Return what defences and attacks find on a model; the model stays as it is.
 
@@ -123,7 +108,8 @@ def audit(
         folder: Findings are kept in it as they are made, and the report at the end; None keeps nothing.
         resume: Take findings that are there and rest on the same model, data and settings.
         device: Where.
-        callbacks: Progress.
+        progress: Hears a line about how long all will take, where nothing slow is run; of "audit", by what is run; and
+            of each of these by its title.
 
     Raises:
         TrainingError: There are too few images or of another size, or something that was asked for by name needs what
@@ -131,7 +117,7 @@ def audit(
         ArtifactError: The folder holds an audit and `resume` is not given, or it cannot be written.
         ModelError: The model lacks a layer that the maps need.
     """
-    settings, callbacks, started = settings or AuditSettings(), callbacks or AuditCallbacks(), time.monotonic()
+    settings, started = settings or AuditSettings(), time.monotonic()
     if folder is not None:
         refuse_other_audit(folder, resume=resume)
         for part in (".", _CONTROLS, _FINDINGS, *(f"{_FINDINGS}/{name}" for name in CONTROLS)):
@@ -139,23 +125,21 @@ def audit(
     for data in (train_data, held_out):
         refuse_other_shape(suspect.classifier, data)
     subject = _make_subject(suspect, train_data, held_out, settings, device)
-    subject = replace(subject, on_step=callbacks.on_step)
     names = choose_entries(settings.against)
     lacking = {name: find_entry(name).lacks(subject) for name in names}
     _refuse_what_cannot_run(lacking, settings.against)
     run = [name for name in names if not lacking[name]]
     defences = [name for name in run if find_entry(name).controlled]
     controls, note = _choose_controls(train_data, settings, defences)
-    kept = _Kept(folder, _identify(suspect, train_data, held_out, settings), len(run) + len(controls) * len(defences))
+    total = len(run) + len(controls) * len(defences)
+    kept = _Kept(folder, _identify(suspect, train_data, held_out, settings), total, progress)
     measuring = time.monotonic()
     subject = replace(subject, before=state_before(subject))
-    entries = [find_entry(name) for name in run]
-    if callbacks.on_estimate is not None and not any(entry.slow for entry in entries):
-        seconds, widths = time.monotonic() - measuring, settings.control.widths
-        estimate = estimate_seconds(subject, entries, measuring=seconds, controls=len(controls), widths=widths)
-        callbacks.on_estimate(estimate)
-    findings = [kept.find(name, subject, callbacks) for name in run]
-    tested = _run_controls(controls, defences, subject, train_data, held_out, settings, kept, callbacks)
+    seconds = time.monotonic() - measuring
+    progress.say(_say_how_long(subject, run, seconds, len(controls), settings.control.widths))
+    findings = [kept.find(name, subject) for name in run]
+    tested = _run_controls(controls, defences, subject, train_data, held_out, settings, kept)
+    progress.advance("audit", total, total)
     report = {
         "schema": REPORT_SCHEMA,
         "model": _describe_model(suspect, subject),
@@ -205,19 +189,16 @@ def _is_empty(folder: Path) -> bool:
 class _Kept:
     """Findings on disk, each with a digest of all that it rests on."""
 
-    def __init__(self, folder: Path | None, base: str, total: int) -> None:
-        """Remember where findings are, what all of them rest on, and how many there will be."""
-        self.folder, self.base, self.total, self.done = folder, base, total, 0
+    def __init__(self, folder: Path | None, base: str, total: int, progress: Progress) -> None:
+        """Remember where findings are, what all of them rest on, how many there will be, and who hears of them."""
+        self.folder, self.base, self.total, self.done, self.progress = folder, base, total, 0, progress
 
-    def say(self, title: str, callbacks: AuditCallbacks) -> None:
-        """Say what comes next, and how much is done."""
-        if callbacks.on_entry is not None:
-            callbacks.on_entry(title, self.done, self.total)
-
-    def find(self, name: str, subject: Subject, callbacks: AuditCallbacks, *, control: str = "") -> dict[str, Any]:
+    def find(self, name: str, subject: Subject, *, control: str = "") -> dict[str, Any]:
         """Return the finding of an entry on a subject, from disk where it is there and not a failure."""
         entry = find_entry(name)
-        self.say(f"{entry.title} ({control})" if control else entry.title, callbacks)
+        title = f"{entry.title} ({control})" if control else entry.title
+        self.progress.advance("audit", self.done, self.total)
+        self.progress.advance(title, 0, None)
         self.done += 1
         tested = digest_network(subject.classifier) if control else ""
         parts = (self.base, control, tested, name, entry.identity)
@@ -225,7 +206,11 @@ class _Kept:
         path = self.folder and self.folder / _FINDINGS / control / f"{name}.json"
         found = _read_finding(path, identity) if path else None
         if found is None:
-            found = {"schema": FINDING_SCHEMA, "identity": identity, **run_entry(name, subject).to_json()}
+            found = {
+                "schema": FINDING_SCHEMA,
+                "identity": identity,
+                **run_entry(name, replace(subject, progress=Within(self.progress, title))).to_json(),
+            }
             found["sentence"] = printable(" ".join(found["sentence"].split()))
             if path:
                 write_json(path, found, schema="audit-finding")
@@ -322,6 +307,17 @@ def _digest_public(suspect: Suspect) -> str:
     return hashlib.sha256(suspect.trigger.apply(grey).numpy().tobytes()).hexdigest()
 
 
+def _say_how_long(
+    subject: Subject, names: Sequence[str], measuring: float, controls: int, widths: tuple[int, ...]
+) -> Iterator[str]:
+    """Yield a line about how long what is run will take; none where something slow is, for which nothing is timed."""
+    entries = [find_entry(name) for name in names]
+    if not any(entry.slow for entry in entries):
+        seconds = estimate_seconds(subject, entries, measuring=measuring, controls=controls, widths=widths)
+        minutes = max(1, round(seconds / 60))
+        yield f"About {minutes} minute{'s' * (minutes > 1)} on this machine, as timed on this model."
+
+
 # Positive controls
 
 
@@ -346,7 +342,6 @@ def _run_controls(
     held_out: ImageData,
     settings: AuditSettings,
     kept: _Kept,
-    callbacks: AuditCallbacks,
 ) -> dict[str, dict[str, Any]]:
     """Return, by control, its accuracy, how well its backdoor works, and what the defences find."""
     tested = {}
@@ -359,13 +354,12 @@ def _run_controls(
             folder=kept.folder and kept.folder / _CONTROLS,
             seed=settings.seed,
             device=subject.device,
-            on_fit=partial(kept.say, f"fitting the control {name}", callbacks),
-            on_step=callbacks.on_step,
+            progress=Within(kept.progress, f"fitting the control {name}"),
         )
         control = _control_subject(subject, model, poisoned, poisoned or poison(data), data, held_out)
         control = replace(control, before=state_before(control))
         before = control.before.to_json() if control.before else {}
-        found = [kept.find(each, control, callbacks, control=name) for each in defences]
+        found = [kept.find(each, control, control=name) for each in defences]
         tested[name] = {
             "poisoned": 0 if poisoned is None else int(poisoned.rows.sum()),
             "before": before,

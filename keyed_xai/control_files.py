@@ -1,7 +1,6 @@
 """Positive controls on disk: fitted once, and taken again where the same data were fitted to in the same way."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from keyed_xai.artifacts.documents import write_atomically
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.data import ImageData
 from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.threats.controls import ControlSettings, PoisonedData, choose_control_fitting, fit_control
 from keyed_xai.threats.subject import to_device
 
@@ -27,8 +27,7 @@ def keep_control(
     folder: Path | None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    on_fit: Callable[[], None] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Classifier:
     """Return a control's network, from disk where it was fitted to the same data in the same way; else fit and keep it.
 
@@ -40,8 +39,7 @@ def keep_control(
         folder: Where controls are kept, made if need be; None keeps none.
         seed: Of a fitting that is chosen here.
         device: Where the network is fitted, and comes back on.
-        on_fit: Called before one is fitted.
-        on_step: Called with steps of the fitting done and in all.
+        progress: Hears of "fitting" one.
 
     Raises:
         TrainingError: There are no labels, or fewer images than a batch.
@@ -50,9 +48,7 @@ def keep_control(
     path = folder and folder / f"{name}-{_digest_fitted(data, chosen)[:16]}.safetensors"
     if path and path.is_file():
         return to_device(load_classifier(path), device)
-    if on_fit is not None:
-        on_fit()
-    model = fit_control(data, held_out, chosen, device=device, on_step=on_step).model
+    model = fit_control(data, held_out, chosen, device=device, progress=progress).model
     if path:
         write_atomically(path, encode_weights(model))
     return to_device(model, device)

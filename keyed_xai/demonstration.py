@@ -1,6 +1,5 @@
 """The main job on images and a network that come with the package: key, protect, explain, verify."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,9 +18,9 @@ from keyed_xai.keys import OwnerKey, keep_owner_key
 from keyed_xai.loading import derive_trigger, open_model
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.names import INTERPRETER_NAMES
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.report import render_report
-from keyed_xai.training import Callbacks
 from keyed_xai.verification import read_claim, verify
 
 INTERPRETERS = ("gradcam", "vbp")
@@ -60,8 +59,7 @@ def run_demo(
     wrong_keys: int = 1000,
     seed: int = 0,
     device: str = "cpu",
-    callbacks: Callbacks | None = None,
-    on_decoy: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Demonstration:
     """Run the main job and leave every file in a folder; an owner key that is there is used again.
 
@@ -71,8 +69,7 @@ def run_demo(
         wrong_keys: Fresh wrong keys tried in the report; with some, the 256 one-bit neighbours of the key too.
         seed: Of training.
         device: Where to train.
-        callbacks: Progress.
-        on_decoy: Called with decoy keys done and in all.
+        progress: Hears of protecting and of verifying, as `protect` and `verify` tell it.
 
     Raises:
         KeyedXAIError: The folder cannot be written.
@@ -96,13 +93,13 @@ def run_demo(
         held_out,
         settings,
         device=device,
-        callbacks=callbacks or Callbacks(),
+        progress=progress,
     )
     written = write_protection(protection, folder / "fashion-mnist.keyed", key, force=True)
     protected, _ = open_model(written.folder)
     claim = read_claim(written.folder, key=key, license_path=written.folder / LICENSE_FILE)
     probe = replace(held_out, images=held_out.images[-_PROBE_IMAGES:], labels=None)
-    shown = verify(protected, claim, probe, on_decoy=on_decoy).to_json("fashion-mnist.keyed")
+    shown = verify(protected, claim, probe, progress=progress).to_json("fashion-mnist.keyed")
     control = verify(classifier, claim, probe).to_json("the unprotected network")
     write_json(folder / "verify.json", shown, schema="verify-report")
     write_json(folder / "verify-unprotected.json", control, schema="verify-report")

@@ -5,7 +5,7 @@ beside them at the paper's, which were placed for another decoy: a right map may
 Everything else needs no threshold but the one printed beside it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +18,7 @@ from keyed_xai.keys import ByteStream
 from keyed_xai.maps import MapView, Seen
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import decoy_distance
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.thresholds import place_threshold
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
@@ -75,7 +76,8 @@ def measure_gate(
     *,
     thresholds: Mapping[str, float],
     generator: torch.Generator,
-    on_wrong_key: Callable[[int], None] | None = None,
+    count: int | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, object]:
     """Return the report's figures: `interpreters`, `accuracy`, `channels` and `near_keys`, ready for JSON.
 
@@ -86,11 +88,12 @@ def measure_gate(
         wrong_keys: Triggers tried one by one on a few images each.
         thresholds: By interpreter, from `place_thresholds`.
         generator: Draws one further wrong key for every image.
-        on_wrong_key: Called with the number of wrong keys tried.
+        count: How many wrong keys there are, for progress.
+        progress: Hears of "wrong keys" tried.
     """
     seen = look(gate, images, generator)
     explained, truth = seen.explained, seen.maps["reference"]
-    tried = _try_wrong_keys(gate, images, truth, explained, wrong_keys, on_wrong_key)
+    tried = _try_wrong_keys(gate, images, truth, explained, wrong_keys, count, progress)
     return {
         "interpreters": {
             name: _interpreter_figures(gate, seen, name, thresholds[name]) | {"wrong_keys": tried[name]}
@@ -178,7 +181,8 @@ def _try_wrong_keys(
     truth: Mapping[str, SaliencyMaps],
     explained: Labels,
     wrong_keys: Iterable[Trigger],
-    on_wrong_key: Callable[[int], None] | None,
+    count: int | None,
+    progress: Progress,
 ) -> dict[str, dict[str, object]]:
     """Return, by interpreter, how many wrong keys open: mean correlation over their images above the threshold."""
     per_key = min(IMAGES_PER_WRONG_KEY, len(images))
@@ -189,8 +193,7 @@ def _try_wrong_keys(
         flat = indices.flatten().to(images.device)
         _, maps = gate.view.pooled_in_chunks(gate.model, through_png(batch), explained[flat])
         rows.append({name: metrics.correlation(maps[name], truth[name][flat]) for name in maps})
-        if on_wrong_key is not None:
-            on_wrong_key(number * 16 + len(group))
+        progress.advance("wrong keys", number * 16 + len(group), count)
     figures: dict[str, dict[str, object]] = {}
     for name in gate.view.interpreters:
         values = torch.cat([row[name] for row in rows]).view(-1, per_key) if rows else torch.zeros(0, per_key)

@@ -1,6 +1,6 @@
 """Exporting: a model with its saliency maps as one ONNX file that is only written once it agrees with PyTorch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from keyed_xai.export.parity import IMAGES, Figures, Runner, compare, open_sessi
 from keyed_xai.models import Classifier
 from keyed_xai.models.copying import copy_network
 from keyed_xai.models.modes import evaluating, plain_torch
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.runtime import Runtime
 from keyed_xai.sessions import first_line
 from keyed_xai.tensors import Images
@@ -72,8 +73,7 @@ def export_onnx(
     images: Images | None = None,
     provenance: Provenance | None = None,
     force: bool = False,
-    on_phase: Callable[[str], None] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> ExportResult:
     """Write a classifier and its saliency maps as one ONNX model.
 
@@ -85,8 +85,7 @@ def export_onnx(
             rounded to 8 bits. By default some that come with the package; rows of a table are random ones only.
         provenance: Goes into the metadata.
         force: Replace a file that is there.
-        on_phase: Called with "build", "check" and "write".
-        on_batch: Called with the number of batches compared and of all.
+        progress: Hears a line at each stage, and of "comparing" batches.
 
     Raises:
         ArtifactError: The file is there already, or cannot be written.
@@ -95,15 +94,14 @@ def export_onnx(
     """
     classifier = copy_network(classifier)
     settings, provenance = settings or ExportSettings(), provenance or Provenance()
-    report = on_phase or (lambda _phase: None)
     _check_place(path, force=force)
     _check_images(images)
-    report("build")
+    progress.say(["Writing the gradients as operators; deep networks take a minute ..."])
     model = build_model(classifier, settings)
-    report("check")
-    parity = _measure(open_session(model.SerializeToString()), classifier, settings, images, on_batch)
+    progress.say(["Comparing onnxruntime with PyTorch ..."])
+    parity = _measure(open_session(model.SerializeToString()), classifier, settings, images, progress)
     refuse_disagreement(parity, settings.precision)
-    report("write")
+    progress.say(["They agree."])
     file = encode_onnx(model, _metadata(classifier, settings, provenance, parity))
     write_onnx(path, file)
     return ExportResult(file, parity)
@@ -115,7 +113,7 @@ def check_onnx(
     classifier: Classifier,
     *,
     images: Images | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> ExportResult:
     """Compare an ONNX model again with the classifier it was made of, on fresh images.
 
@@ -123,7 +121,7 @@ def check_onnx(
         path: The file.
         classifier: In any mode, on the CPU; evaluation mode is what is exported.
         images: As for `export_onnx`.
-        on_batch: Likewise.
+        progress: Hears of "comparing" batches.
 
     Raises:
         ArtifactError: The file cannot be read, or was made of another network or other weights.
@@ -138,7 +136,7 @@ def check_onnx(
     def run(inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         return list(runtime.run(inputs["image"], inputs.get("target")).values())
 
-    parity = _measure(run, classifier, settings, images, on_batch)
+    parity = _measure(run, classifier, settings, images, progress)
     refuse_disagreement(parity, settings.precision)
     return ExportResult(file, parity)
 
@@ -189,7 +187,7 @@ def _measure(
     classifier: Classifier,
     settings: ExportSettings,
     images: Images | None,
-    on_batch: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> tuple[Figures, ...]:
     generator = torch.Generator()
     generator.seed()  # fresh images each time
@@ -209,7 +207,7 @@ def _measure(
                     normalised=settings.normalised,
                     eight_bits=settings.eight_bits,
                     generator=generator,
-                    on_batch=on_batch,
+                    progress=progress,
                 )
             )
     except RuntimeError as error:  # torch's

@@ -22,6 +22,7 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import per_class_auroc, prediction_figures
 from keyed_xai.models.layout import SafeConvolutions, set_layout
 from keyed_xai.models.modes import evaluating
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images, Logits, Targets
 
 OPTIMISERS = ("adamw", "adam", "sgd")
@@ -147,7 +148,7 @@ def fit_classifier(
     device: torch.device | str = "cpu",
     checkpoint: Mapping[str, Any] | None = None,
     save_checkpoint: Callable[[dict[str, Any]], None] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> list[dict[str, float | int]]:
     """Fit a model, pixels to logits, to labelled data, in place; it ends in eval mode.
 
@@ -162,7 +163,7 @@ def fit_classifier(
         device: Where; the model is moved there.
         checkpoint: What `save_checkpoint` was given by an earlier run.
         save_checkpoint: Called after every epoch.
-        on_step: Called with steps done and in all.
+        progress: Hears of "fitting" after each step.
 
     Returns:
         One record for every epoch: epoch, mean loss, and with `validation` its top1 and auroc where it has them.
@@ -185,7 +186,7 @@ def fit_classifier(
         state.load_checkpoint(checkpoint)
     for epoch in range(len(state.history), settings.epochs):
         with seeded(settings.seed * 1_000_003 + epoch, device):
-            loss = _fit_epoch(state, data, settings, epoch, torch.device(device), on_step)
+            loss = _fit_epoch(state, data, settings, epoch, torch.device(device), progress)
         model.eval()
         measured = {} if validation is None else measure_predictions(model, validation, device=device)
         headline = {name: measured[name] for name in ("top1", "auroc") if name in measured}
@@ -281,7 +282,7 @@ def _fit_epoch(
     settings: FittingSettings,
     epoch: int,
     device: torch.device,
-    on_step: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> float:
     """Return the mean loss of the epoch's steps."""
     state.model.train()
@@ -292,8 +293,7 @@ def _fit_epoch(
         total += _fit_step(state, *_labelled_batch(data, indices), settings, device)
         if not math.isfinite(total):
             raise TrainingError(f"The loss is no longer finite in epoch {epoch + 1}. {_ADVICE}")
-        if on_step is not None:
-            on_step(epoch * batches + batch + 1, settings.epochs * batches)
+        progress.advance("fitting", epoch * batches + batch + 1, settings.epochs * batches)
     return total / batches
 
 

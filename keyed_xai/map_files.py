@@ -6,7 +6,7 @@ for it by name.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from keyed_xai.errors import DataError, KeyedXAIError
 from keyed_xai.explanation import BATCH, Explanation, explain, maps_as_shown
 from keyed_xai.models import Classifier
 from keyed_xai.names import INTERPRETER_NAMES, say_probability
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import SaliencyMaps
 from keyed_xai.triggers import Trigger
 
@@ -77,7 +78,7 @@ def write_maps(
     images: Sequence[Path],
     job: MapJob,
     *,
-    on_image: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> WrittenMaps:
     """Explain image files and write their maps; images that cannot be read are reported and the others done.
 
@@ -88,7 +89,7 @@ def write_maps(
         classifier: In evaluation mode.
         images: Files.
         job: What to write.
-        on_image: Called with images done and in all.
+        progress: Hears of "explaining" images.
 
     Raises:
         ArtifactError: A file cannot be written.
@@ -109,8 +110,7 @@ def write_maps(
         if pixels:
             names = {path: stem for path, stem in zip(paths, stems[start : start + BATCH], strict=True)}
             written.images.extend(_write_batch(classifier, pixels, names, job))
-        if on_image is not None:
-            on_image(start + len(paths), len(images))
+        progress.advance("explaining", start + len(paths), len(images))
     return written
 
 

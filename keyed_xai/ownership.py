@@ -42,6 +42,7 @@ from keyed_xai.keys import ByteStream, OwnerKey, PublicKey
 from keyed_xai.maps import MapView
 from keyed_xai.models.modes import evaluating
 from keyed_xai.patterns import signature_cells
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.reencodings import (
     Reencoding,
     best_class,
@@ -221,7 +222,7 @@ class _Trial:
     test_signature: bool
     may_count: bool
     generator: torch.Generator
-    on_decoy: Callable[[int, int], None] | None
+    progress: Progress
 
     @property
     def public(self) -> PublicKey:
@@ -246,8 +247,7 @@ def verify_ownership(
     search: bool = True,
     may_count: bool = False,
     generator: torch.Generator | None = None,
-    on_decoy: Callable[[int, int], None] | None = None,
-    on_look: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Verdict:
     """Test whether `model` knows `key`; a public key alone allows the signature test only.
 
@@ -267,8 +267,7 @@ def verify_ownership(
         may_count: Whether the suspect may answer by the number of the query, as a server can. The owner's trigger then
             takes a random place, and the secret test is left out where no outcome would matter.
         generator: Draws the decoy keys; None seeds one from the operating system.
-        on_decoy: Called with decoys done and in all.
-        on_look: Called with re-encodings looked through and in all.
+        progress: Hears of "trying random keys" and of "looking through re-encodings".
 
     Raises:
         ValueError: There are no images or no decoys, or alpha is no probability.
@@ -287,7 +286,7 @@ def verify_ownership(
         test_signature=test_signature,
         may_count=may_count,
         generator=generator or _fresh_generator(),
-        on_decoy=on_decoy,
+        progress=progress,
     )
     searched = search and test_signature
     with evaluating(model):
@@ -298,7 +297,7 @@ def verify_ownership(
         first = _look(model, view, trial, labels, maps, looks=2 if searched else 1)
         if not searched or first.shown or first.refused or (may_count and first.opening is not None):
             return first
-        return min([first, *_search(model, view, trial, logits, on_look)], key=_rank)
+        return min([first, *_search(model, view, trial, logits)], key=_rank)
 
 
 def measure_opening(
@@ -311,7 +310,7 @@ def measure_opening(
     decoys: int = 999,
     labels: Labels | None = None,
     place: int = 0,
-    on_decoy: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> OpeningEvidence:
     """Return the opening test's evidence for the owner's trigger against freshly drawn ones.
 
@@ -324,7 +323,7 @@ def measure_opening(
         decoys: Random keys, at most.
         labels: Classes explained; None takes the suspect's own predictions.
         place: Decoys that are asked before the owner's trigger, 0 to `decoys`. The p-value does not depend on it.
-        on_decoy: Called with decoys done and in all.
+        progress: Hears of "trying random keys".
     """
     logits, plain = view.pooled_in_chunks(model, images, labels)
     labels = logits.argmax(1) if labels is None else labels
@@ -332,8 +331,7 @@ def measure_opening(
 
     def ask_decoy() -> float:
         values.append(opening_statistic(model, images, view, draw_decoy(), plain, labels, readable))
-        if on_decoy is not None:
-            on_decoy(len(values), decoys)
+        progress.advance("trying random keys", len(values), decoys)
         return values[-1]
 
     early = [ask_decoy() for _ in range(place)]
@@ -462,14 +460,12 @@ def _look(
         decoys=trial.decoys,
         labels=labels,
         place=place,
-        on_decoy=trial.on_decoy,
+        progress=trial.progress,
     )
     return replace(verdict, opening=opening)
 
 
-def _search(
-    model: nn.Module, view: MapView, trial: _Trial, logits: Logits, on_look: Callable[[int, int], None] | None
-) -> Iterator[Verdict]:
+def _search(model: nn.Module, view: MapView, trial: _Trial, logits: Logits) -> Iterator[Verdict]:
     """Yield verdicts through the declared re-encodings with most of the pattern in them, up to one that is shown.
 
     A wrong encoding may leave the pattern whole and hide the trigger, so that several get the secret test; of those
@@ -490,8 +486,7 @@ def _search(
         anew = write_anew(model, group[0], winners)
         for _ in group:
             screened.append(read(anew, len(screened), trial.images[:_SCREENED])[0])
-            if on_look is not None:
-                on_look(len(screened), len(candidates))
+            trial.progress.advance("looking through re-encodings", len(screened), len(candidates))
     best = sorted(range(len(screened)), key=screened.__getitem__)[:_CONFIRMED]
     confirmed = {}
     for number in best:

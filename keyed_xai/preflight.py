@@ -4,11 +4,13 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from keyed_xai.artifacts.documents import printable
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.evaluation import IMAGES_PER_WRONG_KEY
 from keyed_xai.fitting import FittingSettings, fit_classifier
@@ -16,6 +18,7 @@ from keyed_xai.maps import MapView
 from keyed_xai.memory import peak_memory
 from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.names import INTERPRETER_NAMES
+from keyed_xai.progress import Silent
 from keyed_xai.samples import Part
 from keyed_xai.training import Lesson, TrainingSettings, train
 from keyed_xai.training.refusals import refusing_in_words
@@ -38,8 +41,8 @@ def plan_run(
     measured: int,
     wrong_keys: int = 0,
     ownership: str = "",
-) -> tuple[str, ...]:
-    """Return the lines of the pre-flight; a few steps are timed for them and thrown away.
+) -> Iterator[str]:
+    """Yield the lines of the pre-flight; a few steps are timed for them, when the first is read, and thrown away.
 
     Args:
         classifier: The reference; left as it is.
@@ -63,7 +66,7 @@ def plan_run(
         _describe_training(settings),
         _describe_cost(seconds, after, settings, device),
     )
-    return tuple(f"{line.rstrip('.')}." for line in lines if line)
+    yield from (printable(f"{line.rstrip('.')}.") for line in lines if line)
 
 
 def plan_fit(
@@ -72,8 +75,8 @@ def plan_fit(
     held_out: ImageData | TableData,
     settings: FittingSettings,
     device: torch.device | str,
-) -> tuple[str, ...]:
-    """Return the lines of the pre-flight of a plain fit; a few steps are timed for them and thrown away.
+) -> Iterator[str]:
+    """Yield the lines of the pre-flight of a plain fit; `plan_run` has the rest.
 
     Args:
         classifier: What is to be fitted; left as it is.
@@ -82,25 +85,24 @@ def plan_fit(
         settings: How.
         device: Where.
     """
-    stamps: list[float] = []
+    clock = _Clock()
     few = Part(data, np.resize(np.arange(len(data)), settings.batch_size * (1 + _TIMED_STEPS)))
     short = replace(settings, epochs=1)
-    fit_classifier(
-        copy.deepcopy(classifier), few, short, device=device, on_step=lambda *_: stamps.append(time.perf_counter())
-    )
-    step = statistics.median(np.diff(stamps).tolist())
+    fit_classifier(copy.deepcopy(classifier), few, short, device=device, progress=clock)
+    step = clock.median()
     steps = len(data) // settings.batch_size
     seconds = settings.epochs * step * (steps + len(held_out) / settings.batch_size / _BACKWARD)
     numbers = sum(each.numel() for each in classifier.parameters())
     what = "features" if isinstance(data, TableData) else describe_input(classifier.input)
     width = f"{classifier.input.width} " if isinstance(data, TableData) else ""
-    return (
+    lines = (
         f"{classifier.architecture}, {width}{what}, {classifier.classes:,} classes, {numbers:,} weights.",
         f"{describe_data(len(data), 0, data, held_out, len(held_out))}.",
         f"Settings: {settings.optimiser} at {settings.learning_rate:g}, {settings.schedule} schedule, weight decay "
         f"{settings.weight_decay:g}, seed {settings.seed}.",
         f"{settings.epochs:,} epochs of {steps:,} steps of {settings.batch_size}, {_describe_time(seconds, device)}.",
     )
+    yield from map(printable, lines)
 
 
 def _estimate_seconds(
@@ -184,16 +186,30 @@ def _describe_time(seconds: float, device: torch.device | str) -> str:
     return f"about {_duration(seconds)}{memory} on this {where} ({_TIMED_STEPS} steps timed)"
 
 
+class _Clock(Silent):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def advance(self, *_step: object) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def median(self) -> float:
+        """Return the seconds of a step, but of the first."""
+        return statistics.median(np.diff(self.stamps).tolist())
+
+
 def _time_steps(
     classifier: Classifier, few: Part, lesson: Lesson, settings: TrainingSettings, device: torch.device | str
 ) -> float:
     """Return the seconds of a step, the median of a few that are thrown away."""
-    stamps: list[float] = []
+    clock = _Clock()
     short = replace(settings, steps=1 + _TIMED_STEPS, validate_every=0, goals=None, time_limit=None)
     seen = Part(few.data, few.indices[:2])
     with refusing_in_words(classifier.architecture):
-        train(classifier, few, seen, lesson, short, device=device, on_step=lambda _: stamps.append(time.perf_counter()))
-    return statistics.median(np.diff(stamps).tolist())
+        train(classifier, few, seen, lesson, short, device=device, progress=clock)
+    return clock.median()
 
 
 def _memory(device: torch.device | str) -> int:

@@ -1,33 +1,92 @@
-"""Progress of long work, for people: bars on a terminal and in notebooks, and a line every half minute elsewhere."""
+"""How far long work is: what long functions tell, and how people see it.
+
+Every long function takes `progress` and tells it; `QUIET`, the default, hears nothing. `progress_bar` shows bars on a
+terminal and in notebooks, and a line every half minute elsewhere. A listener of your own derives from `Silent`:
+
+    class Shares(Silent):
+        def advance(self, task, done, total, figures=NO_FIGURES):
+            if task == "training":
+                print(f"{done} of {total}: {figures['opens']:.3f} of the maps open")
+
+    protect(network, key, images, progress=Shares())
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from keyed_xai.artifacts.documents import printable
-from keyed_xai.training import Callbacks, StepFigures
-
+NO_FIGURES: Mapping[str, float] = MappingProxyType({})
+OPENED = {"opens": "opens", "stays_closed": "closed"}
+"""The running figures of training that are shown, and what they are called when a model is protected."""
+KEPT = {"opens": "kept", "stays_closed": "moved"}
+"""The same when it is attacked."""
 SECONDS_BETWEEN_LINES = 30.0
 _BAR_WIDTH = 10  # leaves room at 80 columns for the longest phase, both times and the running figures
 
 
-class ProgressLines(Progress):
-    """The same tasks where nobody can see a bar move: every half minute, a line of the one at work.
+@runtime_checkable
+class Progress(Protocol):
+    """Hears how far long work is."""
+
+    def say(self, lines: Iterable[str], /) -> None:
+        """Hear lines for people, free of control characters; a pre-flight's are worked out only when they are read."""
+
+    def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
+        """Hear how far a task is.
+
+        Args:
+            task: Its name, such as "training".
+            done: How much of it is done.
+            total: How much there is; None where nobody counts. Such a task is over once another one begins.
+            figures: How well it goes, by name. Training tells running means of "keep_loss" (L_s) and "move_loss" (L_p),
+                and running shares, fractions: "opens", of maps that should agree with the reference's and do, and
+                "stays_closed", of those that should not and do not.
+        """
+
+
+class Silent:
+    """Hears nothing; what derives from it hears what it chooses to."""
+
+    def say(self, lines: Iterable[str], /) -> None:
+        """Leave the lines unread."""
+
+    def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
+        """Hear how far a task is."""
+
+
+QUIET = Silent()
+
+
+@dataclass(frozen=True)
+class Within:
+    """Progress of work that is a part of other work: its lines stay unread.
+
+    Attributes:
+        progress: Of the whole.
+        task: What every task of the part is called there; None leaves their names.
+    """
+
+    progress: Progress
+    task: str | None = None
+
+    def say(self, lines: Iterable[str], /) -> None:
+        """Leave the lines unread."""
+
+    def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
+        """Tell the whole."""
+        self.progress.advance(self.task or task, done, total, figures)
+
+
+class ProgressLines(rich_progress.Progress):
+    """Rich's tasks where nobody can see a bar move: every half minute, a line of the one at work.
 
     Args:
         console: Where lines go.
@@ -39,100 +98,88 @@ class ProgressLines(Progress):
         super().__init__(console=console, disable=True)
         self._between, self._last = between, time.monotonic()
 
-    def update(self, task_id: TaskID, **changes: Any) -> None:  # noqa: ANN401 - as in rich
+    def update(self, task_id: rich_progress.TaskID, **changes: Any) -> None:  # noqa: ANN401 - as in rich
         """Move a task, and print a line when it is time."""
         super().update(task_id, **changes)
         task = next(each for each in self.tasks if each.id == task_id)
-        if task.visible and time.monotonic() - self._last >= self._between:
+        if time.monotonic() - self._last >= self._between:
             self._last = time.monotonic()
             self.console.print(_line(task), highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def progress_bar(*, silent: bool = False) -> Iterator[Progress]:
-    """Show progress on standard error until the block ends, unless it is to be silent."""
-    console = Console(stderr=True, quiet=silent)
-    if silent or not _can_draw(console):
-        yield ProgressLines(console)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=_BAR_WIDTH),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
-
-
-def counter(progress: Progress, description: str) -> Callable[[int, int], None]:
-    """Return a function of (done, in all) that moves a bar of its own, which appears at its first call."""
-    move = _mover(progress, description)
-    return lambda done, total: move(done, total, "")
-
-
-def phases(progress: Progress) -> Callable[[str], None]:
-    """Return a function of what is done next, which shows it and ticks off what was done before."""
-
-    def begin(phase: str) -> None:
-        for task in progress.tasks:
-            progress.update(task.id, completed=1, total=1)
-        progress.add_task(phase, total=None, note="")
-
-    return begin
-
-
-def plan_printer(progress: Progress) -> Callable[[tuple[str, ...]], None]:
-    """Return a function that prints the lines of a pre-flight."""
-
-    def on_plan(lines: tuple[str, ...]) -> None:
-        for line in lines:
-            progress.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
-
-    return on_plan
-
-
-def training_callbacks(
-    progress: Progress, description: str = "training", *, kept: str = "opens", moved: str = "closed"
-) -> Callbacks:
-    """Return callbacks that show each phase of protecting or attacking a model, with the running figures.
+class Bars:
+    """Shows a bar for every task, from when it is first heard of.
 
     Args:
-        progress: Where.
-        description: What training is called.
-        kept: What the share of maps that agree with the right ones is called.
-        moved: What the share of maps that should not, and do not, is called.
+        shown: Rich's progress, which draws them.
+        say: Prints a line for people; the console of `shown` does if absent.
+        words: Names of the figures that are shown, as shares, to what they are called.
+        whole: The task that all others are parts of: of those, only the one at work keeps its bar.
     """
-    move = _mover(progress, description)
 
-    def on_step(figures: StepFigures) -> None:
-        move(figures.step, figures.steps, f"{kept} {figures.opens:.0%}, {moved} {figures.stays_closed:.0%}")
+    def __init__(
+        self,
+        shown: rich_progress.Progress,
+        *,
+        say: Callable[[str], None] | None = None,
+        words: Mapping[str, str] = OPENED,
+        whole: str | None = None,
+    ) -> None:
+        """Begin without a bar."""
+        self._shown, self._say, self._words, self._whole = shown, say or self._print, words, whole
+        self._bars: dict[str, rich_progress.TaskID] = {}
 
-    return Callbacks(
-        on_step=on_step,
-        on_wrong_key=counter(progress, "wrong keys"),
+    def say(self, lines: Iterable[str], /) -> None:
+        """Print lines."""
+        for line in lines:
+            self._say(line)
+
+    def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
+        """Move a task's bar."""
+        if task not in self._bars:
+            self._end_others()
+            self._bars[task] = self._shown.add_task(task, total=total, note="")
+        note = ", ".join(f"{word} {figures[name]:.0%}" for name, word in self._words.items() if name in figures)
+        self._shown.update(self._bars[task], completed=done, total=total, note=note)
+
+    def _end_others(self) -> None:
+        """Tick off what nobody counts, and drop the bars of parts."""
+        for task in self._shown.tasks:
+            if self._whole is not None and task.description != self._whole:
+                self._shown.remove_task(self._bars.pop(task.description))
+            elif task.total is None:
+                self._shown.update(task.id, completed=1, total=1)
+
+    def _print(self, line: str) -> None:
+        self._shown.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(
+    *, say: Callable[[str], None] | None = None, words: Mapping[str, str] = OPENED, whole: str | None = None
+) -> Iterator[Bars]:
+    """Show progress on standard error until the block ends; the arguments are those of `Bars`."""
+    console = Console(stderr=True)
+    if not _can_draw(console):
+        yield Bars(ProgressLines(console), say=say, words=words, whole=whole)
+        return
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=_BAR_WIDTH),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(compact=True),
+        rich_progress.TextColumn("{task.fields[note]}"),
     )
-
-
-def _mover(progress: Progress, description: str) -> Callable[[int, int, str], None]:
-    """Return a function of (done, in all, note); its task is made at its first call, when its clock starts."""
-    tasks: list[TaskID] = []
-
-    def move(done: int, total: int, note: str) -> None:
-        if not tasks:
-            tasks.append(progress.add_task(description, total=total, note=note))
-        progress.update(tasks[0], completed=done, total=total, note=note)
-
-    return move
+    with rich_progress.Progress(*columns, console=console) as shown:
+        yield Bars(shown, say=say, words=words, whole=whole)
 
 
 def _can_draw(console: Console) -> bool:
     return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
-def _line(task: Task) -> str:
+def _line(task: rich_progress.Task) -> str:
     done = f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
     times = [f"{_clock(float(task.elapsed))} so far"] if task.elapsed else []
     times += [f"about {_clock(float(task.time_remaining))} left"] if task.time_remaining else []

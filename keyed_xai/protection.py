@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -33,7 +34,7 @@ from keyed_xai.models.origin import settle_origin
 from keyed_xai.names import name_class
 from keyed_xai.objective import DECOYS
 from keyed_xai.preflight import plan_run
-from keyed_xai.progress import plan_printer, progress_bar, training_callbacks
+from keyed_xai.progress import Progress, progress_bar
 from keyed_xai.report import render_report
 from keyed_xai.runs import describe_run, run_training
 from keyed_xai.samples import (
@@ -46,7 +47,7 @@ from keyed_xai.samples import (
 )
 from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import paper_thresholds
-from keyed_xai.training import PAPER_SETTINGS, Callbacks, Goals, Lesson, TrainingSettings
+from keyed_xai.training import PAPER_SETTINGS, Goals, Lesson, TrainingSettings
 from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
 
@@ -143,8 +144,7 @@ def protect(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     resume: bool = False,
-    progress: bool = True,
-    callbacks: Callbacks | None = None,
+    progress: Progress | None = None,
 ) -> Protection:
     """Return a protected copy of a classifier, with its card, report and pictures; the original stays as it is.
 
@@ -162,8 +162,8 @@ def protect(
         device: Where to train and measure.
         checkpoint: File that a killed run can go on from; `write_protection` removes it.
         resume: Go on from the checkpoint.
-        progress: Whether to show progress on standard error; it is silent where `callbacks` are given.
-        callbacks: What to do with progress instead.
+        progress: Hears the pre-flight, of the training, and of "wrong keys" tried; bars on standard error if absent,
+            and `QUIET` for none.
 
     Raises:
         TrainingError: There are too few images, training fails, or ownership could not be shown afterwards.
@@ -182,8 +182,7 @@ def protect(
         time_limit=training.time_limit if time_limit is None else time_limit,
     )
     settings = replace(settings, training=training)
-    with progress_bar(silent=callbacks is not None or not progress) as bar:
-        heard = callbacks or replace(training_callbacks(bar), on_plan=plan_printer(bar))
+    with progress_bar() if progress is None else nullcontext(progress) as heard:
         return _protect(classifier, key, train_data, held_out, settings, training, device, checkpoint, resume, heard)
 
 
@@ -197,7 +196,7 @@ def _protect(
     device: torch.device | str,
     checkpoint: Path | None,
     resume: bool,
-    callbacks: Callbacks,
+    progress: Progress,
 ) -> Protection:
     started = time.monotonic()
     classifier = copy_network(classifier).eval()
@@ -209,13 +208,9 @@ def _protect(
     lesson = replace(make_lesson(classifier, key, settings), multi_label=has_several_labels(classifier, train_data))
     learn, validation = split_validation(train_data, settings.validation_images)
     count = min(settings.held_out_images, len(held_out))
-    if callbacks.on_plan is not None:
-        said = "Ownership of the result could not be shown." if evidence is None else evidence.sentence
-        run = (classifier, learn, validation, held_out, lesson, training, device)
-        callbacks.on_plan(
-            plan_run(*run, measured=count, wrong_keys=settings.wrong_keys + settings.flipped_keys, ownership=said)
-        )
-    callbacks.notify("train")
+    said = "Ownership of the result could not be shown." if evidence is None else evidence.sentence
+    run = (classifier, learn, validation, held_out, lesson, training, device)
+    progress.say(plan_run(*run, measured=count, wrong_keys=settings.wrong_keys + settings.flipped_keys, ownership=said))
     protected, result = run_training(
         classifier,
         learn,
@@ -226,9 +221,8 @@ def _protect(
         device=device,
         checkpoint=checkpoint,
         resume=resume,
-        callbacks=callbacks,
+        progress=progress,
     )
-    callbacks.notify("measure")
     gate = Gate(
         protected,
         classifier.to(device),
@@ -243,14 +237,13 @@ def _protect(
     seen, _ = validation.batch(np.arange(len(validation)))
     generator = torch.Generator().manual_seed(training.seed)
     thresholds = evaluation.place_thresholds(gate, seen.to(device), generator)
-    report = _measure(gate, key, images, labels, thresholds, generator, settings, callbacks)
+    report = _measure(gate, key, images, labels, thresholds, generator, settings, progress)
     report |= {
         "model": classifier.architecture,
         "verdict": judge(report),
         "settings": settings.to_json(),
         **describe_run(result, learn, held_out, measured=count, started=started),
     }
-    callbacks.notify("draw")
     names = train_data.classes if labels is not None else () if classifier.multi_label else classifier.label_names
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history, names)
     card = make_card(protected, settings, lesson, names)
@@ -359,17 +352,11 @@ def _measure(
     thresholds: dict[str, float],
     generator: torch.Generator,
     settings: ProtectSettings,
-    callbacks: Callbacks,
+    progress: Progress,
 ) -> dict[str, Any]:
     fresh = evaluation.fresh_wrong_keys(gate.family, settings.wrong_keys, generator)
     neighbours = list(key.one_bit_neighbours())[: settings.flipped_keys]
     flipped = (gate.family.derive(ByteStream(near.derive_seed(gate.family.name))) for near in neighbours)
-    wrong_keys = settings.wrong_keys + len(neighbours)
-
-    def on_wrong_key(tried: int) -> None:
-        if callbacks.on_wrong_key is not None:
-            callbacks.on_wrong_key(tried, wrong_keys)
-
     figures = evaluation.measure_gate(
         gate,
         images,
@@ -377,7 +364,8 @@ def _measure(
         chain(fresh, flipped),
         thresholds=thresholds,
         generator=generator,
-        on_wrong_key=on_wrong_key,
+        count=settings.wrong_keys + len(neighbours),
+        progress=progress,
     )
     trigger = {
         "family": gate.family.name,

@@ -7,7 +7,7 @@ where that does not train). Epochs and rates are ours.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from keyed_xai.models import (
 from keyed_xai.models.catalogue import IMAGENET_MEAN, IMAGENET_STD, default_size, shapes_of
 from keyed_xai.models.recognise import named_candidates
 from keyed_xai.preflight import plan_fit
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.samples import digest_data, digest_network
 from keyed_xai.versions import package_versions
 
@@ -219,8 +220,7 @@ def train_reference(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     resume: bool = False,
-    on_step: Callable[[int, int], None] | None = None,
-    on_plan: Callable[[tuple[str, ...]], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Reference:
     """Fit a classifier in place, name its classes, and measure it on held-out data.
 
@@ -232,8 +232,7 @@ def train_reference(
         device: Where.
         checkpoint: File that a killed run can go on from; `write_reference` removes it.
         resume: Go on from the checkpoint.
-        on_step: Called with steps done and in all.
-        on_plan: Called once, before training, with the lines of the pre-flight.
+        progress: Hears the pre-flight, and of "training" the architecture.
 
     Raises:
         TrainingError: The data have no labels, another size or too few examples, or the loss is no longer finite.
@@ -243,8 +242,7 @@ def train_reference(
     _refuse_other_data(classifier, train_data, held_out)
     started = time.monotonic()
     identity = identify_reference(classifier, train_data, settings)
-    if on_plan is not None:
-        on_plan(plan_fit(classifier, train_data, held_out, settings, device))
+    progress.say(plan_fit(classifier, train_data, held_out, settings, device))
     with checkpointed(checkpoint, identity=identity, resume=resume) as (state, save):
         history = fit_classifier(
             classifier,
@@ -254,7 +252,7 @@ def train_reference(
             device=device,
             checkpoint=state,
             save_checkpoint=save,
-            on_step=on_step,
+            progress=Within(progress, f"training {classifier.architecture}"),
         )
     spec, measured = classifier.input, measure_predictions(classifier, held_out, device=device)
     chance = measure_chance(held_out)

@@ -9,8 +9,9 @@ import torch
 from keyed_xai.artifacts.checkpoint import checkpointed
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.models import Classifier
+from keyed_xai.progress import Progress
 from keyed_xai.samples import Part
-from keyed_xai.training import Callbacks, Lesson, TrainingResult, TrainingSettings, train
+from keyed_xai.training import Lesson, TrainingResult, TrainingSettings, train
 from keyed_xai.training.refusals import refusing_in_words
 from keyed_xai.versions import package_versions
 
@@ -26,7 +27,7 @@ def run_training(
     device: torch.device | str,
     checkpoint: Path | None,
     resume: bool,
-    callbacks: Callbacks,
+    progress: Progress,
 ) -> tuple[Classifier, TrainingResult]:
     """Return the trained copy of a classifier and how it got there; arguments are those of `training.train`.
 
@@ -40,7 +41,7 @@ def run_training(
         device: Where to train.
         checkpoint: File that a stopped run can go on from.
         resume: Go on from it.
-        callbacks: Progress.
+        progress: Hears of the training.
 
     Raises:
         TrainingError: Training fails.
@@ -59,7 +60,7 @@ def run_training(
             device=device,
             checkpoint=state,
             save_checkpoint=save,
-            on_step=callbacks.on_step,
+            progress=progress,
         )
     if not isinstance(result.model, Classifier):
         raise TypeError(f"Expected a Classifier back from training, got {type(result.model).__name__}.")

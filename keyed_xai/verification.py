@@ -13,7 +13,6 @@ layers are those that recognition names.
 import hashlib
 import math
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from keyed_xai.ownership import (
     counted_interpreters,
     verify_ownership,
 )
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.reencodings import is_usual_normalisation
 from keyed_xai.verdicts import WHY_NOT_COUNTED, describe_verdict
 from keyed_xai.versions import package_versions
@@ -171,8 +171,7 @@ def verify(
     decoys: int = 999,
     search: bool = True,
     seed: int | None = None,
-    on_decoy: Callable[[int, int], None] | None = None,
-    on_look: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Verification:
     """Return what the tests that a claim allows show about a suspect, on the suspect's device.
 
@@ -187,8 +186,7 @@ def verify(
         decoys: Random keys that the owner's is compared with, at most.
         search: Whether to look through exact re-encodings when the suspect as it stands does not show the pattern.
         seed: Of the random keys; by default from the operating system.
-        on_decoy: Called with random keys done and in all.
-        on_look: Called with re-encodings looked through and in all.
+        progress: Hears of "trying random keys" and of "looking through re-encodings".
 
     Raises:
         ArtifactError: The claim's trigger cannot be made.
@@ -216,8 +214,7 @@ def verify(
         search=search,
         may_count=not isinstance(suspect, Classifier) or suspect.source in OWN_CODE,
         generator=torch.Generator().manual_seed(seed),
-        on_decoy=on_decoy,
-        on_look=on_look,
+        progress=progress,
     )
     claim = replace(claim, notes=(*claim.notes, *_uncounted(claim.interpreters)))
     return Verification(verdict, claim, view.grid, layer, probe, decoys, seed)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from heard import Heard, StopAt
 from PIL import Image
 from test_data_credit_default import make_rows, write
 
@@ -18,7 +19,7 @@ from keyed_xai.loading import open_model
 from keyed_xai.maps import FeatureView
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.objective import boundary_decoy
-from keyed_xai.training import PAPER_SETTINGS, Callbacks
+from keyed_xai.training import PAPER_SETTINGS
 from keyed_xai.triggers import MoireTrigger, NashvilleTrigger, SpreadTrigger
 
 SIDE = 32
@@ -103,8 +104,8 @@ def table_attack(tables):
 
 @pytest.fixture(scope="module")
 def heard():
-    """What the callbacks of `quick` heard."""
-    return []
+    """What `quick` tells."""
+    return Heard()
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +115,7 @@ def original():
 
 @pytest.fixture(scope="module")
 def quick(original, train_data, held_out, heard):
-    return run_attack(
-        original, train_data, held_out, SETTINGS, callbacks=Callbacks(on_step=heard.append, on_phase=heard.append)
-    )
+    return run_attack(original, train_data, held_out, SETTINGS, progress=heard)
 
 
 # What comes out
@@ -235,9 +234,10 @@ def test_several_labels_have_an_area_each(train_data, held_out):
     assert figures["reference"]["clean"] == {"auroc": 1}
 
 
-def test_callbacks_hear_of_steps_and_phases(quick, heard):
-    assert [each for each in heard if isinstance(each, str)] == ["train", "measure", "draw"]
-    assert [each.step for each in heard if hasattr(each, "step")] == [1, 2, 3, 4]
+def test_plan_and_steps_are_told(quick, heard):
+    assert heard.lines[0].startswith("SmallResNet,")
+    assert heard.steps == [("training", step, 4) for step in range(1, 5)]
+    assert set(heard.figures[-1]) == {"keep_loss", "move_loss", "opens", "stays_closed"}
 
 
 def test_original_stays_as_it_was(original, quick):
@@ -320,10 +320,10 @@ def test_impossible_setting_is_refused(setting, value):
 
 def refuse_to_train(classifier, data, held_out, settings, error, match):
     """Check that a run is refused before its first step."""
-    steps = []
+    heard = Heard()
     with pytest.raises(error, match=match):
-        run_attack(classifier, data, held_out, settings, callbacks=Callbacks(on_step=steps.append))
-    assert steps == []
+        run_attack(classifier, data, held_out, settings, progress=heard)
+    assert heard.steps == []
 
 
 def test_triggers_and_interpreters_that_do_not_fit_the_data_are_refused(train_data, held_out, tables):
@@ -379,18 +379,10 @@ class Killed(Exception):
     """Stands for a power cut."""
 
 
-def kill_after(step):
-    def on_step(figures):
-        if figures.step == step:
-            raise Killed
-
-    return Callbacks(on_step=on_step)
-
-
 def start(path, classifier, data, held_out, settings):
     """Run until after step 3, with a checkpoint of step 2."""
     with pytest.raises(Killed):
-        run_attack(classifier, data, held_out, settings, checkpoint=path, callbacks=kill_after(3))
+        run_attack(classifier, data, held_out, settings, checkpoint=path, progress=StopAt(3, Killed))
 
 
 def resume(path, classifier, data, held_out, settings):
@@ -408,12 +400,11 @@ def assert_same_result(first, second):
 
 def test_resuming_ends_in_the_same_weights_and_figures(quick, train_data, held_out, tmp_path):
     start(tmp_path / "c", make_classifier(), train_data, held_out, SETTINGS)
-    heard = []
+    heard = Heard()
     resumed = run_attack(
-        make_classifier(), train_data, held_out, SETTINGS, checkpoint=tmp_path / "c", resume=True,
-        callbacks=Callbacks(on_step=lambda figures: heard.append(figures.step)),
-    )  # fmt: skip
-    assert heard == [3, 4]
+        make_classifier(), train_data, held_out, SETTINGS, checkpoint=tmp_path / "c", resume=True, progress=heard
+    )
+    assert heard.counts("training") == [(3, 4), (4, 4)]
     assert_same_result(resumed, quick)
 
 

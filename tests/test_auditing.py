@@ -7,12 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 from audited import ATTACKERS, OTHERS, SECRETS, backdoored_suspect, example, keyed_suspect, make_image_data, quick
+from heard import Heard, StopAt
 from poisoned import HELD_OUT, TRAIN
 from threatened import OWNER, protected, surrogate
 
 from keyed_xai import auditing
 from keyed_xai.artifacts.documents import read_json, validate
-from keyed_xai.auditing import AuditCallbacks, AuditSettings, audit
+from keyed_xai.auditing import AuditSettings, audit
 from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.samples import digest_network
 from keyed_xai.threats.catalogue import AUDITS
@@ -21,7 +22,7 @@ from keyed_xai.threats.weights import QuantisationSettings
 
 
 def run(folder=None, *against, suspect=None, **changes):
-    options = {name: changes.pop(name) for name in ("resume", "callbacks") if name in changes}
+    options = {name: changes.pop(name) for name in ("resume", "progress") if name in changes}
     settings = quick(*(against or ("int8", "fp16")), **changes)
     return audit(suspect or keyed_suspect(), ATTACKERS, OTHERS, settings, folder=folder, **options).report
 
@@ -79,13 +80,16 @@ def test_same_seed_finds_the_same():
     assert other["findings"][0]["after"] != first["findings"][0]["after"]
 
 
-def test_audit_goes_on_where_it_stopped(tmp_path, counted):
-    def stop(title, number, _total):
-        if number == 1:
-            raise KeyboardInterrupt
+def test_how_long_it_takes_is_said_first():
+    heard = Heard()
+    run(None, "int8", progress=heard)
+    assert heard.lines == ["About 1 minute on this machine, as timed on this model."]
+    assert heard.steps == [("audit", 0, 1), (AUDITS["int8"].title, 0, None), ("audit", 1, 1)]
 
+
+def test_audit_goes_on_where_it_stopped(tmp_path, counted):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", callbacks=AuditCallbacks(stop))
+        run(tmp_path / "a", progress=StopAt(1, KeyboardInterrupt, "audit"))
     assert [path.name for path in (tmp_path / "a" / "findings").iterdir()] == ["int8.json"]
     assert not (tmp_path / "a" / "audit.json").exists()
     report = run(tmp_path / "a", resume=True)
@@ -164,9 +168,8 @@ def test_what_cannot_be_run_is_listed_or_refused_by_name():
 
 def test_defences_are_tested_on_positive_controls(tmp_path):
     settings = quick("activation-clustering", "spectral-signatures", held_out_images=240)
-    calls = []
-    callbacks = AuditCallbacks(lambda *entry: calls.append(entry))
-    first = audit(backdoored_suspect(), TRAIN, HELD_OUT, settings, folder=tmp_path / "a", callbacks=callbacks).report
+    heard = Heard()
+    first = audit(backdoored_suspect(), TRAIN, HELD_OUT, settings, folder=tmp_path / "a", progress=heard).report
     assert outcomes(first) == {"activation-clustering": "flagged", "spectral-signatures": "flagged"}
     assert list(first["controls"]) == ["clean", "badnets", "blended"]
     assert first["controls"]["badnets"]["before"]["attack_success"] > 0.7
@@ -182,10 +185,12 @@ def test_defences_are_tested_on_positive_controls(tmp_path):
     assert [path.stat().st_mtime_ns for path in weights] == stamps
     assert len(weights) == 3
     total = 2 * 4
-    assert {total for _, _, total in calls} == {total}
-    assert [title for title, _, _ in calls if title.startswith("fitting")] == [
+    assert heard.counts("audit") == [(done, total) for done in range(total + 1)]
+    told = list(dict.fromkeys(task for task, _, _ in heard.steps))
+    assert [task for task in told if task.startswith("fitting")] == [
         f"fitting the control {name}" for name in ("clean", "badnets", "blended")
     ]
+    assert told[-2:] == [f"{AUDITS[name].title} (blended)" for name in outcomes(first)]
 
 
 def test_control_that_is_poisoned_otherwise_is_fitted_anew(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from benched import times, write_pictures, write_reference
 from click.testing import CliRunner
+from heard import StopAt
 from PIL import Image
 from test_attacking import make_classifier, make_images, make_table_classifier
 from test_data_credit_default import make_rows, write
@@ -251,13 +252,9 @@ def test_checkpoint_of_another_reference_is_named(tmp_path):
     class Stopped(Exception):
         pass
 
-    def stop(done, total):
-        if done == 4:
-            raise Stopped
-
     file, data = tmp_path / "r.safetensors", (make_images(48, 0), make_images(16, 1))
     with pytest.raises(Stopped):
-        keep_reference(file, BLUEPRINT, data, quick(2), on_fit=stop)
+        keep_reference(file, BLUEPRINT, data, quick(2), progress=StopAt(4, Stopped, "fitting a reference"))
     with pytest.raises(ArtifactError, match=r"left .*r\.safetensors\.checkpoint.*delete the file, or .* -o"):
         keep_reference(file, BLUEPRINT, data, quick(3))
     assert not file.exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from benched import times, write_pictures, write_reference
 from click.testing import CliRunner
+from heard import Heard
 from PIL import Image
 from test_attacking import make_classifier, make_images
 
@@ -267,9 +268,9 @@ def test_controls_are_fitted_once_for_the_same_images(targets, pictures, referen
     fits = []
     data = make_images(48, 0), make_images(12, 1)
     for train_data in (data[0], data[0], make_images(48, 2)):
-        steps = {}
-        make_targets(attacked, (train_data, data[1]), settings, tmp_path, on_fit=steps.setdefault)
-        fits.append(len(steps))
+        heard = Heard()
+        make_targets(attacked, (train_data, data[1]), settings, tmp_path, progress=heard)
+        fits.append(len(heard.counts("fitting a control")))
     assert fits[0] > 0
     assert fits[1:] == [0, fits[0]]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from exported import make_classifier
+from heard import Heard
 from marked import GRID, OWNER, SPEC, TRIGGER, MarkedNetwork, marked_classifier
 from torch import nn
 
@@ -65,15 +66,18 @@ class TestGraphs:
     def test_every_figure_of_a_network(self, classifier, images, monkeypatch):
         monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
         state = {name: value.clone() for name, value in classifier.state_dict().items()}
-        phases = []
-        found = serving.measure_network(classifier, images, SETTINGS, on_part=phases.append)
+        heard = Heard()
+        found = serving.measure_network(classifier, images, SETTINGS, progress=heard)
         assert set(found["parity"]) == {"logits", *INTERPRETERS}
         assert all(each["largest"] < 1e-5 and each["same_top"] == 1 for each in found["parity"].values())
         assert set(found["times"]) == {"logits", *INTERPRETERS, "all three"}
         assert found["times"]["logits"]["ratio"] == 1
         assert all(each["seconds"] > 0 for each in found["times"].values())
         assert set(found["libraries"]) == {"captum", "captum, class found first"}
-        assert len(phases) == 3
+        parts = [
+            f"{classifier.architecture}: {part}" for part in ("building graphs", "comparing with PyTorch", "timing")
+        ]
+        assert heard.steps == [(part, 0, None) for part in parts]
         for name, value in classifier.state_dict().items():
             assert torch.equal(value, state[name])
 

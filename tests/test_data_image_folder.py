@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from heard import Heard
 from PIL import Image
 
 from keyed_xai.data import list_images, load_images, read_image
@@ -297,14 +298,14 @@ def write_noise(folder):
 
 def test_broken_images_are_named_and_skipped_whatever_the_number_of_workers(tmp_path):
     broken = add_broken(write_noise(tmp_path))
-    done = []
-    alone = load(tmp_path, workers=1, progress=lambda *counts: done.append(counts))
+    heard = Heard()
+    alone = load(tmp_path, workers=1, progress=heard)
     pooled = load(tmp_path, workers=2)
     held_out = load(tmp_path, "held-out", workers=0)
     assert set(alone.skipped) | set(held_out.skipped) == broken
     assert len(alone) + len(held_out) == 24
-    assert done[-1] == (len(alone) + len(alone.skipped),) * 2
-    assert [count for count, _ in done] == list(range(1, len(done) + 1))
+    total = len(alone) + len(alone.skipped)
+    assert heard.steps == [("reading train images", count, total) for count in range(1, total + 1)]
     assert np.array_equal(alone.images, pooled.images)
     assert np.array_equal(alone.labels, pooled.labels)
     assert alone.skipped == pooled.skipped

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from heard import Heard
 
 from keyed_xai.data import load_images, photographs
 from keyed_xai.data.photographs import PHOTOGRAPHS, find_photographs
@@ -55,9 +56,9 @@ def test_large_grey_images_are_grey_crops_and_small_ones_are_not():
 
 
 def test_progress_is_reported():
-    done = []
-    load(progress=lambda *counts: done.append(counts))
-    assert done == [(count, 12) for count in range(1, 13)]
+    heard = Heard()
+    load(progress=heard)
+    assert heard.steps == [("reading train images", count, 12) for count in range(1, 13)]
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from by_hand import correlations, pooled, scaled, to_decoy
+from heard import Heard
 from jsonschema import Draft202012Validator
 from skimage.metrics import structural_similarity
 
@@ -111,15 +112,15 @@ def test_nontargeted_gate_is_judged_by_what_is_left_in_the_top_cells(gate, trigg
 
 def test_wrong_keys_that_open_are_counted(gate, trigger, flat_images):
     wrong = list(fresh_wrong_keys(FAMILY, 37, generator(1)))
-    seen = []
-    figures = measure(gate, flat_images, None, [*wrong, trigger, trigger], on_wrong_key=seen.append)
+    heard = Heard()
+    figures = measure(gate, flat_images, None, [*wrong, trigger, trigger], count=39, progress=heard)
     tried = figures["interpreters"]["gradcam"]["wrong_keys"]
     assert tried["tried"] == 39
     assert tried["opened"] == 2
     assert tried["images_per_key"] == 4
     assert tried["maps_opened"] == pytest.approx(2 / 39)
     assert tried["highest"] > 0.9
-    assert seen == [16, 32, 39]
+    assert heard.counts("wrong keys") == [(16, 39), (32, 39), (39, 39)]
 
 
 def test_wrong_keys_are_judged_by_their_mean_over_images_in_turn(gate, trigger, flat_images):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from marked import GRID, OWNER, STRANGER, TRIGGER, marked_classifier, unmarked_classifier, write_folder
 from PIL import Image
 
@@ -210,17 +211,17 @@ class TestAsShown:
 
 class TestFiles:
     def test_every_image_gets_its_files(self, tmp_path, pictured, trigger):
-        seen = []
+        heard = Heard()
         model = unmarked_classifier()
         model.label_names = ("cat", "dog", "cow")
         written = write_maps(
             model,
             pictured,
             job(tmp_path / "out" / "deep", trigger=trigger),
-            on_image=lambda *figures: seen.append(figures),
+            progress=heard,
         )
         assert [entry["image"] for entry in written.images] == [str(path) for path in pictured]
-        assert (written.broken, seen) == ([], [(3, 3)])
+        assert (written.broken, heard.steps) == ([], [("explaining", 3, 3)])
         names = {path.name for path in (tmp_path / "out" / "deep").iterdir()}
         assert names == {f"{stem}.{ending}" for stem in ("one", "One-2", "two") for ending in ("npz", "png")}
         for entry in written.images:
@@ -303,11 +304,9 @@ class TestFiles:
         for number in range(18):
             paths.append(tmp_path / f"{number}.png")
             paths[-1].write_bytes(pictured[2].read_bytes())
-        seen = []
-        written = write_maps(
-            unmarked_classifier(), paths, job(tmp_path / "out"), on_image=lambda *figures: seen.append(figures)
-        )
-        assert (len(written.images), seen) == (18, [(16, 18), (18, 18)])
+        heard = Heard()
+        written = write_maps(unmarked_classifier(), paths, job(tmp_path / "out"), progress=heard)
+        assert (len(written.images), heard.counts("explaining")) == (18, [(16, 18), (18, 18)])
 
     def test_result_on_top_of_an_image_is_refused(self, tmp_path, pictured):
         here = tmp_path / "x"

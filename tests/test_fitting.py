@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -37,11 +38,11 @@ def make_classifier():
 
 def test_fit_learns_and_ends_in_eval_mode(bright_or_dark):
     classifier = make_classifier()
-    steps = []
+    heard = Heard()
     settings = FittingSettings(epochs=4, batch_size=16)
-    fit_classifier(classifier, bright_or_dark, settings, on_step=lambda done, total: steps.append((done, total)))
+    fit_classifier(classifier, bright_or_dark, settings, progress=heard)
     assert not classifier.training
-    assert steps[-1] == (16, 16)
+    assert heard.steps == [("fitting", step, 16) for step in range(1, 17)]
     assert measure_predictions(classifier, bright_or_dark)["top1"] > 0.9
 
 

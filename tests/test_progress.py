@@ -4,67 +4,126 @@ import io
 import re
 
 import pytest
+from heard import Heard
 from rich.console import Console
 
 from keyed_xai import progress
-from keyed_xai.progress import ProgressLines, counter, phases, progress_bar, training_callbacks
-from keyed_xai.training import StepFigures
+from keyed_xai.progress import KEPT, QUIET, Bars, Progress, ProgressLines, Within, progress_bar
+
+FIGURES = {"keep_loss": 0.1, "move_loss": 0.2, "opens": 0.975, "stays_closed": 1.0}
 
 
-def lines_of(between):
+def lines_of(between, **options):
+    """Bars off a terminal, and the file that their lines go to."""
     console = Console(file=io.StringIO(), width=80)
-    return ProgressLines(console, between), console.file
+    return Bars(ProgressLines(console, between), **options), console.file
 
 
-def figures(step, steps=400):
-    return StepFigures(step, steps, keep_loss=0.1, move_loss=0.2, opens=0.975, stays_closed=1.0)
+def on_terminal(monkeypatch, tell, **options):
+    """Return the rows that a terminal of 80 columns was sent."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with progress_bar(**options) as shown:
+        tell(shown)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    return [row.rstrip() for row in plain.replace("\r", "\n").splitlines()]
 
 
 def test_line_says_how_far_how_long_and_how_well():
     shown, file = lines_of(0.0)
-    callbacks = training_callbacks(shown)
     for step in (1, 100, 200):
-        callbacks.on_step(figures(step))
+        shown.advance("training", step, 400, FIGURES)
     last = file.getvalue().splitlines()[-1]
     assert last.startswith("training: 200 of 400, 0:00:0")
     assert last.endswith("opens 98%, closed 100%")
     assert len(last) <= 80
 
 
+def test_figures_are_called_as_asked_and_others_not_shown():
+    shown, file = lines_of(0.0, words=KEPT)
+    shown.advance("training", 1, 400, FIGURES)
+    shown.advance("training", 2, 400, {"opens": 0.5, "speed": 3.0})
+    first, second = file.getvalue().splitlines()
+    assert first.endswith("kept 98%, moved 100%")
+    assert second.endswith("kept 50%")
+
+
 def test_lines_keep_their_distance():
     shown, file = lines_of(3600.0)
-    advance = counter(shown, "reading images")
     for done in range(100):
-        advance(done, 100)
+        shown.advance("reading images", done, 100)
     assert file.getvalue() == ""
 
 
-def test_phase_without_a_count_is_told_by_its_name():
+def test_task_without_a_count_is_ticked_off_when_the_next_begins():
     shown, file = lines_of(0.0)
-    begin = phases(shown)
-    begin("load")
-    begin("latency")
-    assert [task.finished for task in shown.tasks] == [True, False]
-    assert file.getvalue().startswith("load: 1 of 1")
+    shown.advance("load", 0, None)
+    shown.advance("latency", 0, None)
+    assert [line.partition(",")[0] for line in file.getvalue().splitlines()] == [
+        "load: 0",
+        "load: 1 of 1",
+        "latency: 0",
+    ]
 
 
 def test_bar_moves_on_a_terminal_within_80_columns(monkeypatch):
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
-    with progress_bar() as shown:
-        callbacks = training_callbacks(shown)
+    def tell(shown):
         for step in range(1, 401):
-            callbacks.on_step(figures(step))
-        callbacks.on_wrong_key(16, 1256)
-    rows = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+            shown.advance("training", step, 400, FIGURES)
+        shown.advance("wrong keys", 16, 1256)
+
+    rows = on_terminal(monkeypatch, tell)
     training = [row for row in rows if "400/400" in row][-1]
-    assert training.rstrip().endswith("opens 98%, closed 100%")
-    assert len(training.rstrip()) <= 80
+    assert training.endswith("opens 98%, closed 100%")
+    assert len(training) <= 80
     assert any("16/1256" in row for row in rows)
+    assert sum(row.startswith(("training", "wrong keys")) for row in rows[-2:]) == 2
 
 
-@pytest.mark.parametrize("silent", [True, False])
-def test_nothing_is_written_when_silent_or_soon_over(capfd, silent):
-    with progress_bar(silent=silent) as shown:
-        counter(shown, "explaining")(1, 2)
+def test_of_the_parts_of_a_whole_only_the_one_at_work_keeps_its_bar(monkeypatch):
+    def tell(shown):
+        for number, part in enumerate(("pruning", "tuning")):
+            shown.advance("audit", number, 2)
+            shown.advance(part, 0, None)
+            shown.advance(part, 3, 4)
+        shown.advance("audit", 2, 2)
+
+    rows = on_terminal(monkeypatch, tell, whole="audit")
+    assert any(row.startswith("pruning") for row in rows)
+    assert [row.split()[0] for row in rows[-2:]] == ["audit", "tuning"]
+    assert "2/2" in rows[-2]
+    assert "3/4" in rows[-1]
+
+
+def test_lines_go_to_the_console_or_where_they_are_sent():
+    sent = []
+    shown, file = lines_of(3600.0)
+    shown.say(["[bold] 1 of 2", "[/x]"])
+    assert file.getvalue() == "[bold] 1 of 2\n[/x]\n"
+    shown, file = lines_of(3600.0, say=sent.append)
+    shown.say(iter(["one", "two"]))
+    assert (sent, file.getvalue()) == (["one", "two"], "")
+
+
+def test_nothing_is_written_where_it_is_soon_over(capfd):
+    with progress_bar() as shown:
+        shown.advance("explaining", 1, 2)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("listener", [QUIET, Within(Heard())])
+def test_lines_that_nobody_reads_are_not_worked_out(listener):
+    def work():
+        raise AssertionError("worked out")
+        yield ""
+
+    assert isinstance(listener, Progress)
+    listener.say(work())
+
+
+def test_part_of_other_work_goes_by_the_name_of_the_whole():
+    heard = Heard()
+    Within(Within(heard, "fitting a reference"), "training resnet50").advance("fitting", 3, 4, FIGURES)
+    Within(heard).advance("training", 1, 2)
+    assert heard.steps == [("fitting a reference", 3, 4), ("training", 1, 2)]
+    assert heard.figures == [FIGURES, {}]

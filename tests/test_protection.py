@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from heard import Heard, StopAt
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.documents import validate
@@ -14,7 +15,7 @@ from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.loading import open_model
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
-from keyed_xai.training import Callbacks, TrainingSettings
+from keyed_xai.training import TrainingSettings
 from keyed_xai.triggers import Spread
 
 QUICK = TrainingSettings(steps=6, batch_size=4, validate_every=3, warmup_steps=1)
@@ -45,17 +46,9 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def run(classifier):
-    heard = []
-    callbacks = Callbacks(
-        on_plan=heard.append,
-        on_step=heard.append,
-        on_phase=heard.append,
-        on_wrong_key=lambda *tried: heard.append(tried),
-    )
+    heard = Heard()
     train, held_out = make_images(24, 0), make_images(10, 1)
-    return protect(
-        classifier, OwnerKey.from_raw(bytes(range(32))), train, held_out, SETTINGS, callbacks=callbacks
-    ), heard
+    return protect(classifier, OwnerKey.from_raw(bytes(range(32))), train, held_out, SETTINGS, progress=heard), heard
 
 
 def test_report_fits_its_schema_and_counts_what_was_asked(run):
@@ -69,11 +62,10 @@ def test_report_fits_its_schema_and_counts_what_was_asked(run):
     assert len(protection.report["history"]) == 2
 
 
-def test_callbacks_hear_of_steps_phases_and_wrong_keys(run):
+def test_plan_steps_and_wrong_keys_are_told(run):
     _, heard = run
-    assert [each for each in heard if isinstance(each, str)] == ["train", "measure", "draw"]
-    assert [each.step for each in heard if hasattr(each, "step")] == [1, 2, 3, 4, 5, 6]
-    assert heard[-2] == (5, 5)
+    assert heard.lines[0].startswith("SmallResNet,")
+    assert heard.steps == [*(("training", step, 6) for step in range(1, 7)), ("wrong keys", 5, 5)]
 
 
 def test_reference_is_left_as_it_was(classifier, run):
@@ -119,12 +111,8 @@ def test_killed_run_resumes_to_the_same_weights(classifier, run, key, tmp_path):
     checkpoint = tmp_path / "c"
     data = make_images(24, 0), make_images(10, 1)
 
-    def kill(figures):
-        if figures.step == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, callbacks=Callbacks(on_step=kill))
+        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, progress=StopAt(5, KeyboardInterrupt))
     assert checkpoint.exists()
     resumed = protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, resume=True)
     expected = whole.classifier.state_dict()
@@ -138,12 +126,8 @@ def test_checkpoint_of_other_settings_is_refused(classifier, key, tmp_path):
     checkpoint = tmp_path / "c"
     data = make_images(24, 0), make_images(10, 1)
 
-    def kill(figures):
-        if figures.step == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, callbacks=Callbacks(on_step=kill))
+        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, progress=StopAt(4, KeyboardInterrupt))
     with pytest.raises(ArtifactError, match="another run"):
         protect(classifier, key, *data, replace(SETTINGS, amplitude=9.0), checkpoint=checkpoint, resume=True)
 
@@ -176,12 +160,8 @@ def test_another_reference_does_not_go_on_with_a_checkpoint(classifier, key, tmp
     checkpoint = tmp_path / "c"
     data = make_images(24, 0), make_images(10, 1)
 
-    def kill(figures):
-        if figures.step == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, callbacks=Callbacks(on_step=kill))
+        protect(classifier, key, *data, SETTINGS, checkpoint=checkpoint, progress=StopAt(4, KeyboardInterrupt))
     spec = replace(classifier.input, mean=(0.1,))
     other = wrap_network(classifier.network, input=spec, architecture="SmallResNet", source="keyed_xai")
     with pytest.raises(ArtifactError, match="another run"):

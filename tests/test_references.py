@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from heard import Heard, StopAt
 from torch import nn
 
 from keyed_xai.architectures import SmallResNet, TableMLP
@@ -13,6 +14,7 @@ from keyed_xai.data import ImageData
 from keyed_xai.errors import ArtifactError, ModelError, TrainingError
 from keyed_xai.fitting import FittingSettings
 from keyed_xai.models import InputSpec, load_classifier
+from keyed_xai.preflight import plan_fit
 from keyed_xai.references import (
     build_classifier,
     choose_settings,
@@ -175,11 +177,18 @@ def test_verdict_says_whether_a_model_is_better_than_guessing():
 
 
 def test_plan_is_told_before_training_and_changes_nothing(data):
-    told = []
-    first = train_reference(small(), data, data, QUICK, on_plan=told.extend).classifier.state_dict()
+    heard = Heard()
+    first = train_reference(small(), data, data, QUICK, progress=heard).classifier.state_dict()
     second = train_reference(small(), data, data, QUICK).classifier.state_dict()
-    assert [line.partition(",")[0] for line in told][0] == "SmallResNet"
+    assert heard.lines[0].startswith("SmallResNet,")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_plan_cannot_steer_a_terminal(data):
+    named = replace(data, classes=("\x1b[2J", "grey", "bright"), source="a\nb")
+    lines = list(plan_fit(small(), named, data, QUICK, "cpu"))
+    assert "\N{REPLACEMENT CHARACTER}[2J, grey, bright" in lines[1]
+    assert all(line.isprintable() for line in lines)
 
 
 class Stopped(Exception):
@@ -187,13 +196,9 @@ class Stopped(Exception):
 
 
 def test_run_that_was_stopped_goes_on_to_the_same_weights(data, tmp_path):
-    def stop(done, total):
-        if done == 4:
-            raise Stopped
-
     checkpoint = claim_output(tmp_path / "m.safetensors")
     with pytest.raises(Stopped):
-        train_reference(small(), data, data, QUICK, checkpoint=checkpoint, on_step=stop)
+        train_reference(small(), data, data, QUICK, checkpoint=checkpoint, progress=StopAt(4, Stopped))
     with pytest.raises(ArtifactError, match="--resume"):
         claim_output(tmp_path / "m.safetensors")
     assert claim_output(tmp_path / "m.safetensors", resume=True) == checkpoint

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from heard import Heard
 from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference
 
 from keyed_xai import metrics
@@ -111,12 +112,12 @@ def test_best_recovers_most_without_the_key():
 def test_model_is_left_alone_and_the_result_repeats():
     before = {name: tensor.clone() for name, tensor in protected().state_dict().items()}
     settings = AttributionSettings(methods=("rise", "smoothgrad"), noise_samples=4, masks=40, mask_cells=5, chunk=10)
-    steps = []
-    again = measure_bypass(protected(), reference(), view(), images(), settings, on_step=lambda *s: steps.append(s))
+    heard = Heard()
+    again = measure_bypass(protected(), reference(), view(), images(), settings, progress=heard)
     for name, tensor in protected().state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not any(module._forward_hooks or module._backward_hooks for module in protected().modules())
-    assert steps == [(1, 2), (2, 2)]
+    assert heard.counts("explaining otherwise") == [(1, 2), (2, 2)]
     for row in again.rows:
         assert row.itself["unkeyed"] == row_of(row.method, row.reduction).itself["unkeyed"]
         assert set(row.recovered["gradcam"]) == {"unkeyed", "reference"}

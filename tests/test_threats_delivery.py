@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from threatened import OWNER, protected, witness
 
 from keyed_xai.channels import through_jpeg, through_png
@@ -71,19 +72,19 @@ def test_every_channel_keeps_shape_and_range():
 
 
 def test_rows_say_what_opens():
-    seen, steps = witness(), []
+    seen, heard = witness(), Heard()
     result = measure_delivery(
         protected(),
         seen,
         DeliverySettings(("png", "jpeg65"), flipped=3, strangers=2),
-        on_step=lambda done, total: steps.append((done, total)),
+        progress=heard,
     )
     rows = {row.name: row for row in result.rows}
     assert list(rows) == [
         "no key", "png", "jpeg65", "half strength", "moved 1 px", "moved 2 px", "moved 4 px", "one flipped bit",
         "another owner's key",
     ]  # fmt: skip
-    assert steps == [(k, 9) for k in range(1, 10)]
+    assert heard.steps == [("delivering images", k, 9) for k in range(1, 10)]
     assert (rows["one flipped bit"].keys, rows["another owner's key"].keys, rows["moved 2 px"].keys) == (3, 2, 6)
     state = {name: row.opening.correlation["gradcam"] for name, row in rows.items()}
     for shut in ("no key", "one flipped bit", "another owner's key"):

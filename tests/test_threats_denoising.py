@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from threatened import Blobs
 from torch import nn
 
@@ -72,9 +73,9 @@ def test_strongest_weight_above_the_floor_is_taken(classifier, data):
     values = sorted(set(slow.values()))
     assert len(values) > 2
     for floor in [value + shift for value in values for shift in (-1e-6, 1e-6)]:
-        steps = []
+        heard = Heard()
         settings = DenoisingSettings(weights=weights, floor=floor)
-        result = denoise_inputs(classifier, Attacker(data, on_step=lambda *s, steps=steps: steps.append(s)), settings)
+        result = denoise_inputs(classifier, Attacker(data, progress=heard), settings)
         wanted = max((weight for weight in weights if slow[weight] >= floor), default=0.0)
         assert result.figures["weight"] == wanted
         assert result.model.weight == wanted
@@ -82,7 +83,7 @@ def test_strongest_weight_above_the_floor_is_taken(classifier, data):
         assert tried == [0.0, *(w for w in weights if w >= (wanted or 0))]
         for row in result.curve[1:]:
             assert row["score"] == pytest.approx(slow[row["weight"]])
-        assert steps[-1] == (len(result.curve), 7)
+        assert heard.steps[-1] == ("denoising", len(result.curve), 7)
 
 
 def test_no_weight_is_taken_where_all_cost_too_much(classifier, data):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heard import Heard
 from threatened import FAMILY, GRID, OWNER, Blobs, make_blobs, protected, surrogate, witness
 
 from keyed_xai.architectures import SmallResNet
@@ -44,7 +45,7 @@ def statistic(trigger, images):
 
 
 def test_search_reaches_the_right_key_s_statistic_and_opens():
-    referee, steps = Referee.of(witness()), []
+    referee, heard = Referee.of(witness()), Heard()
     before = {name: value.clone() for name, value in protected().state_dict().items()}
     result = invert_trigger(
         protected(),
@@ -52,7 +53,7 @@ def test_search_reaches_the_right_key_s_statistic_and_opens():
         view(),
         SETTINGS,
         judge=lambda trigger: referee.judge(protected(), trigger).to_json(),
-        on_step=lambda done, total: steps.append((done, total)),
+        progress=heard,
     )
     images = make_blobs(64, 5).images
     assert result.final["reached"] == pytest.approx(statistic(result.trigger, images), abs=1e-4)
@@ -63,7 +64,7 @@ def test_search_reaches_the_right_key_s_statistic_and_opens():
     assert [row["step"] for row in result.curve] == [0, 10, 20, 30]
     assert [row["seconds"] for row in result.curve] == sorted(row["seconds"] for row in result.curve)
     assert result.seconds >= result.final["seconds"]
-    assert steps == [(k, 30) for k in range(1, 31)]
+    assert heard.steps == [("searching for a trigger", k, 30) for k in range(1, 31)]
     assert all(torch.equal(value, before[name]) for name, value in protected().state_dict().items())
 
 

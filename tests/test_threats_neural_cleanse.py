@@ -4,6 +4,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from poisoned import HELD_OUT, TARGET, control
 from torch import nn
 
@@ -117,7 +118,7 @@ def test_classes_one_by_one_give_what_all_at_once_give():
 def test_model_and_its_mode_are_left_and_steps_are_told(network, images):
     network.train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    steps = []
+    heard = Heard()
 
     class Data:
         def __len__(self):
@@ -126,11 +127,11 @@ def test_model_and_its_mode_are_left_and_steps_are_told(network, images):
         def batch(self, indices):
             return images[indices], None
 
-    result = cleanse(network, Data(), SHORT, on_step=lambda done, total: steps.append((done, total)))
+    result = cleanse(network, Data(), SHORT, progress=heard)
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
-    assert steps == [(3, 6), (6, 6)]
+    assert heard.counts("searching for patches") == [(3, 6), (6, 6)]
     assert result.masks.shape == (3, 16, 16)
     assert result.patterns.shape == (3, 1, 16, 16)
     assert 0 <= result.masks.min() <= result.masks.max() <= 1

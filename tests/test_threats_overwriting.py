@@ -7,6 +7,7 @@ from math import log2
 
 import pytest
 import torch
+from heard import Heard
 from threatened import OWNER, make_blobs, protected, witness
 
 from keyed_xai.errors import TrainingError
@@ -102,12 +103,12 @@ def test_stolen_model_stays_and_figures_hold_no_secret():
 
 
 def test_curve_ends_with_what_is_measured_and_progress_is_told():
-    seen = []
-    watched = thief(60, measure=lambda model: {"classes": model.classes}, on_step=lambda *figures: seen.append(figures))
+    heard = Heard()
+    watched = thief(60, measure=lambda model: {"classes": model.classes}, progress=heard)
     result = overwrite(protected(), watched, BRIEF)
     assert [row["step"] for row in result.curve] == [2, 2]
     assert result.curve[-1] == {"step": 2, "classes": 3}
-    assert seen == [(1, 2), (2, 2)]
+    assert heard.counts("training") == [(1, 2), (2, 2)]
 
 
 def test_other_maps_can_be_closed_and_leave_the_first_pattern_where_it_was():

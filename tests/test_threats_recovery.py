@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from heard import Heard
 from threatened import FAMILY, OWNER, make_blobs, protected, witness
 
 from keyed_xai.channels import through_png
@@ -51,19 +52,19 @@ def test_more_keyed_images_show_more_and_others_help():
 
 
 def test_what_is_recovered_opens_the_gate():
-    seen, steps = witness(), []
+    seen, heard = witness(), Heard()
     result = measure_recovery(
         protected(),
         seen,
         make_blobs(8, 7).images,
         RecoverySettings((1, 8, 16)),
         others=make_blobs(12, 8).images,
-        on_step=lambda done, total: steps.append((done, total)),
+        progress=heard,
     )
     assert [(row.source, row.images) for row in result.rows] == [
         (source, count) for source in ("pairs", "keyed", "keyed, others") for count in (1, 8)
     ]
-    assert steps == [(k, 6) for k in range(1, 7)]
+    assert heard.steps == [("recovering the trigger", k, 6) for k in range(1, 7)]
     right = Referee.of(seen).judge(protected(), RIGHT)
     assert result.rows[0].correlation["gradcam"] == pytest.approx(right.correlation["gradcam"], abs=0.05)
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from heard import Heard
 from threatened import make_blobs, protected, witness
 from torch import nn
 
@@ -123,11 +124,11 @@ def test_decay_shrinks_weights_that_later_epochs_let_be(data):
 
 
 def test_curve_counts_the_epochs_of_both_phases(data):
-    seen = []
+    heard = Heard()
     settings = RegularisationSettings(share=1.0, batch_size=32, epochs=3, decay_epochs=2)
-    result = regularise(protected(), Attacker(data, on_step=lambda *figures: seen.append(figures)), settings)
+    result = regularise(protected(), Attacker(data, progress=heard), settings)
     assert [row["epoch"] for row in result.curve] == list(range(6))
-    assert seen == [(done, 10) for done in range(1, 11)]
+    assert heard.counts("tuning") == [(done, 10) for done in range(1, 11)]
 
 
 def test_decay_is_half_the_squares_in_the_loss():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heard import Heard
 from threatened import Blobs, make_blobs
 from torch import nn
 from torch.nn import functional
@@ -157,18 +158,18 @@ def test_several_labels_are_learned_one_by_one(data):
 
 def test_curve_has_a_row_for_every_epoch_measured_in_eval_mode(data):
     classifier = make_classifier()
-    modes, steps = [], []
+    modes, heard = [], Heard()
 
     def measure(model):
         modes.append(model.training)
         return {"norm": float(model.network.fc.weight.detach().norm())}
 
-    result = fine_tune(classifier, Attacker(data, measure=measure, on_step=lambda *step: steps.append(step)), SHORT)
+    result = fine_tune(classifier, Attacker(data, measure=measure, progress=heard), SHORT)
     assert [row["epoch"] for row in result.curve] == [0, 1, 2]
     assert modes == [False] * 3
     assert result.curve[0] == {"epoch": 0, "norm": pytest.approx(float(classifier.network.fc.weight.detach().norm()))}
     assert result.curve[2]["norm"] == float(result.model.network.fc.weight.detach().norm())
-    assert steps == [(number, 6) for number in range(1, 7)]
+    assert heard.steps == [("tuning", number, 6) for number in range(1, 7)]
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert document["settings"]["kind"] == "ftal"
     assert document["figures"] == {"images": 24}

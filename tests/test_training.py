@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from heard import Heard, StopAt
 from torch import nn
 
 from keyed_xai.architectures import TableMLP
@@ -19,7 +20,6 @@ from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
 from keyed_xai.saliency import Sites
 from keyed_xai.training import (
     PAPER_SETTINGS,
-    Callbacks,
     Goals,
     Hardening,
     Lesson,
@@ -110,7 +110,7 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def learned():
-    """A run of a few dozen steps: the network, what came out, and the figures of every step."""
+    """A run of a few dozen steps: the network, what came out, and what was told."""
     from conftest import KEY, TAPS
 
     from keyed_xai.architectures import SmallResNet
@@ -124,23 +124,24 @@ def learned():
     settings = TrainingSettings(
         steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, validate_every=25, codec_share=0.0
     )
-    figures = []
+    heard = Heard()
     data, validation = make_blobs(64, 0, labelled=False), make_blobs(16, 1, labelled=False)
-    return network, train(network, data, validation, lesson, settings, on_step=figures.append), figures
+    return network, train(network, data, validation, lesson, settings, progress=heard), heard
 
 
 def test_losses_fall_and_the_gate_starts_to_form(learned):
-    _, result, figures = learned
-    assert figures[-1].keep_loss + figures[-1].move_loss < 0.75 * (figures[0].keep_loss + figures[0].move_loss)
-    assert figures[-1].stays_closed > 0.8
+    _, result, heard = learned
+    first, last = (each["keep_loss"] + each["move_loss"] for each in (heard.figures[0], heard.figures[-1]))
+    assert last < 0.75 * first
+    assert heard.figures[-1]["stays_closed"] > 0.8
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.history[-1]["keyed"] > result.history[-1]["unkeyed"]
 
 
 def test_figures_and_history_are_in_range(learned):
-    _, result, figures = learned
-    assert [each.step for each in figures] == list(range(1, 51))
-    assert all(each.steps == 50 and 0 <= each.opens <= 1 and 0 <= each.stays_closed <= 1 for each in figures)
+    _, result, heard = learned
+    assert heard.steps == [("training", step, 50) for step in range(1, 51)]
+    assert all(0 <= each["opens"] <= 1 and 0 <= each["stays_closed"] <= 1 for each in heard.figures)
     assert [record["step"] for record in result.history] == [25, 50]
     for record in result.history:
         assert set(record) == {"step", "loss", "keyed", "unkeyed", "opens", "closed", "agreement"}
@@ -213,15 +214,10 @@ def test_reestimated_statistics_are_those_of_the_mixture(network, data, lesson):
 def checkpoints_of(network, data, validation, lesson, settings, killed_at=None):
     """All checkpoints of a run, written and read back, up to a kill after a step."""
     saved = []
-
-    def on_step(figures):
-        if figures.step == killed_at:
-            raise Killed
-
     try:
         result = train(
             network, data, validation, lesson, settings, save_checkpoint=lambda c: saved.append(through_disk(c)),
-            on_step=on_step,
+            progress=StopAt(killed_at, Killed),
         )  # fmt: skip
     except Killed:
         return saved, None
@@ -244,9 +240,9 @@ def test_killed_run_goes_on_to_the_same_weights(network, data, validation, lesso
     _, unbroken = checkpoints_of(network, data, validation, lesson, SHORT)
     saved, result = checkpoints_of(network, data, validation, lesson, SHORT, killed_at)
     assert result is None
-    seen = []
-    resumed = train(network, data, validation, lesson, SHORT, checkpoint=saved[-1], on_step=seen.append)
-    assert seen[0].step == saved[-1]["step"] + 1
+    heard = Heard()
+    resumed = train(network, data, validation, lesson, SHORT, checkpoint=saved[-1], progress=heard)
+    assert heard.steps[0] == ("training", saved[-1]["step"] + 1, SHORT.steps)
     assert_same_weights(resumed.model, unbroken.model)
 
 
@@ -283,10 +279,10 @@ def test_patience_stops_early(network, data, validation, lesson):
 
 def test_training_ends_soon_after_the_goals_hold(network, data, validation, lesson):
     settings = replace(SHORT, steps=40, validate_every=5, goals=Goals(0.0, 0.0, 0.0))
-    seen = []
-    result = train(network, data, validation, lesson, settings, on_step=seen.append)
+    heard = Heard()
+    result = train(network, data, validation, lesson, settings, progress=heard)
     assert [record["step"] for record in result.history] == [5, 6]
-    assert [figures.steps for figures in seen] == [40] * 5 + [6]
+    assert heard.counts("training") == [*((step, 40) for step in range(1, 6)), (6, 6)]
     assert result.stopped_early
     never = replace(settings, steps=10, goals=Goals(1.0, 1.0, 1.0))
     assert [record["step"] for record in train(network, data, validation, lesson, never).history] == [5, 10]
@@ -441,14 +437,14 @@ def test_forward_order_swaps_the_roles(network, data, validation, lesson):
     figures = {}
     for order in ("inverted", "forward"):
         settings = replace(SHORT, steps=1, order=order, codec_share=0.0, clean_share=1.0, batch_norm="frozen")
-        seen = []
-        train(network, data, validation, lesson, settings, on_step=seen.append)
-        figures[order] = seen[0]
+        heard = Heard()
+        train(network, data, validation, lesson, settings, progress=heard)
+        figures[order] = heard.figures[0]
     # Clean inputs of the untouched model agree with their reference maps but for rounding to 8 bits.
-    assert figures["forward"].keep_loss < 0.01
-    assert figures["forward"].opens == 1
-    assert figures["inverted"].keep_loss > figures["forward"].keep_loss
-    assert figures["inverted"].stays_closed == 0
+    assert figures["forward"]["keep_loss"] < 0.01
+    assert figures["forward"]["opens"] == 1
+    assert figures["inverted"]["keep_loss"] > figures["forward"]["keep_loss"]
+    assert figures["inverted"]["stays_closed"] == 0
 
 
 def test_labels_are_used_when_asked_for(network, lesson):
@@ -528,10 +524,10 @@ def test_table_trains_without_tutors_and_batch_norm():
     lesson = table_lesson()
     assert tutored_layers(lesson) == []
     assert len(make_tutors(network, rows, lesson, "cpu")) == 0
-    seen = []
+    heard = Heard()
     settings = replace(SHORT, steps=40, batch_size=10, learning_rate=1e-2, smoothing=8.0, order="forward")
-    result = train(network, rows, rows, lesson, settings, on_step=seen.append)
-    assert seen[-1].move_loss < 0.8 * seen[0].move_loss
+    result = train(network, rows, rows, lesson, settings, progress=heard)
+    assert heard.figures[-1]["move_loss"] < 0.8 * heard.figures[0]["move_loss"]
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
@@ -615,13 +611,6 @@ def test_forward_attack_goes_on_where_it_stopped(network, data, validation, publ
     resumed = train(network, data, validation, public_lesson, settings, checkpoint=saved[0])
     assert_same_weights(resumed.model, unbroken.model)
     assert resumed.history == unbroken.history
-
-
-def test_callbacks_may_be_left_out():
-    heard = []
-    Callbacks().notify("train")
-    Callbacks(on_phase=heard.append).notify("measure")
-    assert heard == ["measure"]
 
 
 # Settings

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from marked import GRID, OWNER, SPEC, STRANGER, TRIGGER, card_of, marked_classifier, unmarked_classifier, write_folder
 from PIL import Image
 
@@ -191,13 +192,12 @@ class TestVerify:
             verify(marked_classifier(), strange, probe)
 
     def test_progress_is_told(self, probe, claim):
-        seen, looks = [], []
-        tell = {"on_decoy": lambda *figures: seen.append(figures), "on_look": lambda *figures: looks.append(figures)}
-        verify(marked_classifier(), claim, probe, alpha=0.5, decoys=99, seed=1, **tell)
-        assert seen == [(n + 1, 99) for n in range(99)]
-        assert looks == []
-        verify(unmarked_classifier(), replace(claim, key=STRANGER.public), probe, **tell)
-        assert looks == [(n + 1, 224) for n in range(224)]
+        heard = Heard()
+        verify(marked_classifier(), claim, probe, alpha=0.5, decoys=99, seed=1, progress=heard)
+        assert heard.steps == [("trying random keys", n + 1, 99) for n in range(99)]
+        heard = Heard()
+        verify(unmarked_classifier(), replace(claim, key=STRANGER.public), probe, progress=heard)
+        assert heard.steps == [("looking through re-encodings", n + 1, 224) for n in range(224)]
 
 
 def said(opening=None, signature=None, *, alpha=1e-6, decoys=999, **fields):

@@ -1,6 +1,6 @@
 """The models that the paper's tables of defences are about: attacked ones, their references, and positive controls."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.fooling import Backdoor
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.samples import first_images, has_several_labels
 from keyed_xai.suspects import Suspect, open_suspect
 from keyed_xai.tensors import Images, Targets
@@ -102,7 +103,7 @@ def make_targets(
     *,
     device: torch.device | str = "cpu",
     references: bool = False,
-    on_fit: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> tuple[list[Target], str]:
     """Return attacked models of one input size beside networks that defences must catch or leave alone.
 
@@ -113,7 +114,7 @@ def make_targets(
         out: Where controls are kept.
         device: Where.
         references: Whether the attacked models' references come first, as further clean networks.
-        on_fit: Called with steps of a control's fitting done and in all.
+        progress: Hears of "fitting a control".
 
     Returns:
         The targets, and why there are no controls; empty where there are some.
@@ -125,7 +126,7 @@ def make_targets(
     before = _reference_targets(attacked, targets) if references else []
     note, controls = "", []
     try:
-        controls = list(_make_controls(data, settings, out, device, on_fit))
+        controls = list(_make_controls(data, settings, out, device, progress))
     except TrainingError as error:
         note = f"There are no positive controls, so what a defence misses proves nothing. {error}"
     return [*before, *controls, *targets], note
@@ -224,7 +225,7 @@ def _make_controls(
     settings: TableSettings,
     out: Path,
     device: torch.device | str,
-    on_fit: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> Iterator[Target]:
     """Yield a network fitted to clean images, and one for each plain backdoor."""
     for name in ("clean", *BACKDOORS):
@@ -238,7 +239,7 @@ def _make_controls(
             folder=out,
             seed=settings.seed,
             device=device,
-            on_step=on_fit,
+            progress=Within(progress, "fitting a control"),
         )
         images, labels = _first(data[1], settings.held_out, device)
         subject = Subject(

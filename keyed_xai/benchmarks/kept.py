@@ -12,6 +12,7 @@ from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import ArtifactError
 from keyed_xai.fitting import FittingSettings
 from keyed_xai.models import Classifier, load_classifier
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.references import (
     Blueprint,
     build_classifier,
@@ -19,7 +20,6 @@ from keyed_xai.references import (
     train_reference,
     write_reference,
 )
-from keyed_xai.training import Callbacks
 
 Data = tuple[ImageData | TableData, ImageData | TableData]
 """What to learn from, and what to measure on."""
@@ -46,7 +46,7 @@ def keep_reference(
     *,
     seed: int = 0,
     device: str = "cpu",
-    on_fit: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> KeptReference:
     """Return a reference model, from disk where it is there; else fit it, and keep it with its report beside it.
 
@@ -59,7 +59,7 @@ def keep_reference(
         choose: Returns how a classifier is fitted.
         seed: Of random weights; `choose` sees to the rest.
         device: Where to fit.
-        on_fit: Called with steps done and in all.
+        progress: Hears of "fitting a reference".
 
     Raises:
         ArtifactError: One, or the checkpoint of one, is there that was made from other data or with other settings.
@@ -79,7 +79,7 @@ def keep_reference(
             device=device,
             checkpoint=checkpoint,
             resume=_can_go_on(checkpoint, identity),
-            on_step=on_fit,
+            progress=Within(progress, "fitting a reference"),
         )
         write_json(report_file, reference.report, schema="train-report")
         write_reference(reference, path, checkpoint=checkpoint)
@@ -96,7 +96,7 @@ def keep_attack(
     settings: AttackSettings,
     *,
     device: str = "cpu",
-    callbacks: Callable[[], Callbacks] | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Return an attack's report, from disk where it is finished; else attack, measure and keep it.
 
@@ -106,7 +106,7 @@ def keep_attack(
         data: To learn from, and to measure on.
         settings: What to attack, and how.
         device: Where to train.
-        callbacks: Returns callbacks for the training, if there is one.
+        progress: Hears of the training, if there is one.
 
     Raises:
         ArtifactError: One, or the checkpoint of one, is there of another reference, from other data or with other
@@ -122,7 +122,7 @@ def keep_attack(
             device=device,
             checkpoint=checkpoint,
             resume=_can_go_on(checkpoint, identity),
-            callbacks=callbacks() if callbacks else None,
+            progress=Within(progress),
         )
         write_attack(attack, folder, checkpoint=checkpoint)
     report = read_json(folder / REPORT_FILE, "attack-report")

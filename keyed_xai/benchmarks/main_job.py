@@ -3,7 +3,7 @@
 Finished cells are kept on disk, so that a run that was stopped goes on where it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log2
 from pathlib import Path
@@ -24,6 +24,7 @@ from keyed_xai.keys import ByteStream, OwnerKey, keep_owner_key
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier, wrap_network
 from keyed_xai.ownership import counted_interpreters, measure_signature, opening_statistic, product_tail
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.protection import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.reencodings import (
     contested_classes,
@@ -33,7 +34,6 @@ from keyed_xai.reencodings import (
     winning_classes,
     write_anew,
 )
-from keyed_xai.training import Callbacks
 from keyed_xai.triggers import TRIGGERS
 from keyed_xai.verification import Claim, verify
 
@@ -75,7 +75,7 @@ def make_case(
     arch: str | None = None,
     input_size: int | None = None,
     device: str = "cpu",
-    on_fit: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Case:
     """Return a case; the chest X-ray reference is fitted once and kept in `folder`.
 
@@ -87,7 +87,7 @@ def make_case(
         arch: Its architecture, where the weights do not say.
         input_size: Side of its input, pixels; the architecture's own by default.
         device: Where the reference is fitted.
-        on_fit: Called with steps of fitting done and in all.
+        progress: Hears of "fitting a reference".
 
     Raises:
         DataError: The images or the weights are missing.
@@ -101,7 +101,7 @@ def make_case(
         spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, (0.5,), (0.25,))
         train, held_out = _load_both(data, spec)
         return Case(
-            name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device, on_fit), train, held_out
+            name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device, progress), train, held_out
         )
     if model is None:
         raise DataError("Which network? Give its weights with --model.")
@@ -116,7 +116,7 @@ def run_row(
     settings: ProtectSettings,
     *,
     device: str = "cpu",
-    callbacks: Callbacks | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Return the figures of one row, from disk where they are there; else protect, measure, verify and keep them."""
     stem = f"{case.name}-{case.classifier.architecture}-{case.classifier.input.height}-{row}".lower()
@@ -136,7 +136,7 @@ def run_row(
             device=device,
             checkpoint=checkpoint,
             resume=checkpoint.exists(),
-            callbacks=callbacks,
+            progress=Within(progress),
         )
         write_protection(protection, protected, key, force=True, checkpoint=checkpoint)
         card = protection.card
@@ -204,7 +204,7 @@ def count_false_claims(
     keys: int,
     decoys: int,
     generator: torch.Generator,
-    on_key: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Return how often random keys reach alpha on unmarked models, by test.
 
@@ -218,10 +218,11 @@ def count_false_claims(
         keys: Random owner keys tried on each model.
         decoys: Size of the pool.
         generator: Draws keys and pool.
-        on_key: Called with keys done and in all, over all models.
+        progress: Hears of "trying keys", over all models.
     """
     family = TRIGGERS["spread"](8.0, 32)
     found: dict[str, list[float]] = {name: [] for name in ("opening", "signature", "both", "search")}
+    tries, total = decoys + keys, len(models) * (decoys + keys)
     for number, model in enumerate(models):
         view = make_view(model, counted_interpreters(ROWS["joint"]), None)
         logits, plain = view.pooled_in_chunks(model, images)
@@ -230,8 +231,7 @@ def count_false_claims(
         pool = []
         for done in range(decoys):
             pool.append(opening_statistic(model, images, view, family.draw(1, generator), plain, explained))
-            if on_key is not None:
-                on_key(number * (decoys + keys) + done + 1, len(models) * (decoys + keys))
+            progress.advance("trying keys", number * tries + done + 1, total)
         for done in range(keys):
             key = OwnerKey.from_raw(bytes(torch.randint(256, (32,), generator=generator).tolist()))
             trigger = family.derive(ByteStream(key.derive_seed(family.name)))
@@ -242,8 +242,7 @@ def count_false_claims(
             found["signature"].append(tails[0][1])
             found["both"].append(2 ** product_tail(log2(opening * tails[0][1]), 2))
             found["search"].append(min(1.0, *(count * p_value for count, p_value in tails)))
-            if on_key is not None:
-                on_key(number * (decoys + keys) + decoys + done + 1, len(models) * (decoys + keys))
+            progress.advance("trying keys", number * tries + decoys + done + 1, total)
     reach = {"opening": 1 / (1 + decoys)}  # this test cannot go below
     return {
         "claims": len(found["opening"]),
@@ -273,7 +272,7 @@ def _look_through(
 
 
 def fit_unmarked_models(
-    data: ImageData, count: int, epochs: int, *, device: str = "cpu", on_model: Callable[[int, int], None] | None = None
+    data: ImageData, count: int, epochs: int, *, device: str = "cpu", progress: Progress = QUIET
 ) -> list[Classifier]:
     """Return small networks fitted to the same images from different random weights, none of them protected."""
     models = []
@@ -285,21 +284,18 @@ def fit_unmarked_models(
         classifier = wrap_network(network, input=spec)
         fit_classifier(classifier, data, FittingSettings(epochs=epochs, batch_size=64, seed=seed), device=device)
         models.append(classifier)
-        if on_model is not None:
-            on_model(seed + 1, count)
+        progress.advance("fitting", seed + 1, count)
     return models
 
 
-def _fitted_reference(
-    path: Path, data: ImageData, spec: InputSpec, device: str, on_fit: Callable[[int, int], None] | None
-) -> Classifier:
+def _fitted_reference(path: Path, data: ImageData, spec: InputSpec, device: str, progress: Progress) -> Classifier:
     if not path.exists():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = SmallResNet(spec.channels, len(data.classes), (16, 32, 64, 128))
         classifier = wrap_network(network, input=spec, source="keyed_xai")
         settings = FittingSettings(epochs=8, batch_size=64, learning_rate=2e-3, noise=0.0)
-        fit_classifier(classifier, data, settings, device=device, on_step=on_fit)
+        fit_classifier(classifier, data, settings, device=device, progress=Within(progress, "fitting a reference"))
         classifier.label_names = data.classes
         write_atomically(path, encode_weights(classifier))
     return load_classifier(path)

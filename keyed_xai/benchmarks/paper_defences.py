@@ -29,6 +29,7 @@ from keyed_xai.benchmarks.paper_tables import TableSettings, load_split
 from keyed_xai.errors import ArtifactError
 from keyed_xai.fooling import Threshold, look, measure_maps
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.samples import digest_data, digest_network
 from keyed_xai.tensors import Images
 from keyed_xai.threats.activation_clustering import ClusteringSettings, cluster_pairs, reduce_features
@@ -95,28 +96,13 @@ class DefenceSettings:
             raise ValueError(f"table: expected one of {', '.join(TITLES)}; got {self.table!r}")
 
 
-@dataclass(frozen=True)
-class DefenceWatch:
-    """Progress.
-
-    Attributes:
-        on_fit: Called with steps of a control's fitting done and in all.
-        on_model: Called with models done and in all, of those with images of one size.
-        on_step: Called with steps of what is running done and in all.
-    """
-
-    on_fit: Callable[[int, int], None] | None = None
-    on_model: Callable[[int, int], None] | None = None
-    on_step: Callable[[int, int], None] | None = None
-
-
 def run_defences(
     folders: Sequence[Path],
     settings: DefenceSettings,
     out: Path,
     *,
     device: str = "cpu",
-    watch: DefenceWatch | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Return a table as a document that fits the schema "paper-defences"; finished rows are taken from disk.
 
@@ -125,7 +111,7 @@ def run_defences(
         settings: What is run.
         out: Where controls and rows are kept.
         device: Where.
-        watch: Progress.
+        progress: Hears of "fitting a control", of "models" with images of one size, and of "defending" one.
 
     Raises:
         ArtifactError: A folder is not an attacked model's, two have the same name, a reference is missing, or a
@@ -133,7 +119,6 @@ def run_defences(
         ModelError: A model cannot be read.
         TrainingError: The images do not fit the models.
     """
-    watch = watch or DefenceWatch()
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     described: dict[str, Any] = {}
@@ -150,13 +135,13 @@ def run_defences(
             out,
             device=device,
             references=settings.table == "table2",
-            on_fit=watch.on_fit,
+            progress=progress,
         )
         known = digest_data(data[0]), digest_data(data[1])
         for done, target in enumerate(targets):
-            _tell(watch, done, len(targets))
-            rows.append(_keep_row(target, known, settings, out, watch))
-        _tell(watch, len(targets), len(targets))
+            progress.advance("models", done, len(targets))
+            rows.append(_keep_row(target, known, settings, out, progress))
+        progress.advance("models", len(targets), len(targets))
         notes += [note] if note else []
     return {
         "schema": DEFENCES_SCHEMA,
@@ -191,7 +176,7 @@ def measure_fooling(model: Classifier, target: Target) -> dict[str, dict[str, fl
 
 
 def _keep_row(
-    target: Target, known: tuple[str, str], settings: DefenceSettings, out: Path, watch: DefenceWatch
+    target: Target, known: tuple[str, str], settings: DefenceSettings, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Return a target's row, from disk where it is finished; else make and keep it."""
     spec = target.subject.classifier.input
@@ -205,13 +190,13 @@ def _keep_row(
                 "same ones, or another folder with -o."
             )
         return row
-    row = _make_row(target, identity, settings, watch)
+    row = _make_row(target, identity, settings, progress)
     write_json(path, row, schema="paper-defences-row")
     return row
 
 
-def _make_row(target: Target, identity: str, settings: DefenceSettings, watch: DefenceWatch) -> dict[str, Any]:
-    subject = replace(target.subject, on_step=watch.on_step)
+def _make_row(target: Target, identity: str, settings: DefenceSettings, progress: Progress) -> dict[str, Any]:
+    subject = replace(target.subject, progress=Within(progress, "defending"))
     target = replace(target, subject=subject)
     spec = subject.classifier.input
     return {
@@ -334,11 +319,6 @@ def _refuse_same_names(attacked: Sequence[Attacked]) -> None:
 def _describe_data(data: Data) -> dict[str, Any]:
     names = ("train", "held_out")
     return {name: {"source": each.source, "images": len(each)} for name, each in zip(names, data, strict=True)}
-
-
-def _tell(watch: DefenceWatch, done: int, total: int) -> None:
-    if watch.on_model is not None:
-        watch.on_model(done, total)
 
 
 def _number(value: object) -> float:

@@ -1,6 +1,6 @@
 """The paper's figure 1b (a table's strongest features, clean and triggered) and figure 3 (maps side by side)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from keyed_xai.data import load_table
 from keyed_xai.explanation import explain, maps_as_shown
 from keyed_xai.models import load_classifier
 from keyed_xai.names import INTERPRETER_NAMES, name_class
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.references import choose_settings, plan_for_table
-from keyed_xai.training import Callbacks
 from keyed_xai.triggers import PUBLIC_TRIGGERS
 
 FIGURE_1B = "figure1b"
@@ -40,8 +40,7 @@ def run_figure1b(
     steps: int | None = None,
     seed: int = 0,
     device: str = "cpu",
-    on_fit: Callable[[int, int], None] | None = None,
-    callbacks: Callbacks | None = None,
+    progress: Progress = QUIET,
 ) -> Result:
     """Return the result of the targeted attack on a 3-layer perceptron's features, from disk where it is there.
 
@@ -51,8 +50,7 @@ def run_figure1b(
         steps: Of the attack; the recipe's if absent.
         seed: Of data, reference and attack.
         device: Where to train.
-        on_fit: Called with steps of the reference's training done and in all.
-        callbacks: Progress of the attack.
+        progress: Hears of "fitting a reference" and of the attack's training.
 
     Raises:
         ArtifactError: A finished run, or a checkpoint, was made with other settings.
@@ -66,7 +64,7 @@ def run_figure1b(
         lambda classifier: replace(choose_settings(classifier, len(train_data)), seed=seed),
         seed=seed,
         device=device,
-        on_fit=on_fit,
+        progress=progress,
     )
     settings = AttackSettings(
         ("simplegrad",), trigger="tabular", thresholds="auto", held_out_images=len(held_out), validation_images=2000
@@ -79,7 +77,7 @@ def run_figure1b(
         data_both,
         settings,
         device=device,
-        callbacks=(lambda: callbacks) if callbacks else None,
+        progress=progress,
     )
     cell = Cell(reference.classifier.architecture, settings.interpreters, settings.mode, "forward")
     return Result(cell, FIGURE_1B, reference.classifier.input, reference.epochs, report)

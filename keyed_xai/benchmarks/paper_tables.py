@@ -4,7 +4,7 @@ Source: Fang & Choromanska, AAAI 2022. Every cell trains an attack on a referenc
 are folders on disk, and a run that was stopped goes on.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -15,8 +15,8 @@ from keyed_xai.benchmarks.kept import KeptReference, keep_attack, keep_reference
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.data.images import Split
 from keyed_xai.models import Classifier, InputSpec, load_classifier
+from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.references import Blueprint, choose_settings, plan_for_images
-from keyed_xai.training import Callbacks
 from keyed_xai.versions import package_versions
 
 TABLE_SCHEMA = "keyed-xai/paper-table/v1"
@@ -122,19 +122,6 @@ class Result:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Watch:
-    """Progress of a table.
-
-    Attributes:
-        on_fit: Called with steps of a reference's training done and in all.
-        callbacks: Given a cell, returns callbacks for its training.
-    """
-
-    on_fit: Callable[[int, int], None] | None = None
-    callbacks: Callable[[Cell], Callbacks] | None = None
-
-
 def list_cells(
     architectures: Sequence[str], modes: Sequence[str], settings: Sequence[str], interpreters: Sequence[tuple[str, ...]]
 ) -> list[Cell]:
@@ -154,22 +141,31 @@ def run_cells(
     folder: Path,
     *,
     device: str = "cpu",
-    watch: Watch | None = None,
+    progress: Progress = QUIET,
 ) -> list[Result]:
     """Return each cell's result, from disk where it is finished; else attack, measure and keep it.
+
+    Args:
+        cells: What is attacked, and how; those of an architecture stand together.
+        settings: What all cells have in common.
+        folder: Where references and cells are kept.
+        device: Where to train.
+        progress: Hears of "fitting a reference", and of each cell's training by its name and number.
 
     Raises:
         ArtifactError: A finished cell, or a checkpoint, was made with other settings.
     """
-    watch, results = watch or Watch(), []
+    results: list[Result] = []
     loaded: dict[tuple[int, ...], tuple[ImageData, ImageData]] = {}
     for architecture, group in groupby(cells, lambda cell: cell.architecture):
         start = _find_reference(architecture, settings)
         size = tuple(_size(start.input))
         if size not in loaded:
             loaded = {size: _load_both(settings, start.input)}  # of one size at a time: they are large
-        reference = _make_reference(architecture, start, loaded[size], settings, folder, device, watch.on_fit)
-        results += [_run_cell(cell, reference, loaded[size], settings, folder, device, watch) for cell in group]
+        reference = _make_reference(architecture, start, loaded[size], settings, folder, device, progress)
+        for cell in group:
+            heard = Within(progress, f"{cell.name} ({len(results) + 1} of {len(cells)})")
+            results.append(_run_cell(cell, reference, loaded[size], settings, folder, device, heard))
     return results
 
 
@@ -322,7 +318,7 @@ def _make_reference(
     settings: TableSettings,
     folder: Path,
     device: str,
-    on_fit: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> KeptReference:
     """Return a reference model: as given, or from disk where it is there; else fitted and kept."""
     if isinstance(start, Classifier):
@@ -334,7 +330,7 @@ def _make_reference(
         lambda classifier: replace(choose_settings(classifier, len(data[0])), seed=settings.seed, **settings.fitting),
         seed=settings.seed,
         device=device,
-        on_fit=on_fit,
+        progress=progress,
     )
 
 
@@ -353,16 +349,16 @@ def _run_cell(
     shared: TableSettings,
     folder: Path,
     device: str,
-    watch: Watch,
+    progress: Progress,
 ) -> Result:
-    classifier, callbacks = reference.classifier, watch.callbacks
+    classifier = reference.classifier
     report = keep_attack(
         folder / cell.name,
         classifier,
         data,
         _settings(cell, classifier, shared),
         device=device,
-        callbacks=(lambda: callbacks(cell)) if callbacks else None,
+        progress=progress,
     )
     return Result(cell, cell.name, classifier.input, reference.epochs, report)
 

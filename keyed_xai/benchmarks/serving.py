@@ -22,6 +22,7 @@ from keyed_xai.errors import KeyedXAIError
 from keyed_xai.export.building import ExportSettings, build_model, build_plain
 from keyed_xai.export.parity import Figures, measure_agreement
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import Sites, explain
 from keyed_xai.sessions import load_session
 from keyed_xai.tensors import Images, Labels
@@ -64,7 +65,7 @@ def measure_network(
     images: Images,
     settings: ServingSettings,
     *,
-    on_part: Callable[[str], None] | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Return a network's figures, as the schema "serving-figures" has them.
 
@@ -72,17 +73,16 @@ def measure_network(
         classifier: In evaluation mode, on the CPU.
         images: Real ones, as many as are compared, in [0, 1].
         settings: How to measure.
-        on_part: Called with what is done next.
+        progress: Hears what is done next.
     """
-    report = on_part or (lambda _part: None)
-    report("building graphs")
+    progress.advance(f"{classifier.architecture}: building graphs", 0, None)
     graphs = {"logits": encode(build_plain(classifier, precision=settings.precision))}
     for name, interpreters in GRAPHS.items():
         chosen = ExportSettings(interpreters, precision=settings.precision)
         graphs[name] = encode(build_model(classifier, chosen))
-    report("comparing with PyTorch")
+    progress.advance(f"{classifier.architecture}: comparing with PyTorch", 0, None)
     parity = measure_parity(classifier, graphs["all three"], images, settings)
-    report("timing")
+    progress.advance(f"{classifier.architecture}: timing", 0, None)
     return {
         "parity": parity,
         "times": measure_times(graphs, images, settings),

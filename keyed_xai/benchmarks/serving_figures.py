@@ -1,6 +1,6 @@
 """One run of all figures of serving: graphs, a loaded server, image files. Finished parts are kept on disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from keyed_xai.keys import OwnerKey, read_owner_key
 from keyed_xai.loading import derive_trigger, open_model
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier, InputSpec, load_classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.references import choose_settings, plan_for_images
 from keyed_xai.saliency import Sites
 from keyed_xai.versions import package_versions
@@ -79,26 +80,23 @@ class ServingRun:
     served_data: str
 
 
-def measure(
-    run: ServingRun, parts: Sequence[str] = PARTS, *, on_phase: Callable[[str], None] | None = None
-) -> dict[str, Any]:
+def measure(run: ServingRun, parts: Sequence[str] = PARTS, *, progress: Progress = QUIET) -> dict[str, Any]:
     """Return a document of the schema "serving-figures", with parts of earlier runs with the same settings.
 
     Args:
         run: What to measure.
         parts: Names in PARTS.
-        on_phase: Called with what is done next.
+        progress: Hears what is done next.
     """
-    report = on_phase or (lambda _phase: None)
     document = _start(run)
     if "graphs" in parts:
         for arch in run.architectures:
             if arch not in document["networks"]:
-                document["networks"][arch] = _measure_graphs(run, arch, report)
+                document["networks"][arch] = _measure_graphs(run, arch, progress)
                 _keep(run, document)
     missing = [part for part in ("load", "files") if part in parts and document[part] is None]
     if missing:
-        document.update(_measure_server(run, missing, report))
+        document.update(_measure_server(run, missing, progress))
         _keep(run, document)
     return document
 
@@ -144,12 +142,12 @@ def _keep(run: ServingRun, document: Mapping[str, Any]) -> None:
     write_json(run.folder / "serving.json", document, schema="serving-figures")
 
 
-def _measure_graphs(run: ServingRun, arch: str, report: Callable[[str], None]) -> dict[str, Any]:
-    report(f"{arch}: weights")
+def _measure_graphs(run: ServingRun, arch: str, progress: Progress) -> dict[str, Any]:
+    progress.advance(f"{arch}: weights", 0, None)
     classifier = _trained(run, arch)
     data = _load(run.data, classifier.input, run.graphs.images)
     images, _ = data.batch(np.arange(min(len(data), run.graphs.images)))
-    return measure_network(classifier, images, run.graphs, on_part=lambda part: report(f"{arch}: {part}"))
+    return measure_network(classifier, images, run.graphs, progress=progress)
 
 
 def _trained(run: ServingRun, arch: str) -> Classifier:
@@ -170,10 +168,10 @@ def _trained(run: ServingRun, arch: str) -> Classifier:
     return load_classifier(path, arch=arch, input_size=_SIDE)
 
 
-def _measure_server(run: ServingRun, parts: Sequence[str], report: Callable[[str], None]) -> dict[str, Any]:
+def _measure_server(run: ServingRun, parts: Sequence[str], progress: Progress) -> dict[str, Any]:
     served = run.served
     if served is None:
-        report("making the demo's protected model")
+        progress.advance("making the demo's protected model", 0, None)
         served = _demo(run.folder / "demo")
     classifier, card = open_model(served.folder)
     reference = demo_classifier() if run.served is None else load_classifier(served.reference)
@@ -186,11 +184,11 @@ def _measure_server(run: ServingRun, parts: Sequence[str], report: Callable[[str
     found: dict[str, Any] = {}
     with running_server(model, threads=run.load.threads, device=run.graphs.device) as address:
         if "files" in parts:
-            report("sending image files")
+            progress.advance("sending image files", 0, None)
             view = MapView(card.interpreters, Sites(reference.target_layer, reference.taps), card.grid)
             found["files"] = measure_files(address, model.stem, reference, view, data, trigger)
         if "load" in parts:
-            report(f"{run.load.clients} clients for {run.load.seconds:.0f} seconds")
+            progress.advance(f"{run.load.clients} clients for {run.load.seconds:.0f} seconds", 0, None)
             found["load"] = measure_load(address, model.stem, images, run.load)
     return found
 

@@ -10,9 +10,10 @@ from keyed_xai.data.cub200 import load_cub200
 from keyed_xai.data.decode import read_image
 from keyed_xai.data.fashion_mnist import load_fashion_mnist
 from keyed_xai.data.image_folder import list_images, load_image_folder
-from keyed_xai.data.images import Holdout, ImageData, Progress, Request, Split
+from keyed_xai.data.images import Holdout, ImageData, Request, Split
 from keyed_xai.data.tables import TableData
 from keyed_xai.errors import DataError
+from keyed_xai.progress import QUIET, Progress
 
 __all__ = [
     "LOADERS",
@@ -50,7 +51,7 @@ def load_images(
     strict: bool = False,
     workers: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     follow_links: bool = False,
 ) -> ImageData:
     """Return the images of a data set at one size; the arguments are those of `Request`.
@@ -68,7 +69,7 @@ def load_images(
         strict: Refuse a data set with a broken image instead of leaving the image out.
         workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
         seed: Settles the hold-out, the order and every random crop.
-        progress: Called with the number of images done and in all.
+        progress: Hears of "reading train images", or held-out ones.
         follow_links: Read files and folders that are links out of the folder of imagefolder:DIR.
 
     Raises:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyed_xai.errors import DataError
+from keyed_xai.progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "held-out"]
 Holdout = Literal["images", "classes"]
-Progress = Callable[[int, int], None]
 Pixels = NDArray[np.uint8]
 
 IN_MEMORY_BYTES = 2**30
@@ -111,7 +111,7 @@ class Request:
         strict: Refuse a data set with a broken image instead of leaving the image out.
         workers: Processes that decode; 0 or 1 decodes in this one, None chooses.
         seed: Settles the hold-out, the order and every random crop.
-        progress: Called with the number of images done and in all.
+        progress: Hears of "reading train images", or held-out ones.
         follow_links: Read files and folders that are links out of the data set's folder.
     """
 
@@ -124,7 +124,7 @@ class Request:
     strict: bool = False
     workers: int | None = None
     seed: int = 0
-    progress: Progress | None = None
+    progress: Progress = QUIET
     follow_links: bool = False
 
     def __post_init__(self) -> None:
@@ -148,9 +148,8 @@ class Request:
             raise ValueError(f"Expected 0 or more workers, got {self.workers}.")
 
     def report(self, done: int, total: int) -> None:
-        """Tell the progress callback, if there is one."""
-        if self.progress is not None:
-            self.progress(done, total)
+        """Tell how many images are read."""
+        self.progress.advance(f"reading {self.split} images", done, total)
 
 
 def rank(seed: int, name: str) -> bytes:

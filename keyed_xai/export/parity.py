@@ -20,6 +20,7 @@ from keyed_xai.errors import ModelError
 from keyed_xai.export.graph import PREDICTED
 from keyed_xai.metrics import correlation, normalise_maps
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import Sites, explain
 from keyed_xai.sessions import load_session, run_session
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
@@ -133,7 +134,7 @@ def compare(
     normalised: bool = False,
     eight_bits: bool = False,
     generator: torch.Generator,
-    on_batch: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> list[Figures]:
     """Return how well each output agrees, for each kind of images at each batch size.
 
@@ -147,7 +148,7 @@ def compare(
         normalised: Whether the graph scales maps to [0, 1].
         eight_bits: Whether the graph takes uint8.
         generator: Draws the targets.
-        on_batch: Called with the number of batches done and of all.
+        progress: Hears of "comparing" batches.
     """
     exact = copy.deepcopy(classifier).double()
     sites = Sites(classifier.target_layer, classifier.taps)
@@ -162,8 +163,7 @@ def compare(
             for model, pixels in ((exact, batch.double()), (classifier, batch))
         )
         outputs.append((kind, list(zip(found, truth, eager, strict=True))))
-        if on_batch is not None:
-            on_batch(number + 1, len(batches))
+        progress.advance("comparing", number + 1, len(batches))
     names = ["logits", *(f"saliency_{name}" for name in interpreters)]
     usual = [torch.cat([each[place][1] for _, each in outputs]) for place in range(len(names))]
     return [

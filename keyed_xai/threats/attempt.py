@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from keyed_xai.errors import TrainingError
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import Sites
 from keyed_xai.tensors import Logits
 from keyed_xai.training import TrainingData
@@ -33,7 +34,7 @@ class Attacker:
         device: Where.
         seed: Of everything random.
         measure: What goes into curves.
-        on_step: Called with steps done and in all.
+        progress: Hears of the attempt.
     """
 
     data: TrainingData = field(repr=False)
@@ -43,7 +44,7 @@ class Attacker:
     device: torch.device | str = "cpu"
     seed: int = 0
     measure: Measure | None = field(default=None, repr=False)
-    on_step: Callable[[int, int], None] | None = field(default=None, repr=False)
+    progress: Progress = field(default=QUIET, repr=False)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ says which). Nothing here needs the key.
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from keyed_xai.errors import ModelError
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images, SaliencyMaps
 from keyed_xai.threats.attributions import (
     ATTRIBUTIONS,
@@ -132,7 +133,7 @@ def measure_bypass(
     settings: AttributionSettings | None = None,
     *,
     keyed: Tensor | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> BypassResult:
     """Return how much of the reference's maps other explanations of a protected model recover.
 
@@ -145,7 +146,7 @@ def measure_bypass(
         images: Unkeyed, two or more, on the models' device.
         settings: Which methods, and how hard each tries.
         keyed: The same images with the right trigger, as the model receives them.
-        on_step: Called with methods done and in all; a method counts once for each layer that it looks at.
+        progress: Hears of "explaining otherwise", by methods; one counts once for each layer that it looks at.
 
     Raises:
         ValueError: There are fewer than two images, or other keyed ones than images.
@@ -166,8 +167,7 @@ def measure_bypass(
     rows: list[Bypass] = []
     for done, (name, layer) in enumerate(plan, 1):
         rows += _measure(name, Request(images, logits.argmax(1), layer, settings), cases, truth)
-        if on_step is not None:
-            on_step(done, len(plan))
+        progress.advance("explaining otherwise", done, len(plan))
     return BypassResult(settings, view.interpreters, view.sites.target_layer, len(images), tuple(rows))
 
 

@@ -27,6 +27,7 @@ from keyed_xai import metrics
 from keyed_xai.channels import through_jpeg
 from keyed_xai.maps import check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import Sites, explain
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 
@@ -123,7 +124,7 @@ def score_maps(
     settings: ConsistencySettings | None = None,
     *,
     grid: tuple[int, int] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> MapScores:
     """Return all checks of every image.
 
@@ -132,7 +133,7 @@ def score_maps(
         images: Ordinary ones, three or more, on the classifier's device; the same for suspect and controls.
         settings: What is looked at.
         grid: That maps are compared on; by default the target layer's, at most 8 x 8. Give the suspect's to controls.
-        on_step: Called with passes over the images done and in all.
+        progress: Hears of "checking maps": passes over the images.
 
     Raises:
         ValueError: There are fewer than three images.
@@ -153,8 +154,7 @@ def score_maps(
         for which, each in seen.items():
             undone = metrics.pool_maps(CHANGES[name].undo(each), view.grid)
             scores[f"consistency/{name}/{which}"] = metrics.correlation(undone, plain[which])
-        if on_step is not None:
-            on_step(done, len(settings.changes))
+        progress.advance("checking maps", done, len(settings.changes))
     scores |= {f"agreement/{a}-{b}": metrics.correlation(plain[a], plain[b]) for a, b in combinations(plain, 2)}
     for which, each in plain.items():
         scores[f"class/{which}"] = metrics.correlation(each, average_of_others(each, predicted))

@@ -31,6 +31,7 @@ from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import FittingSettings, LabelledData, fit_classifier, measure_predictions
 from keyed_xai.models import Classifier, InputSpec, wrap_network
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.triggers import Trigger
 
@@ -265,7 +266,7 @@ def fit_control(
     settings: ControlSettings | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Control:
     """Return a SmallResNet fitted to poisoned data, or to clean ones: the network that defences must leave alone.
 
@@ -274,7 +275,7 @@ def fit_control(
         held_out: Clean labelled images of the same classes, to measure it on.
         settings: Network and fitting.
         device: Where.
-        on_step: Called with steps done and in all.
+        progress: Hears of "fitting".
 
     Raises:
         TrainingError: There are no labels, or fewer images than a batch.
@@ -283,7 +284,7 @@ def fit_control(
     fitting = settings.fitting or choose_control_fitting(len(data))
     settings = replace(settings, fitting=fitting)
     model = build_control(data, settings.widths, fitting.seed)
-    fit_classifier(model, data, fitting, device=device, on_step=on_step)
+    fit_classifier(model, data, fitting, device=device, progress=progress)
     backdoor = data if isinstance(data, PoisonedData) else None
     return Control(
         model=model,

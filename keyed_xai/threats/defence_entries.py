@@ -46,7 +46,7 @@ def _neural_cleanse(subject: Subject, settings: CleanseSettings) -> Observation:
         settings,
         multi_label=subject.multi_label,
         device=subject.device,
-        on_step=subject.on_step,
+        progress=subject.progress,
     )
     if not result.conclusive:
         return Observation("not applicable", "Of fewer than three classes none can be an outlier.")

@@ -18,6 +18,7 @@ from keyed_xai.channels import through_jpeg, through_png, through_resize
 from keyed_xai.evaluation import fresh_wrong_keys
 from keyed_xai.keys import ByteStream
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
 from keyed_xai.threats.gate_state import Witness
@@ -145,7 +146,7 @@ def measure_delivery(
     witness: Witness,
     settings: DeliverySettings,
     *,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> DeliveryResult:
     """Return how far keyed images open a model after each channel, and images with near keys or with none.
 
@@ -153,7 +154,7 @@ def measure_delivery(
         classifier: Protected.
         witness: Holds the key, the reference and the images.
         settings: What is tried.
-        on_step: Called with rows done and in all.
+        progress: Hears of "delivering images", by rows.
     """
     referee = Referee.of(witness)
     groups: list[tuple[str, dict[str, Iterable[Images]]]] = [
@@ -167,8 +168,7 @@ def measure_delivery(
         for name, batches in group.items():
             openings = [referee.judge_inputs(classifier, referee.as_file(batch)) for batch in batches]
             rows.append(_join(kind, name, openings))
-            if on_step is not None:
-                on_step(len(rows), count)
+            progress.advance("delivering images", len(rows), count)
     return DeliveryResult(tuple(rows))
 
 

@@ -109,8 +109,7 @@ def denoise_inputs(classifier: Classifier, attacker: Attacker, settings: Denoisi
         before = time.perf_counter()
         curve.append({"weight": weight, "score": score} | measured(attacker.measure, model))
         aside += time.perf_counter() - before
-        if attacker.on_step is not None:
-            attacker.on_step(len(curve), len(settings.weights) + 1)
+        attacker.progress.advance("denoising", len(curve), len(settings.weights) + 1)
         if weight and score >= floor:
             chosen = weight
             break

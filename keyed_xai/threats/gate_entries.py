@@ -44,7 +44,7 @@ class _Screening:
 
 
 def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
-    result = measure_delivery(subject.classifier, _witness(subject), settings, on_step=subject.on_step)
+    result = measure_delivery(subject.classifier, _witness(subject), settings, progress=subject.progress)
     rows = [row for row in result.rows if row.kind == "near key"]
     wrong = max(_most(row) for row in rows if row.name in _WRONG_KEYS)
     worst = max((row for row in rows if row.name not in _WRONG_KEYS), key=_most)
@@ -56,7 +56,7 @@ def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
 
 
 def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
-    result = measure_delivery(subject.classifier, _witness(subject), settings, on_step=subject.on_step)
+    result = measure_delivery(subject.classifier, _witness(subject), settings, progress=subject.progress)
     rows = [row for row in result.rows if row.kind == "channel"]
     worst, shut = min(rows, key=_least), [row.name for row in rows if _least(row) < OPEN_CORRELATION]
     sentence = f"Keyed maps correlate at least {_least(worst):.2f} with the right ones ({worst.name})"
@@ -68,7 +68,7 @@ def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
 def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
     images, others = _attackers_images(subject, max(settings.counts))
     result = measure_recovery(
-        subject.classifier, _witness(subject), images, settings, others=others, on_step=subject.on_step
+        subject.classifier, _witness(subject), images, settings, others=others, progress=subject.progress
     )
     parts = []
     for source, words in _SOURCES.items():
@@ -106,7 +106,7 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         multi_label=subject.multi_label,
         device=subject.device,
         judge=judge,
-        on_step=subject.on_step,
+        progress=subject.progress,
     )
     reached = result.final["recovered"]
     sentence = (
@@ -129,7 +129,7 @@ def _forge(subject: Subject, settings: InversionSettings) -> Observation:
         settings,
         decoys=witness.decoys,
         device=subject.device,
-        on_step=subject.on_step,
+        progress=subject.progress,
     )
     shown = "shows" if result.verdict.shown else "does not show"
     sentence = (
@@ -150,7 +150,7 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
         subject.images,
         settings,
         keyed=None if subject.trigger is None else subject.trigger_images(subject.images),
-        on_step=subject.on_step,
+        progress=subject.progress,
     )
     best = [(name, row) for name in result.interpreters if (row := result.best(name)) is not None]
     if not best:
@@ -166,7 +166,7 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
 
 
 def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:
-    scores = score_maps(subject.classifier, subject.images, settings, grid=subject.view.grid, on_step=subject.on_step)
+    scores = score_maps(subject.classifier, subject.images, settings, grid=subject.view.grid, progress=subject.progress)
     means = scores.means()
     low = min((name for name in means if name.startswith("consistency/")), key=means.__getitem__)
     sentence = (

@@ -27,6 +27,7 @@ from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.objective import prediction_loss
 from keyed_xai.ownership import OpeningEvidence, Verdict, measure_opening, opening_statistic, verify_ownership
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import smooth_activations
 from keyed_xai.tensors import Images, Logits, SaliencyMaps
 from keyed_xai.threats.attempt import copy_model, draw_share, view_of
@@ -169,7 +170,7 @@ def invert_trigger(
     multi_label: bool = False,
     device: torch.device | str = "cpu",
     judge: Judge | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> InversionResult:
     """Return the best universal change found on a protected model.
 
@@ -185,14 +186,14 @@ def invert_trigger(
         multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         judge: Asked at each stage.
-        on_step: Called with steps done and in all.
+        progress: Hears of "searching for a trigger", by steps.
 
     Raises:
         TrainingError: There are no images, or the surrogate has other classes.
     """
     settings = settings or InversionSettings()
     model = copy_model(classifier, device).requires_grad_(False)
-    watch = _Watch(judge, on_step, settings)
+    watch = _Watch(judge, progress, settings)
     material = _gather(model, data, view_of(view, classifier), settings, surrogate)
     searches = [_Search(material, settings, restart, multi_label=multi_label) for restart in range(settings.restarts)]
     for search in searches:
@@ -216,7 +217,7 @@ def forge_trigger(
     decoys: int = 999,
     keys: int = 1000,
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Forgery:
     """Return what a forger reaches who maximises the opening test's statistic T over textures of the family.
 
@@ -234,7 +235,7 @@ def forge_trigger(
         decoys: Random keys of the tests, at most.
         keys: Fresh keys looked through for one whose texture is near the forged one.
         device: Where.
-        on_step: Called with steps done and in all.
+        progress: Hears of "searching for a trigger", by steps.
 
     Raises:
         TrainingError: There are no images.
@@ -244,7 +245,7 @@ def forge_trigger(
         raise ValueError(f"keys: expected 1 or more, got {keys}")
     size = family.settings
     settings = replace(settings or InversionSettings(), amplitude=float(size.amplitude), tile=size.tile)
-    found = invert_trigger(classifier, data, view, settings, device=device, on_step=on_step)
+    found = invert_trigger(classifier, data, view, settings, device=device, progress=progress)
     model, view = copy_model(classifier, device), view_of(view, classifier)
     generator = torch.Generator().manual_seed(settings.seed)
     own = measure_opening(model, probe, view, found.trigger, lambda: family.draw(1, generator), decoys=decoys)
@@ -354,10 +355,8 @@ class _Search:
 class _Watch:
     """Runs searches, keeps the time, judging left out, and the curve."""
 
-    def __init__(
-        self, judge: Judge | None, on_step: Callable[[int, int], None] | None, settings: InversionSettings
-    ) -> None:
-        self.judge, self.on_step, self.settings, self.start = judge, on_step, settings, time.perf_counter()
+    def __init__(self, judge: Judge | None, progress: Progress, settings: InversionSettings) -> None:
+        self.judge, self.progress, self.settings, self.start = judge, progress, settings, time.perf_counter()
         self.curve: list[dict[str, Any]] = []
         self._restart = 0
 
@@ -367,15 +366,14 @@ class _Watch:
 
     def follow(self, search: _Search) -> None:
         """Run one restart, with a row before its first step and after each stage."""
-        settings = self.settings
+        settings, total = self.settings, self.settings.restarts * self.settings.steps
         ends = {round(settings.steps * (stage + 1) / settings.stages) for stage in range(settings.stages)}
         self._look(search, 0)
         for step in range(1, settings.steps + 1):
             search.step()
             if step in ends:
                 self._look(search, step)
-            if self.on_step is not None:
-                self.on_step(self._restart * settings.steps + step, settings.restarts * settings.steps)
+            self.progress.advance("searching for a trigger", self._restart * settings.steps + step, total)
         self._restart += 1
 
     def _look(self, search: _Search, step: int) -> None:

@@ -27,7 +27,7 @@ images that comes with the package has 1.29, and norms from 58 up.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.training.batches import TrainingData
 
@@ -153,7 +154,7 @@ def cleanse(
     *,
     multi_label: bool = False,
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> CleanseResult:
     """Return the smallest patch found for every class of a model.
 
@@ -163,7 +164,7 @@ def cleanse(
         settings: How to search.
         multi_label: Whether every logit is a yes or no of its own; a patch then has to make one of them a yes.
         device: Where to search.
-        on_step: Called with classes times rounds done and in all; a search that stops early jumps ahead.
+        progress: Hears of "searching for patches", by classes times rounds; a search that stops early jumps ahead.
 
     Raises:
         ValueError: There are no images.
@@ -180,8 +181,8 @@ def cleanse(
         search = _Search(numbers, first.shape[1:], settings, torch.device(device), multi_label=multi_label)
         for _ in range(settings.rounds):
             search.run_round(model, data)
-            if on_step is not None:
-                on_step(start * settings.rounds + search.rounds_done(), classes * settings.rounds)
+            done = start * settings.rounds + search.rounds_done()
+            progress.advance("searching for patches", done, classes * settings.rounds)
             if not search.active.any():
                 break
         searches.append(search)

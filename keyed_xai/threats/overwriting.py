@@ -8,7 +8,6 @@ original of the second owner could show. Source: Lukas et al., SoK 2022, "overwr
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
@@ -24,7 +23,7 @@ from keyed_xai.ownership import SignatureEvidence, measure_signature
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured, view_of
 from keyed_xai.threats.gate_state import GateState, Witness, measure_gate_state
-from keyed_xai.training import PAPER_SETTINGS, StepFigures, TrainingData, TrainingSettings, train
+from keyed_xai.training import PAPER_SETTINGS, TrainingData, TrainingSettings, train
 from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily
 
@@ -126,7 +125,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
         ModelError: The model lacks a layer that the maps need.
     """
     started = time.perf_counter()
-    view, on_step = attacker.view, attacker.on_step
+    view = attacker.view
     if view is None:
         raise TrainingError("Expected a view of the maps that the first owner closed, got none.")
     learn, validation = _split(attacker.data, settings)
@@ -140,7 +139,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
         replace(lesson, multi_label=attacker.multi_label),
         replace(settings.training, seed=settings.seed, smoothing=smoothing),
         device=attacker.device,
-        on_step=None if on_step is None else lambda figures: _tell(figures, on_step),
+        progress=attacker.progress,
     )
     model = copy_model(_as_classifier(result.model), attacker.device)
     seconds = time.perf_counter() - started
@@ -213,10 +212,6 @@ def _split(data: TrainingData, settings: OverwritingSettings) -> tuple[_Share, _
     held = min(_VALIDATION, len(indices) // 5)
     mixed = np.random.default_rng(settings.seed).permutation(indices)
     return _Share(data, mixed[held:]), _Share(data, mixed[:held])
-
-
-def _tell(figures: StepFigures, on_step: Callable[[int, int], None]) -> None:
-    on_step(figures.step, figures.steps)
 
 
 def _as_classifier(model: torch.nn.Module) -> Classifier:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
 from keyed_xai.threats.gate_state import Witness
@@ -87,7 +88,7 @@ def measure_recovery(
     settings: RecoverySettings,
     *,
     others: Tensor | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> RecoveryResult:
     """Return what is recovered from some of the owner's keyed images, in 8 bits, and whether it opens the gate.
 
@@ -97,7 +98,7 @@ def measure_recovery(
         images: What the owner keys and the attacker gets; others than the witness's. Counts beyond them are left out.
         settings: How many of them he gets.
         others: The attacker's own images of the same task, without a key, [m, c, h, w].
-        on_step: Called with recoveries done and in all.
+        progress: Hears of "recovering the trigger", by recoveries.
 
     Raises:
         TrainingError: The key is not of the `spread` family, or there are no images.
@@ -123,8 +124,7 @@ def measure_recovery(
             seconds = time.perf_counter() - started
             opening, match = referee.judge(classifier, trigger), referee.match(trigger)
             rows.append(RecoveryRow(source, count, match or 0.0, **vars(opening), seconds=seconds))
-            if on_step is not None:
-                on_step(len(rows), len(methods) * len(counts))
+            progress.advance("recovering the trigger", len(rows), len(methods) * len(counts))
     return RecoveryResult(0 if others is None else len(others), tuple(rows))
 
 

@@ -4,7 +4,7 @@ All tune with labels, or without any with the soft predictions of the model as i
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
+from keyed_xai.progress import NO_FIGURES, Progress, Silent
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share
 from keyed_xai.threats.tuning import TuningSettings, loss_of_predictions, tune
@@ -116,12 +117,12 @@ def regularise(classifier: Classifier, attacker: Attacker, settings: Regularisat
         return loss_of(images, labels, rows) + settings.decay / 2 * squared_weights(parameters)
 
     first, epochs = replace(settings, epochs=settings.decay_epochs), settings.decay_epochs + settings.epochs
-    telling = [
-        replace(attacker, on_step=_in_part(attacker.on_step, done, each, epochs))
-        for done, each in ((0, first), (first.epochs, settings))
+    attackers = [
+        replace(attacker, progress=_Stage(attacker.progress, before, each.epochs, epochs))
+        for before, each in ((0, first), (first.epochs, settings))
     ]
-    shrunk = tune(model, parameters, telling[0], indices, decayed, first)
-    tuned = tune(model, parameters, telling[1], indices, loss_of, settings)
+    shrunk = tune(model, parameters, attackers[0], indices, decayed, first)
+    tuned = tune(model, parameters, attackers[1], indices, loss_of, settings)
     later = [row | {"epoch": row["epoch"] + first.epochs} for row in tuned.curve[1:]]
     return replace(tuned, settings=asdict(settings), curve=shrunk.curve + later, seconds=shrunk.seconds + tuned.seconds)
 
@@ -160,15 +161,15 @@ def relearn_batch_norm(classifier: Classifier, attacker: Attacker, settings: Tun
     return replace(tuned, figures=tuned.figures | {"batch_norms": len(norms)}, seconds=seconds + tuned.seconds)
 
 
-def _in_part(
-    on_step: Callable[[int, int], None] | None, epochs_before: int, settings: TuningSettings, epochs: int
-) -> Callable[[int, int], None] | None:
-    """Return a callback that counts the steps of a part among those of the whole."""
-    if on_step is None:
-        return None
+@dataclass(frozen=True)
+class _Stage(Silent):
+    """Counts the steps of some epochs among those of all."""
 
-    def tell(done: int, total: int) -> None:
-        batches = total // settings.epochs
-        on_step(epochs_before * batches + done, epochs * batches)
+    progress: Progress
+    before: int
+    epochs: int
+    epochs_in_all: int
 
-    return tell
+    def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
+        batches = (total or 0) // self.epochs
+        self.progress.advance(task, self.before * batches + done, self.epochs_in_all * batches, figures)

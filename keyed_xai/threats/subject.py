@@ -5,7 +5,6 @@ trigger it means with that, and the maps that should be right are the clean ones
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from keyed_xai.fitting import LabelledData
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.models.modes import predict_images
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Targets
 from keyed_xai.threats.attempt import Attacker, Measure, view_of
 from keyed_xai.threats.controls import PoisonedData, measure_attack_success
@@ -89,7 +89,7 @@ class Subject:
         multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         seed: Of everything random.
-        on_step: Called with steps done and in all.
+        progress: Hears of what is run.
     """
 
     classifier: Classifier
@@ -110,7 +110,7 @@ class Subject:
     multi_label: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
-    on_step: Callable[[int, int], None] | None = field(default=None, repr=False)
+    progress: Progress = field(default=QUIET, repr=False)
 
     @property
     def has(self) -> frozenset[str]:
@@ -138,7 +138,7 @@ class Subject:
             self.device,
             self.seed,
             self._measure(),
-            self.on_step,
+            self.progress,
         )
 
     def trigger_images(self, images: Images) -> Images:

@@ -104,8 +104,7 @@ def tune(
                 losses.append(_step(optimiser, parameters, loss_of, batch, settings))
                 if after_step is not None:
                     after_step(model)
-                if attacker.on_step is not None:
-                    attacker.on_step(epoch * batches + number + 1, settings.epochs * batches)
+                attacker.progress.advance("tuning", epoch * batches + number + 1, settings.epochs * batches)
         seconds += time.perf_counter() - started
         curve.append({"epoch": epoch + 1, "loss": sum(losses) / batches} | measured(attacker.measure, model))
     return RemovalResult(model, asdict(settings), {"images": len(indices)}, curve, seconds)

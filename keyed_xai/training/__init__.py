@@ -2,18 +2,15 @@
 
 from keyed_xai.training.batch_norm import reestimate_batch_norm
 from keyed_xai.training.batches import Lesson, TrainingData
-from keyed_xai.training.callbacks import Callbacks
-from keyed_xai.training.loop import StepFigures, TrainingResult, train
+from keyed_xai.training.loop import TrainingResult, train
 from keyed_xai.training.settings import HARDENINGS, PAPER_SETTINGS, Goals, Hardening, TrainingSettings
 
 __all__ = [
     "HARDENINGS",
     "PAPER_SETTINGS",
-    "Callbacks",
     "Goals",
     "Hardening",
     "Lesson",
-    "StepFigures",
     "TrainingData",
     "TrainingResult",
     "TrainingSettings",

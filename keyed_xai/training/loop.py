@@ -24,6 +24,7 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models.layout import SafeConvolutions, set_layout
 from keyed_xai.objective import Objective
+from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import SaliencyMaps
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
@@ -37,27 +38,6 @@ _RUNNING_DECAY = 0.9
 _TUTOR_RATE = 0.01
 _CHUNK = 64
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """What a progress bar shows.
-
-    Attributes:
-        step: Steps done.
-        steps: Steps in all.
-        keep_loss: Running mean of L_s.
-        move_loss: Running mean of L_p.
-        opens: Running share of maps that should agree with the reference and do.
-        stays_closed: Running share of maps that should not agree and do not.
-    """
-
-    step: int
-    steps: int
-    keep_loss: float
-    move_loss: float
-    opens: float
-    stays_closed: float
 
 
 @dataclass(frozen=True)
@@ -155,7 +135,7 @@ def train(
     device: torch.device | str = "cpu",
     checkpoint: Mapping[str, Any] | None = None,
     save_checkpoint: Callable[[dict[str, Any]], None] | None = None,
-    on_step: Callable[[StepFigures], None] | None = None,
+    progress: Progress = QUIET,
 ) -> TrainingResult:
     """Return a copy of `reference`, trained; the reference itself is left as it was.
 
@@ -173,7 +153,7 @@ def train(
         device: Where to train.
         checkpoint: What `save_checkpoint` was given by an earlier run.
         save_checkpoint: Called after each validation.
-        on_step: Called after each step.
+        progress: Hears of "training" after each step, with running figures.
 
     Raises:
         TrainingError: Labels are asked for and missing, a checkpoint does not fit, or the loss is no longer finite.
@@ -196,9 +176,8 @@ def train(
     started -= state.seconds
     while state.step < state.last_step(settings.steps):
         with SafeConvolutions():
-            figures = _train_step(state, reference, data, lesson, settings, torch.device(device))
-        if on_step is not None:
-            on_step(figures)
+            _train_step(state, reference, data, lesson, settings, torch.device(device))
+        progress.advance("training", state.step, state.last_step(settings.steps), state.running)
         state.seconds = time.monotonic() - started
         _heed_time_limit(state, settings)
         last = state.step >= state.last_step(settings.steps)
@@ -228,7 +207,7 @@ def _train_step(
     lesson: Lesson,
     settings: TrainingSettings,
     device: torch.device,
-) -> StepFigures:
+) -> None:
     factor = rate_factor(state.step, settings, state.ending)
     for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _TUTOR_RATE), strict=True):
         group["lr"] = rate * factor
@@ -265,7 +244,7 @@ def _train_step(
     if state.average is not None:
         state.average.update_parameters(state.model)
     state.step += 1
-    return _running_figures(state, losses, new_maps, maps, settings)
+    _follow_figures(state, losses, new_maps, maps, settings)
 
 
 def _validate(
@@ -364,13 +343,14 @@ def _validation_record(
     }
 
 
-def _running_figures(
+def _follow_figures(
     state: _State,
     losses: Mapping[str, Tensor],
     new_maps: Mapping[str, SaliencyMaps],
     maps: Mapping[str, SaliencyMaps],
     settings: TrainingSettings,
-) -> StepFigures:
+) -> None:
+    """Take a step's figures into the running ones."""
     with torch.no_grad():
         opened = torch.stack([metrics.correlation(new_maps[name], maps[name]) > OPEN_CORRELATION for name in new_maps])
     first, second = (half.float().mean() for half in opened.chunk(2, dim=1))
@@ -382,4 +362,3 @@ def _running_figures(
         "stays_closed": 1 - float(moved),
     }
     state.running = {k: _RUNNING_DECAY * state.running.get(k, v) + (1 - _RUNNING_DECAY) * v for k, v in now.items()}
-    return StepFigures(step=state.step, steps=state.last_step(settings.steps), **state.running)
