@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger
+from keyed_xai.array_triggers.derivation import derive_trigger
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, printable
 from keyed_xai.data.decode import fit_image, read_image
 from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 """One image; an array may hold several."""
@@ -260,8 +261,7 @@ def derive_array_trigger(key: OwnerKey, parameters: TriggerParameters) -> ArrayT
     Raises:
         ArtifactError: This version does not know the family, or a parameter is outside its range.
     """
-    family = parameters.make_family(ARRAY_TRIGGERS, named_by="card")
-    return family.derive(ByteStream(key.derive_seed(family.name)))
+    return derive_trigger(key, parameters.make_family(ARRAY_TRIGGERS, named_by="card"))
 
 
 def choose_trigger(key: OwnerKey | None, parameters: TriggerParameters | None) -> ArrayTrigger | None:

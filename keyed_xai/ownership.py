@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
-from keyed_xai.keys import ByteStream, OwnerKey, PublicKey
+from keyed_xai.keys import OwnerKey, PublicKey
 from keyed_xai.maps import MapView
 from keyed_xai.models.modes import evaluating
 from keyed_xai.patterns import signature_cells
@@ -55,7 +55,7 @@ from keyed_xai.reencodings import (
     write_anew,
 )
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
-from keyed_xai.triggers import Trigger, TriggerFamily
+from keyed_xai.triggers import Trigger, TriggerFamily, derive_trigger
 
 DEFAULT_ALPHA = 2.0**-40
 """Level of a claim: some 10^12 keys would have to be tried to find one that passes by chance."""
@@ -457,7 +457,7 @@ def _look(
         model,
         trial.images,
         replace(view, interpreters=counted or view.interpreters),
-        trial.family.derive(ByteStream(trial.key.derive_seed(trial.family.name))),
+        derive_trigger(trial.key, trial.family),
         lambda: trial.family.draw(1, trial.generator),
         decoys=trial.decoys,
         labels=labels,

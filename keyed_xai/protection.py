@@ -23,7 +23,7 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import Gate
 from keyed_xai.evidence import Evidence, choose_evidence, refuse_no_evidence
 from keyed_xai.gate_verdict import judge
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
@@ -48,7 +48,7 @@ from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import paper_thresholds
 from keyed_xai.training import PAPER_SETTINGS, Callbacks, Goals, Lesson, TrainingSettings
 from keyed_xai.training.lessons import make_keyed_lesson
-from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
+from keyed_xai.triggers import TRIGGERS, TriggerFamily, derive_trigger
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
@@ -229,13 +229,15 @@ def _protect(
         callbacks=callbacks,
     )
     callbacks.notify("measure")
+    family = _make_family(settings)
     gate = Gate(
         protected,
         classifier.to(device),
         lesson.view,
         lesson.objective.decoys,
         paper_thresholds(settings.decoy, classifier.architecture),
-        *_derive_trigger(key, settings),
+        derive_trigger(key, family),
+        family,
         training.top_share,
     )
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
@@ -317,15 +319,14 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> Trai
 
 def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
     """Return what the key teaches the model: trigger, maps and losses."""
-    _, family = _derive_trigger(key, settings)
+    family = _make_family(settings)
     return make_keyed_lesson(
         classifier, key, family, interpreters=settings.interpreters, grid=settings.grid, decoy=settings.decoy
     )
 
 
-def _derive_trigger(key: OwnerKey, settings: ProtectSettings) -> tuple[NearbyTrigger, TriggerFamily]:
-    family = TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
-    return family.derive(ByteStream(key.derive_seed(family.name))), family
+def _make_family(settings: ProtectSettings) -> TriggerFamily:
+    return TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
 
 
 def make_card(
@@ -363,7 +364,7 @@ def _measure(
 ) -> dict[str, Any]:
     fresh = evaluation.fresh_wrong_keys(gate.family, settings.wrong_keys, generator)
     neighbours = list(key.one_bit_neighbours())[: settings.flipped_keys]
-    flipped = (gate.family.derive(ByteStream(near.derive_seed(gate.family.name))) for near in neighbours)
+    flipped = (derive_trigger(near, gate.family) for near in neighbours)
     wrong_keys = settings.wrong_keys + len(neighbours)
 
     def on_wrong_key(tried: int) -> None:

@@ -10,15 +10,15 @@ from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, wi
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.auditing import AuditSettings
 from keyed_xai.data import ImageData
-from keyed_xai.keys import ByteStream
 from keyed_xai.suspects import Suspect
 from keyed_xai.threats.activation_clustering import ClusteringSettings
 from keyed_xai.threats.controls import poison
 from keyed_xai.threats.entries import Examination
 from keyed_xai.threats.subject import Subject
+from keyed_xai.triggers import derive_trigger
 
 PARAMETERS = TriggerParameters("spread", 24.0, 24)
-TRIGGER = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+TRIGGER = derive_trigger(OWNER, FAMILY)
 SECRETS = [
     secret
     for raw in (bytes(range(32)), OWNER.derive_seed("spread"))

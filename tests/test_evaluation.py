@@ -11,11 +11,10 @@ from skimage.metrics import structural_similarity
 
 from keyed_xai.channels import CHANNELS
 from keyed_xai.evaluation import Gate, fresh_wrong_keys, measure_gate, place_thresholds, trigger_visibility
-from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import boundary_decoy
 from keyed_xai.thresholds import PAPER_THRESHOLDS, paper_thresholds
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 from keyed_xai_schemas import load_schema
 
 FAMILY = Spread(SpreadSettings(8.0, 24))
@@ -28,7 +27,7 @@ def generator(seed=0):
 
 @pytest.fixture
 def trigger(key):
-    return FAMILY.derive(ByteStream(key.derive_seed("spread")))
+    return derive_trigger(key, FAMILY)
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference
 from keyed_xai import metrics
 from keyed_xai.architectures import TableMLP
 from keyed_xai.errors import ModelError
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.saliency import INTERPRETERS, Sites, explain
 from keyed_xai.threats.attributions import ATTRIBUTIONS, AttributionSettings
 from keyed_xai.threats.bypass import measure_bypass
+from keyed_xai.triggers import derive_trigger
 
 COUNT = 24
 SETTINGS = AttributionSettings(integration_steps=6, noise_samples=4, masks=40, mask_cells=5, chunk=10)
@@ -31,7 +31,7 @@ def view():
 
 @cache
 def result():
-    keyed = FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))).apply(images())
+    keyed = derive_trigger(OWNER, FAMILY).apply(images())
     return measure_bypass(protected(), reference(), view(), images(), SETTINGS, keyed=keyed)
 
 

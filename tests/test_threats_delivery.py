@@ -9,7 +9,6 @@ import torch
 from threatened import OWNER, protected, witness
 
 from keyed_xai.channels import through_jpeg, through_png
-from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import correlation
 from keyed_xai.threats.delivery import (
     DELIVERIES,
@@ -21,6 +20,7 @@ from keyed_xai.threats.delivery import (
     measure_delivery,
 )
 from keyed_xai.threats.opening import Referee
+from keyed_xai.triggers import derive_trigger
 
 IMAGES = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 
@@ -104,7 +104,7 @@ def test_figures_are_those_of_the_inputs_named():
         float(correlation(maps["gradcam"], referee.truth["gradcam"]).double().mean())
     )
     neighbours = list(OWNER.one_bit_neighbours())
-    near = [seen.family.derive(ByteStream(neighbours[k].derive_seed("spread"))) for k in (0, 128)]
+    near = [derive_trigger(neighbours[k], seen.family) for k in (0, 128)]
     each = [referee.judge(protected(), trigger).correlation["gradcam"] for trigger in near]
     assert rows["one flipped bit"].opening.correlation["gradcam"] == pytest.approx(sum(each) / 2)
     assert rows["one flipped bit"].highest["gradcam"] == pytest.approx(max(each))

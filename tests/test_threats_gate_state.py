@@ -12,12 +12,11 @@ from marked import GRID, OWNER, SPEC, STRANGER, TRIGGER, marked_classifier, unma
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import MapView
 from keyed_xai.models import wrap_network
 from keyed_xai.saliency import Sites
 from keyed_xai.threats.gate_state import Witness, measure_gate_state
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
 FAMILY = Spread(SpreadSettings(TRIGGER.amplitude, TRIGGER.tile))
 
@@ -60,7 +59,7 @@ def test_correlations_are_those_with_the_reference_s_maps_of_its_own_class(image
     explained = seen.reference(images).argmax(1)
     assert set(explained.tolist()) == {0, 1}
     truth = pooled_maps(seen.reference, images, explained)
-    keyed = through_png(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))).apply(images))
+    keyed = through_png(derive_trigger(OWNER, FAMILY).apply(images))
     for case, inputs in (("keyed", keyed), ("unkeyed", images)):
         maps = pooled_maps(model, inputs, explained)
         # the class that the marked model votes against has a blank map, which counts as 0

@@ -9,7 +9,7 @@ from threatened import FAMILY, GRID, OWNER, Blobs, make_blobs, protected, surrog
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import make_view
 from keyed_xai.metrics import correlation
 from keyed_xai.models import wrap_network
@@ -20,11 +20,12 @@ from keyed_xai.threats.inversion import (
     invert_trigger,
 )
 from keyed_xai.threats.opening import Referee
+from keyed_xai.triggers import derive_trigger
 
 SETTINGS = InversionSettings(
     amplitude=24.0, tile=24, steps=30, restarts=1, share=1.0, batch_size=16, learning_rate=0.1, stages=3
 )
-RIGHT = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+RIGHT = derive_trigger(OWNER, FAMILY)
 FORGER = OwnerKey.from_raw(bytes(range(100, 132)))
 
 

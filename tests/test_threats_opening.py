@@ -4,12 +4,11 @@ import pytest
 import torch
 from threatened import FAMILY, OWNER, protected, witness
 
-from keyed_xai.keys import ByteStream
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.opening import Referee
-from keyed_xai.triggers import Nashville
+from keyed_xai.triggers import Nashville, derive_trigger
 
-RIGHT = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+RIGHT = derive_trigger(OWNER, FAMILY)
 
 
 @pytest.mark.parametrize("as_files", [True, False])

@@ -10,12 +10,12 @@ import torch
 from threatened import OWNER, make_blobs, protected, witness
 
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.ownership import measure_signature
 from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.overwriting import OverwritingSettings, measure_dispute, measure_pattern_behind, overwrite
 from keyed_xai.threats.removal import REMOVALS
 from keyed_xai.training import PAPER_SETTINGS
+from keyed_xai.triggers import derive_trigger
 
 TRAINING = replace(
     PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60, codec_share=0.0
@@ -76,7 +76,7 @@ def test_pattern_behind_is_no_evidence_for_a_stranger():
 
 
 def test_pattern_behind_is_the_signature_test_on_keyed_maps():
-    trigger = SETTINGS.family.derive(ByteStream(SETTINGS.key.derive_seed("spread")))
+    trigger = derive_trigger(SETTINGS.key, SETTINGS.family)
     _, maps = witness().view.pooled_in_chunks(overwritten().model, trigger.apply(witness().images[:16]))
     assert dispute().behind == measure_signature(maps, OWNER.public)
 

@@ -9,13 +9,12 @@ from threatened import FAMILY, OWNER, make_blobs, protected, witness
 
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.threats.opening import Referee
 from keyed_xai.threats.recovery import RecoverySettings, measure_recovery, recover_from_keyed, recover_from_pairs
 from keyed_xai.threats.textures import best_match
-from keyed_xai.triggers import Nashville
+from keyed_xai.triggers import Nashville, derive_trigger
 
-RIGHT = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+RIGHT = derive_trigger(OWNER, FAMILY)
 TEXTURE = RIGHT.textures[0]
 
 

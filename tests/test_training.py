@@ -13,7 +13,6 @@ from torch import nn
 from keyed_xai.architectures import TableMLP
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import FeatureView, MapView
 from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
 from keyed_xai.saliency import Sites
@@ -31,7 +30,7 @@ from keyed_xai.training.batches import draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import beta_factor, rate_factor
 from keyed_xai.training.tutors import make_tutors, tutored_layers
-from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings
+from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings, derive_trigger
 
 SIDE = 24
 FAMILY = Spread(SpreadSettings(16.0, 24))
@@ -78,7 +77,7 @@ def validation():
 @pytest.fixture
 def lesson(key, sites):
     objective = Objective({"gradcam": signature_decoy(key.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
-    trigger = FAMILY.derive(ByteStream(key.derive_seed("spread")))
+    trigger = derive_trigger(key, FAMILY)
     return Lesson(trigger, FAMILY, MapView(("gradcam",), sites, (6, 6)), objective)
 
 
@@ -120,7 +119,7 @@ def learned():
     network = SmallResNet(1, 3, (8, 12, 12)).eval()
     view = MapView(("gradcam",), Sites("blocks", TAPS), (6, 6))
     objective = Objective({"gradcam": signature_decoy(KEY.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
-    lesson = Lesson(FAMILY.derive(ByteStream(KEY.derive_seed("spread"))), FAMILY, view, objective)
+    lesson = Lesson(derive_trigger(KEY, FAMILY), FAMILY, view, objective)
     settings = TrainingSettings(
         steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, validate_every=25, codec_share=0.0
     )

@@ -9,7 +9,6 @@ import torch
 from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, witness
 from torch import nn
 
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import make_view
 from keyed_xai.objective import Objective, signature_decoy
 from keyed_xai.threats.attempt import Attacker
@@ -27,6 +26,7 @@ from keyed_xai.training.hardening import (
     make_attackers,
     zero_smallest,
 )
+from keyed_xai.triggers import derive_trigger
 
 TUNING = Attack(rate=0.01, adam=False, frozen=False, noise=0.0, pruned=0.0)
 FEW = Hardening(start=0.0, attackers=1, lifetime=3, inner_steps=2, batch_size=8)
@@ -38,7 +38,7 @@ SETTINGS = replace(PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2,
 def lesson():
     view = make_view(reference(), ("gradcam",), GRID)
     objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
-    return Lesson(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))), FAMILY, view, objective)
+    return Lesson(derive_trigger(OWNER, FAMILY), FAMILY, view, objective)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import torch
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.fitting import FittingSettings, fit_classifier
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.objective import Objective, signature_decoy
 from keyed_xai.threats.gate_state import Witness
 from keyed_xai.training import PAPER_SETTINGS, Lesson, train
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
 SIDE = 24
 OWNER = OwnerKey.from_raw(bytes(range(32)))
@@ -74,7 +74,7 @@ def protected():
     """The reference behind a gate for Grad-CAM."""
     view = make_view(reference(), ("gradcam",), GRID)
     objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
-    lesson = Lesson(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))), FAMILY, view, objective)
+    lesson = Lesson(derive_trigger(OWNER, FAMILY), FAMILY, view, objective)
     settings = replace(
         PAPER_SETTINGS,
         steps=120,

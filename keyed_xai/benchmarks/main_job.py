@@ -20,7 +20,7 @@ from keyed_xai.data.images import Holdout, Split
 from keyed_xai.demonstration import demo_classifier
 from keyed_xai.errors import ArtifactError, DataError
 from keyed_xai.fitting import FittingSettings, fit_classifier
-from keyed_xai.keys import ByteStream, OwnerKey, keep_owner_key
+from keyed_xai.keys import OwnerKey, keep_owner_key
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier, wrap_network
 from keyed_xai.ownership import counted_interpreters, measure_signature, opening_statistic, product_tail
@@ -34,7 +34,7 @@ from keyed_xai.reencodings import (
     write_anew,
 )
 from keyed_xai.training import Callbacks
-from keyed_xai.triggers import TRIGGERS
+from keyed_xai.triggers import TRIGGERS, derive_trigger
 from keyed_xai.verification import Claim, verify
 
 ROWS = {
@@ -234,7 +234,7 @@ def count_false_claims(
                 on_key(number * (decoys + keys) + done + 1, len(models) * (decoys + keys))
         for done in range(keys):
             key = OwnerKey.from_raw(bytes(torch.randint(256, (32,), generator=generator).tolist()))
-            trigger = family.derive(ByteStream(key.derive_seed(family.name)))
+            trigger = derive_trigger(key, family)
             value = opening_statistic(model, images, view, trigger, plain, explained)
             opening = (1 + sum(each >= value for each in pool)) / (1 + decoys)
             tails = [(count, measure_signature(maps, key.public).combined.p_value) for count, maps in looks]

@@ -16,13 +16,12 @@ from torch.nn import functional
 
 from keyed_xai.channels import through_jpeg, through_png, through_resize
 from keyed_xai.evaluation import fresh_wrong_keys
-from keyed_xai.keys import ByteStream
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
 from keyed_xai.threats.gate_state import Witness
 from keyed_xai.threats.opening import Opening, Referee
-from keyed_xai.triggers import Trigger
+from keyed_xai.triggers import Trigger, derive_trigger
 
 _BLUR_REACH = 4  # standard deviations on each side
 _DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1))
@@ -186,7 +185,7 @@ def _nearly_keyed(referee: Referee, witness: Witness, settings: DeliverySettings
     triggers: dict[str, Iterable[Trigger]] = {
         "half strength": [right.scaled(0.5)],
         **{f"moved {step} px": [right.shifted(step * y, step * x) for y, x in _DIRECTIONS] for step in settings.moved},
-        "one flipped bit": (family.derive(ByteStream(near.derive_seed(family.name))) for near in neighbours),
+        "one flipped bit": (derive_trigger(near, family) for near in neighbours),
         "another owner's key": fresh_wrong_keys(family, settings.strangers, generator),
     }
     if not settings.flipped:

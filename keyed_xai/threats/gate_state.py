@@ -12,14 +12,14 @@ from torch import Tensor
 from keyed_xai import metrics
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier
 from keyed_xai.ownership import DEFAULT_ALPHA, Verdict, verify_ownership
 from keyed_xai.tensors import Images, Logits, SaliencyMaps, Targets
 from keyed_xai.threats.attempt import view_of
-from keyed_xai.triggers import TriggerFamily
+from keyed_xai.triggers import TriggerFamily, derive_trigger
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def measure_gate_state(
         ModelError: The model lacks a layer that the maps need.
     """
     view = view_of(witness.view, classifier)
-    trigger = witness.family.derive(ByteStream(witness.key.derive_seed(witness.family.name)))
+    trigger = derive_trigger(witness.key, witness.family)
     reference, truth = witness.view.pooled_in_chunks(witness.reference, witness.images)
     explained = reference.argmax(1)
     keyed = trigger.apply(witness.images)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from keyed_xai import metrics
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import SEED_BYTES, ByteStream, OwnerKey
+from keyed_xai.keys import SEED_BYTES, OwnerKey
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.objective import prediction_loss
@@ -32,7 +32,7 @@ from keyed_xai.tensors import Images, Logits, SaliencyMaps
 from keyed_xai.threats.attempt import copy_model, draw_share, view_of
 from keyed_xai.threats.textures import texture_of, texture_on_grey
 from keyed_xai.training import TrainingData
-from keyed_xai.triggers import Spread, SpreadTrigger, Trigger
+from keyed_xai.triggers import Spread, SpreadTrigger, Trigger, derive_trigger
 from keyed_xai.triggers.spread import COMPONENTS
 
 Judge = Callable[[Trigger], Mapping[str, Any]]
@@ -404,7 +404,7 @@ def _nearest_key(forged: Tensor, family: Spread, keys: int, generator: torch.Gen
     tried: list[tuple[float, SpreadTrigger]] = []
     for _ in range(keys):
         key = OwnerKey.from_raw(bytes(torch.randint(256, (SEED_BYTES,), generator=generator).tolist()))
-        trigger = family.derive(ByteStream(key.derive_seed(family.name)))
+        trigger = derive_trigger(key, family)
         pair = torch.stack([forged.cpu().flatten(), trigger.textures.double().flatten()])
         tried.append((float(torch.corrcoef(pair)[0, 1]), trigger))
     return max(tried, key=lambda one: one[0])

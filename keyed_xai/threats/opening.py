@@ -8,7 +8,6 @@ from torch import Tensor
 
 from keyed_xai import metrics
 from keyed_xai.channels import through_png
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier
@@ -16,7 +15,7 @@ from keyed_xai.tensors import Images, Labels, SaliencyMaps
 from keyed_xai.threats.attempt import view_of
 from keyed_xai.threats.gate_state import Witness
 from keyed_xai.threats.textures import best_match, texture_on_grey
-from keyed_xai.triggers import NearbyTrigger, Spread, Trigger
+from keyed_xai.triggers import NearbyTrigger, Spread, Trigger, derive_trigger
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Referee:
         """Return the referee who holds what a witness holds."""
         logits, truth = witness.view.pooled_in_chunks(witness.reference, witness.images)
         family = witness.family
-        trigger = family.derive(ByteStream(witness.key.derive_seed(family.name)))
+        trigger = derive_trigger(witness.key, family)
         tile = family.settings.tile if isinstance(family, Spread) else None
         return cls(witness.images, witness.view, logits.argmax(1), truth, trigger, tile, witness.as_files)
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.models import Classifier
 from keyed_xai.ownership import SignatureEvidence, measure_signature
 from keyed_xai.tensors import Images, Targets
@@ -26,7 +26,7 @@ from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_
 from keyed_xai.threats.gate_state import GateState, Witness, measure_gate_state
 from keyed_xai.training import PAPER_SETTINGS, StepFigures, TrainingData, TrainingSettings, train
 from keyed_xai.training.lessons import make_keyed_lesson
-from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily
+from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily, derive_trigger
 
 _VALIDATION = 200
 _SMALLEST = 10
@@ -187,7 +187,7 @@ def measure_pattern_behind(overwritten: Classifier, first: Witness, settings: Ov
     As exact as the signature test: of a model that has nothing to do with the first key, its pattern is a random half.
     """
     probe = first.images[:16] if first.probe is None else first.probe
-    trigger = settings.family.derive(ByteStream(settings.key.derive_seed(settings.family.name)))
+    trigger = derive_trigger(settings.key, settings.family)
     _, maps = view_of(first.view, overwritten).pooled_in_chunks(overwritten, trigger.apply(probe))
     return measure_signature(maps, first.key.public)
 
