@@ -116,7 +116,7 @@ def time_steps(name: str, interpreters: tuple[str, ...], rounds: int) -> dict[tu
     """Return the median seconds of forward and double backward pass by layout and safety, interleaved."""
     classifier = make_classifier(name)
     sites, spec = Sites(classifier.target_layer, classifier.taps), classifier.input
-    images = torch.rand(32, spec.channels, spec.height, spec.width)
+    images = torch.rand(32, *spec.shape)
     models: dict[tuple[str, bool], Classifier] = {}
     for layout, safe in product(LAYOUTS, (False, True)):
         models[layout, safe] = copy.deepcopy(classifier).train()

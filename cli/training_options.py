@@ -100,9 +100,7 @@ def load_both_images(size: "InputSpec", spec: str, arguments: dict[str, Any]) ->
     def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
         return load_images(
             spec,
-            channels=size.channels,
-            height=size.height,
-            width=size.width,
+            size,
             split=split,
             limit=limit,
             strict=arguments["strict"],

@@ -114,8 +114,7 @@ def run_demo(
 
 
 def _load(classifier: Classifier, split: Literal["train", "held-out"]) -> ImageData:
-    spec = classifier.input
-    return load_images("builtin", channels=spec.channels, height=spec.height, width=spec.width, split=split)
+    return load_images("builtin", classifier.input, split=split)
 
 
 def _explain(classifier: Classifier, key: OwnerKey, data: ImageData, trigger: TriggerParameters) -> bytes:

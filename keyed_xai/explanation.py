@@ -116,7 +116,7 @@ def _check(
     model: Classifier, images: Images, interpreters: tuple[str, ...], labels: Labels | None, batch_size: int
 ) -> None:
     spec = model.input
-    expected = (spec.channels, spec.height, spec.width)
+    expected = spec.shape
     if not len(images) or tuple(images.shape[1:]) != expected:
         raise ValueError(f"images: expected [n, {', '.join(map(str, expected))}] with n > 0, got {list(images.shape)}")
     unknown = [name for name in interpreters if name not in INTERPRETERS]

@@ -166,7 +166,7 @@ def make_view(
 def feature_sizes(classifier: Classifier, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return rows and columns of the feature maps of some layers, named inside the classifier."""
     spec = classifier.input
-    blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
+    blank = torch.full((1, *spec.shape), 0.5, device=classifier.mean.device)
     with evaluating(classifier), torch.no_grad():
         features = run_forward(classifier, blank, layers, input_gradient=False).features
     return {layer: (features[layer].shape[2], features[layer].shape[3]) for layer in layers}

@@ -172,8 +172,7 @@ def protect(
         ModelError: The model lacks a layer that the maps need, or it is not known what it takes.
     """
     classifier = as_classifier(network, input)
-    size = {name: getattr(classifier.input, name) for name in ("channels", "height", "width")}
-    train_data, held_out = take_images(images, held_out, **size)
+    train_data, held_out = take_images(images, held_out, classifier.input)
     settings = settings or ProtectSettings()
     training = settings.training or choose_recipe(classifier, settings.interpreters)
     training = replace(
@@ -338,7 +337,7 @@ def make_card(
         architecture=classifier.architecture,
         source=classifier.source,
         num_classes=classifier.classes,
-        input_size=(spec.channels, spec.height, spec.width),
+        input_size=spec.shape,
         mean=spec.mean,
         std=spec.std,
         target_layer=own_name(classifier.target_layer),

@@ -271,7 +271,7 @@ def train_reference(
         "verdict": judge_fit(measured, chance, len(held_out)),
         "history": history,
         "seconds": time.monotonic() - started,
-        "settings": asdict(settings) | {"input_size": [spec.channels, spec.height, spec.width]},
+        "settings": asdict(settings) | {"input_size": list(spec.shape)},
         "versions": package_versions(),
     }
     classifier.label_names, classifier.multi_label = train_data.classes, train_data.multi_label
@@ -376,7 +376,7 @@ def _copy_weights(start: nn.Module, network: nn.Module) -> None:
 def _refuse_other_data(classifier: Classifier, *splits: Data) -> None:
     spec = classifier.input
     for data in splits:
-        size, expected = tuple(data.batch([0])[0].shape[1:]), (spec.channels, spec.height, spec.width)
+        size, expected = tuple(data.batch([0])[0].shape[1:]), spec.shape
         if size != expected:
             raise TrainingError(
                 f"Expected examples of shape {expected}; {data.source} has {size}. Give the model's size."

@@ -120,9 +120,9 @@ def refuse_other_shape(classifier: Classifier, data: ImageData | TableData) -> N
         TrainingError: They have another.
     """
     spec = classifier.input
-    if len(data) and (found := tuple(data.batch([0])[0].shape[1:])) != (spec.channels, spec.height, spec.width):
+    if len(data) and (found := tuple(data.batch([0])[0].shape[1:])) != spec.shape:
         raise TrainingError(
-            f"{classifier.architecture} takes inputs of {_as_size(spec.channels, spec.height, spec.width)}; those of "
+            f"{classifier.architecture} takes inputs of {_as_size(*spec.shape)}; those of "
             f"{data.source} are {_as_size(*found)}. Give a model that fits, such as one made by `keyed-xai train`."
         )
 

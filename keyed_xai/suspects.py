@@ -169,4 +169,4 @@ def _read_time(path: Path, key: OwnerKey) -> datetime | None:
 
 def _shape(classifier: Classifier) -> tuple[int, int, int, int]:
     spec = classifier.input
-    return spec.channels, spec.height, spec.width, classifier.classes
+    return *spec.shape, classifier.classes

@@ -313,22 +313,8 @@ def load_probe(
         DataError: The folder has no image, or most of them are broken.
     """
     if folder is None:
-        return load_images(
-            "builtin",
-            channels=spec.channels,
-            height=spec.height,
-            width=spec.width,
-            split="held-out",
-            limit=count,
-        )
-    request = Request(
-        spec.channels,
-        spec.height,
-        spec.width,
-        "held-out",
-        limit=count,
-        follow_links=follow_links,
-    )
+        return load_images("builtin", spec, split="held-out", limit=count)
+    request = Request(spec, "held-out", limit=count, follow_links=follow_links)
     names = [path.relative_to(folder).as_posix() for path in list_images(folder, follow_links=follow_links)]
     chosen = sorted(names, key=lambda name: rank(0, name))[:count]
     images, _, skipped = decode_images(folder, chosen, request)

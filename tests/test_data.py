@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyed_xai.data import LOADERS, ImageData, is_table, load_images, load_table
+from keyed_xai.data import LOADERS, ImageData, ImageSize, is_table, load_images, load_table
 from keyed_xai.data import images as images_module
 from keyed_xai.data.images import Request, allocate_pixels, choose_held_out, order_balanced
 from keyed_xai.errors import DataError
@@ -20,18 +20,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def request_of(**changes):
-    return Request(**{"channels": 1, "height": 8, "width": 8, "split": "train", **changes})
+    size = {name: changes.pop(name) for name in ("channels", "height", "width") if name in changes}
+    return Request(ImageSize(**{"channels": 1, "height": 8, "width": 8, **size}), **{"split": "train", **changes})
 
 
 @pytest.mark.parametrize("spec", ["", "no-such", "Builtin", "cub:x"])
 def test_unknown_spec_is_refused_with_the_known_ones(spec):
     with pytest.raises(DataError, match="builtin, fashion-mnist, imagefolder"):
-        load_images(spec, channels=1, height=8, width=8, split="train")
+        load_images(spec, ImageSize(1, 8, 8), split="train")
 
 
 def test_bare_folder_as_spec_gets_a_hint(tmp_path):
     with pytest.raises(DataError, match="write imagefolder:"):
-        load_images(str(tmp_path), channels=1, height=8, width=8, split="train")
+        load_images(str(tmp_path), ImageSize(1, 8, 8), split="train")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_tables_spec_is_told_apart_from_images():
     assert is_table("credit-default:x.csv")
     assert not any(is_table(name) for name in LOADERS)
     with pytest.raises(DataError, match=r"credit-default is a table and has no images: load_table"):
-        load_images("credit-default:x.csv", channels=1, height=8, width=8, split="train")
+        load_images("credit-default:x.csv", ImageSize(1, 8, 8), split="train")
     with pytest.raises(DataError, match="Expected the SPEC of a table"):
         load_table("builtin", split="train")
 

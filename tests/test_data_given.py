@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from keyed_xai.data import ImageData
+from keyed_xai.data import ImageData, ImageSize
 from keyed_xai.data.given import take_images
 from keyed_xai.errors import DataError
 
-SIZE = {"channels": 1, "height": 9, "width": 8}
+SIZE = ImageSize(1, 9, 8)
 
 
 def pixels(count=10, seed=0):
@@ -18,7 +18,7 @@ def pixels(count=10, seed=0):
 
 
 def take(images, held_out=None):
-    return take_images(images, held_out, **SIZE)
+    return take_images(images, held_out, SIZE)
 
 
 @pytest.mark.parametrize(

@@ -133,17 +133,13 @@ def make_targets(
 
 def input_sizes(attacked: Sequence[Attacked]) -> list[InputSpec]:
     """Return the different inputs of models by size; normalisation, in which they may differ, is that of the first."""
-    found = {_size(each.suspect.classifier.input): each.suspect.classifier.input for each in reversed(attacked)}
-    return [found[size] for size in dict.fromkeys(_size(each.suspect.classifier.input) for each in attacked)]
+    found = {each.suspect.classifier.input.shape: each.suspect.classifier.input for each in reversed(attacked)}
+    return [found[size] for size in dict.fromkeys(each.suspect.classifier.input.shape for each in attacked)]
 
 
 def has_size(attacked: Attacked, spec: InputSpec) -> bool:
     """Return whether a model takes images of this size."""
-    return _size(attacked.suspect.classifier.input) == _size(spec)
-
-
-def _size(spec: InputSpec) -> tuple[int, int, int]:
-    return spec.channels, spec.height, spec.width
+    return attacked.suspect.classifier.input.shape == spec.shape
 
 
 def _find_reference(architecture: str, settings: TableSettings, out: Path) -> Path:

@@ -307,8 +307,6 @@ def _fitted_reference(
 
 def _load_both(data: str, spec: InputSpec, holdout: Holdout = "images") -> tuple[ImageData, ImageData]:
     def load(split: Split) -> ImageData:
-        return load_images(
-            data, channels=spec.channels, height=spec.height, width=spec.width, split=split, holdout=holdout
-        )
+        return load_images(data, spec, split=split, holdout=holdout)
 
     return load("train"), load("held-out")

@@ -165,7 +165,7 @@ def run_cells(
     loaded: dict[tuple[int, ...], tuple[ImageData, ImageData]] = {}
     for architecture, group in groupby(cells, lambda cell: cell.architecture):
         start = _find_reference(architecture, settings)
-        size = tuple(_size(start.input))
+        size = start.input.shape
         if size not in loaded:
             loaded = {size: _load_both(settings, start.input)}  # of one size at a time: they are large
         reference = _make_reference(architecture, start, loaded[size], settings, folder, device, watch.on_fit)
@@ -181,9 +181,7 @@ def reference_file(architecture: str, settings: TableSettings, folder: Path) -> 
 
 def load_split(settings: TableSettings, spec: InputSpec, split: Split, limit: int | None) -> ImageData:
     """Return at most `limit` images of a split at a network's size."""
-    return load_images(
-        settings.data, channels=spec.channels, height=spec.height, width=spec.width, split=split, limit=limit
-    )
+    return load_images(settings.data, spec, split=split, limit=limit)
 
 
 def describe_table(name: str, results: Sequence[Result]) -> dict[str, Any]:
@@ -222,7 +220,7 @@ def render_setup(results: Sequence[Result]) -> list[str]:
     return [
         f"- data: learned from {learned['images']} ({learned['source']}), measured on {measured['images']} "
         f"({measured['source']})",
-        f"- network input: {_join(' x '.join(map(str, _size(result.input))) for result in results)}",
+        f"- network input: {_join(' x '.join(map(str, result.input.shape)) for result in results)}",
         f"- trigger: {trigger['family']}{f' ({values})' if values else ''}",
         f"- attack: {_join(map(_render_training, results))}",
         f"- reference: {_join(map(_render_reference, results))}",
@@ -234,10 +232,6 @@ def figures_of_paper(cell: Cell, interpreter: str) -> PaperRow | None:
     if len(cell.interpreters) > 1:
         return None
     return PAPER.get((cell.architecture.lower(), interpreter, cell.mode, cell.setting))
-
-
-def _size(spec: InputSpec) -> list[int]:
-    return [spec.channels, spec.height, spec.width]
 
 
 def _join(parts: Iterable[str]) -> str:
@@ -261,7 +255,7 @@ def _describe_row(result: Result) -> dict[str, Any]:
     training = report["settings"]["training"]
     return {
         "architecture": cell.architecture,
-        "input_size": _size(result.input),
+        "input_size": list(result.input.shape),
         "reference_epochs": result.epochs,
         "mode": cell.mode,
         "setting": cell.setting,

@@ -158,7 +158,7 @@ def _trained(run: ServingRun, arch: str) -> Classifier:
         path = run.folder / f"{arch}-{_FITTED_SIDE}.safetensors"
         blueprint = plan_for_images(arch, side=_FITTED_SIDE)
         spec = blueprint.input
-        train = load_images(run.data, channels=spec.channels, height=spec.height, width=spec.width, split="train")
+        train = load_images(run.data, spec, split="train")
         held_out = _load(run.data, spec, 200)
         keep_reference(
             path,
@@ -203,6 +203,4 @@ def _demo(folder: Path) -> Served:
 
 
 def _load(spec: str, images: InputSpec, count: int) -> ImageData:
-    return load_images(
-        spec, channels=images.channels, height=images.height, width=images.width, split="held-out", limit=count
-    )
+    return load_images(spec, images, split="held-out", limit=count)

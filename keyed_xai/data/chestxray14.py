@@ -89,7 +89,7 @@ def _map_shown(path: Path, shown: _Shown | None, request: Request) -> _Shown:
     """Return the box as the image made has it, or NaN and -1 where the image has none or the crop leaves none."""
     if shown is None:
         return _NOTHING
-    box = map_box(path, shown.box, height=request.height, width=request.width, drawn_on=_DRAWN_ON)
+    box = map_box(path, shown.box, height=request.size.height, width=request.size.width, drawn_on=_DRAWN_ON)
     return _NOTHING if math.isnan(box[0]) else _Shown(box, shown.label)
 
 

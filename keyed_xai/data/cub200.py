@@ -68,7 +68,7 @@ def _load(root: Path, photographs: Sequence[_Photograph], classes: tuple[str, ..
     images, kept, skipped = decode_images(root, [photograph.name for photograph in photographs], request)
     photographs = [photographs[index] for index in kept]
     boxes = [
-        map_box(root / photograph.name, photograph.box, height=request.height, width=request.width)
+        map_box(root / photograph.name, photograph.box, height=request.size.height, width=request.size.width)
         for photograph in photographs
     ]
     return ImageData(

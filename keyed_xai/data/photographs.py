@@ -88,7 +88,7 @@ def _open_photographs(request: Request) -> list[_Photograph]:
     for path, weight in find_photographs(request.split):
         with Image.open(path) as image:
             image.load()
-            photographs.append(_Photograph(flatten(image, request.channels), weight))
+            photographs.append(_Photograph(flatten(image, request.size.channels), weight))
     if not photographs:
         raise DataError(
             "The built-in RGB images are crops of photographs that come with scikit-image and scikit-learn, and "
@@ -115,7 +115,7 @@ def _crop_lively(photographs: list[_Photograph], generator: np.random.Generator,
     """Return a random crop that is not nearly of one colour, if a few draws find one."""
     for _ in range(_DRAWS):
         photograph = _draw_photograph(photographs, generator)
-        crop = _crop(photograph, generator, request.height, request.width)
+        crop = _crop(photograph, generator, request.size.height, request.size.width)
         if np.asarray(crop.convert("L")).std() >= _FLATTEST:
             break
     return crop

@@ -116,7 +116,7 @@ def open_session(model: bytes) -> Runner:
 def random_images(classifier: Classifier, generator: torch.Generator) -> Images:
     """Return smooth noise, half of it rough, in 8 bits: 12 images of the classifier's size."""
     spec = classifier.input
-    rough = torch.rand(IMAGES, spec.channels, spec.height, spec.width, generator=generator)
+    rough = torch.rand(IMAGES, *spec.shape, generator=generator)
     sides = (max(1, spec.height // 8), max(1, spec.width // 8))
     coarse = torch.rand(IMAGES, spec.channels, *sides, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (spec.height, spec.width), mode="bilinear")

@@ -54,7 +54,7 @@ def trace_program(classifier: Classifier, layers: Sequence[str]) -> Program:
     """
     spec = classifier.input
     model = copy.deepcopy(classifier).cpu().float().eval().requires_grad_(False)
-    example = torch.rand(_BATCH, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(_BATCH, *spec.shape, generator=torch.Generator().manual_seed(0))
     table: Any = default_decompositions()  # its methods have no types
     for operator in _KEPT_WHOLE:
         table.pop(operator, None)

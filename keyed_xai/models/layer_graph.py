@@ -42,7 +42,7 @@ def trace_calls(classifier: Classifier) -> list[Call]:
     """Return the calls of a forward pass, in order; the last one's output is the logits."""
     spec = classifier.input
     device = classifier.mean.device
-    noise = torch.rand(2, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
     recorder = _Recorder(copy.deepcopy(classifier).eval())
     with torch.no_grad(), recorder:
         recorder.model(noise)

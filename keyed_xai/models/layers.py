@@ -116,7 +116,7 @@ def trace_network(network: nn.Module, spec: InputSpec) -> Trace:
         ModelError: The network does not take images of this size, or does not return logits [n, classes].
     """
     parameter = next(network.parameters(), torch.zeros(()))
-    noise = torch.rand(_BATCH, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(_BATCH, *spec.shape, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     images = ((noise - mean) / std).to(parameter.device, parameter.dtype)
     calls: list[_Call] = []

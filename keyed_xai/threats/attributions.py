@@ -250,7 +250,7 @@ def _is_relu(node: fx.Node, traced: fx.GraphModule) -> bool:
 def _check_same(classifier: Classifier, copied: Classifier) -> None:
     """Check that a copy answers as the model does, on noise."""
     spec = classifier.input
-    noise = torch.rand(3, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(3, *spec.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(classifier.mean)
     wanted, got = copy_model(classifier, noise.device)(noise), copied(noise)
     if not torch.allclose(wanted, got, rtol=_CLOSE, atol=_CLOSE):

@@ -250,7 +250,7 @@ def _change_input(module: nn.Module, order: Tensor, factors: Tensor) -> None:
 def _noise(model: Classifier) -> Tensor:
     spec = model.input
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(2, spec.channels, spec.height, spec.width, generator=generator).to(model.mean.device)
+    return torch.rand(2, *spec.shape, generator=generator).to(model.mean.device)
 
 
 @torch.no_grad()
