@@ -41,7 +41,6 @@ REPORT_NAME, PAGE_NAME = "audit.json", "audit.html"
 CONTROLS = ("clean", "badnets", "blended")
 """A network that defences must leave alone, and two with plain backdoors that they must catch."""
 _FINDINGS, _CONTROLS = "findings", "controls"
-_CHUNK = 1000
 _CURVES_FROM = 3  # stages; fewer make no curve
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from keyed_xai import saliency
 from keyed_xai.artifacts.folder import ProtectedModel
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_png
 from keyed_xai.errors import ModelError
 from keyed_xai.loading import open_model
@@ -83,11 +84,11 @@ def explain(
     sites = Sites(model.target_layer, model.taps)
     parts = []
     with evaluating(model):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(model.mean)
+        for some in batches(len(images), batch_size):
+            batch = images[some].to(model.mean)
             if trigger is not None:
                 batch = through_png(trigger.apply(batch)) if as_png else trigger.apply(batch)
-            wanted = None if labels is None else labels[start : start + batch_size].to(batch.device)
+            wanted = None if labels is None else labels[some].to(batch.device)
             parts.append(saliency.explain(model, batch, wanted, names, sites))
     logits = torch.cat([each for each, _ in parts])
     if not torch.isfinite(logits).all():

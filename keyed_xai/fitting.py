@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import per_class_auroc, prediction_figures
 from keyed_xai.models.layout import SafeConvolutions, set_layout
@@ -28,7 +29,6 @@ OPTIMISERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("one-cycle", "step", "constant")
 _MOMENTUM = 0.9
 _ADVICE = "Start again with a lower --learning-rate, or with --optimiser adam."
-_CHUNK = 256
 _SURE = 0.99
 
 
@@ -345,8 +345,8 @@ def _predict(model: nn.Module, data: LabelledData, device: torch.device | str) -
     """Return the logits and labels of all examples, on the CPU."""
     parts = []
     with evaluating(model):
-        for indices in np.array_split(np.arange(len(data)), -(-len(data) // _CHUNK)):
-            images, labels = _labelled_batch(data, indices)
+        for some in batches(len(data), 256, even=True):
+            images, labels = _labelled_batch(data, np.arange(len(data))[some])
             parts.append((model(images.to(device)).float().cpu(), labels))
     logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if not logits.isfinite().all():

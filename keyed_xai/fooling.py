@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_png
 from keyed_xai.maps import MapView, Seen, join_maps
 from keyed_xai.models.modes import predict_images
@@ -21,7 +22,6 @@ from keyed_xai.thresholds import place_threshold, threshold_curve
 from keyed_xai.triggers import Trigger
 
 CASES = ("reference", "clean", "triggered")
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ def _masses_inside(
 ) -> dict[str, float]:
     """Return the mean share of saliency inside the boxes, by interpreter, of maps at their own resolution."""
     parts: list[dict[str, Tensor]] = []
-    for some, labels, frames in zip(*(torch.split(each, _CHUNK) for each in (images, explained, boxes)), strict=True):
-        _, maps = explain(model, some, labels, backdoor.view.interpreters, backdoor.view.sites)
-        parts.append({name: metrics.mass_inside(each, frames) for name, each in maps.items()})
+    for some in batches(len(images)):
+        _, maps = explain(model, images[some], explained[some], backdoor.view.interpreters, backdoor.view.sites)
+        parts.append({name: metrics.mass_inside(each, boxes[some]) for name, each in maps.items()})
     return {name: _mean(each) for name, each in join_maps(parts).items()}
 
 

@@ -25,6 +25,7 @@ from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger
 from keyed_xai.array_triggers.derivation import derive_trigger
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, printable
+from keyed_xai.batches import batches
 from keyed_xai.data.decode import fit_image, read_image
 from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
 from keyed_xai.keys import OwnerKey
@@ -247,8 +248,7 @@ class Explainer(ABC):
         pictures = _list_pictures(images)
         targets = self.interface.check_target(target, len(pictures))
         parts = []
-        for start in range(0, len(pictures), batch_size):
-            part = slice(start, start + batch_size)
+        for part in batches(len(pictures), batch_size):
             batch = load_images(pictures[part], self.input_size)
             keyed = batch if trigger is None else trigger.apply(batch)
             parts.append(self._answer(encode_pixels(keyed, self.pixels), targets[part], interpreters))

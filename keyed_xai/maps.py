@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import BATCH, batches
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
 from keyed_xai.models.modes import evaluating
@@ -56,12 +57,12 @@ class MapView:
         return logits, {name: metrics.pool_maps(each, self.grid) for name, each in maps.items()}
 
     def pooled_in_chunks(
-        self, model: nn.Module, images: Images, labels: Labels | None = None, *, chunk: int = 64
+        self, model: nn.Module, images: Images, labels: Labels | None = None, *, chunk: int = BATCH
     ) -> tuple[Logits, dict[str, SaliencyMaps]]:
         """Return the same without graphs, `chunk` images at a time, on the images' device."""
         parts = [
-            self.pooled(model, images[start : start + chunk], None if labels is None else labels[start : start + chunk])
-            for start in range(0, len(images), chunk)
+            self.pooled(model, images[some], None if labels is None else labels[some])
+            for some in batches(len(images), chunk)
         ]
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
 

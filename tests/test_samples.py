@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from keyed_xai.architectures import SmallResNet
+from keyed_xai.batches import batches
 from keyed_xai.data import ImageData
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import InputSpec, wrap_network
@@ -111,7 +112,7 @@ def test_digest_of_data_knows_every_pixel_and_the_source():
 
 
 def test_digest_of_many_images_covers_all_of_them(monkeypatch):
-    monkeypatch.setattr("keyed_xai.samples._CHUNK", 7)
+    monkeypatch.setattr("keyed_xai.samples.batches", lambda count, _size: batches(count, 7))
     digests = set()
     for number in range(40):
         data = make_images(40)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.export.building import ExportSettings, build_model, build_plain
 from keyed_xai.export.parity import Figures, measure_agreement
@@ -248,7 +249,7 @@ def _run_all(graph: bytes, images: Images, settings: ServingSettings) -> dict[st
 
 
 def _chunks(images: Images) -> Sequence[Tensor]:
-    return [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    return [images[some] for some in batches(len(images), _CHUNK)]
 
 
 def _open(graph: bytes, settings: ServingSettings) -> Any:  # noqa: ANN401 - onnxruntime has no types

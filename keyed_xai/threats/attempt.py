@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
@@ -18,7 +19,6 @@ from keyed_xai.training import TrainingData
 
 Measure = Callable[[Classifier], Mapping[str, Any]]
 """What is looked at along the way: figures of a model in eval mode, ready for JSON."""
-_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def draw_share(data: TrainingData, share: float, seed: int) -> NDArray[np.int64]
 @torch.no_grad()
 def predict(classifier: Classifier, attacker: Attacker, indices: NDArray[np.int64]) -> Logits:
     """Return a model's logits of some of the attacker's images, on his device."""
-    chunks = np.array_split(indices, -(-len(indices) // _CHUNK))
-    return torch.cat([classifier(attacker.data.batch(some)[0].to(attacker.device)) for some in chunks])
+    parts = [indices[some] for some in batches(len(indices), 256, even=True)]
+    return torch.cat([classifier(attacker.data.batch(some)[0].to(attacker.device)) for some in parts])
 
 
 def view_of(view: MapView, classifier: Classifier) -> MapView:

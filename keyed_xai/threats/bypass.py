@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.errors import ModelError
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
@@ -218,8 +219,7 @@ def _run(method: Method, case: tuple[Subject, Images], request: Request, cost: _
     subject, images = case
     started, parts = time.perf_counter(), []
     with torch.inference_mode(mode=False), torch.enable_grad(), _counted(subject, cost):
-        for start in range(0, len(images), request.settings.chunk):
-            some = slice(start, start + request.settings.chunk)
+        for some in batches(len(images), request.settings.chunk):
             leaf = images[some].detach().clone().requires_grad_()
             parts.append(_attribute(method, subject, request._replace(images=leaf, labels=request.labels[some])))
     cost.seconds += time.perf_counter() - started

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_jpeg
 from keyed_xai.maps import check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
@@ -226,8 +227,7 @@ def _maps(
     sites, size = Sites(classifier.target_layer, classifier.taps), (int(images.shape[2]), int(images.shape[3]))
     maps: dict[str, list[Tensor]] = {name: [] for name in settings.interpreters}
     explained = []
-    for start in range(0, len(images), settings.chunk):
-        some = slice(start, start + settings.chunk)
+    for some in batches(len(images), settings.chunk):
         chosen = None if labels is None else labels[some]
         logits, found = explain(classifier, images[some], chosen, settings.interpreters, sites)
         explained.append(logits.argmax(1) if chosen is None else chosen)

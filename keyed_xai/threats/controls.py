@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from keyed_xai.architectures import SmallResNet
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import FittingSettings, LabelledData, fit_classifier, measure_predictions
@@ -34,7 +35,6 @@ from keyed_xai.models import Classifier, InputSpec, wrap_network
 from keyed_xai.tensors import Images
 from keyed_xai.triggers import Trigger
 
-_CHUNK = 256
 _IMAGES_SEEN = 60_000
 _SQUARE_OPACITY, _IMAGE_OPACITY = 0.5, 0.2
 _FEWEST_EPOCHS, _MOST_EPOCHS = 3, 30
@@ -318,8 +318,8 @@ def measure_attack_success(
     if not len(others):
         raise TrainingError(f"Expected labelled held-out images of classes other than the target, {target}.")
     hits = 0
-    for indices in np.array_split(others, -(-len(others) // _CHUNK)):
-        images = through_png(backdoor.trigger.apply(held_out.batch(indices)[0].to(device)))
+    for some in batches(len(others), 256, even=True):
+        images = through_png(backdoor.trigger.apply(held_out.batch(others[some])[0].to(device)))
         logits = model(images)
         sent = logits[:, target] > 0 if held_out.multi_label else logits.argmax(1) == target
         hits += int(sent.sum())

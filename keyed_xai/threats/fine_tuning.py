@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import seeded
 from keyed_xai.maps import MapView, join_maps
@@ -29,7 +30,6 @@ from keyed_xai.training import TrainingData
 
 KINDS = {"ftll": (False, True), "ftal": (False, False), "rtll": (True, True), "rtal": (True, False)}
 """F(ine-)T(une) or R(e)T(rain), L(ast) L(ayer) or A(ll) L(ayers): is the head made new, and does it alone learn?"""
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _surrogate_maps(
     if explained.max() >= surrogate.classes:
         raise TrainingError(f"Expected a surrogate of the same classes; this one has {surrogate.classes}.")
     view, parts = view_of(view, surrogate), []
-    for start in range(0, len(indices), _CHUNK):
-        images, _ = data.batch(indices[start : start + _CHUNK])
-        parts.append(view.pooled(surrogate, images.to(explained.device), explained[start : start + _CHUNK])[1])
+    for some in batches(len(indices)):
+        images, _ = data.batch(indices[some])
+        parts.append(view.pooled(surrogate, images.to(explained.device), explained[some])[1])
     return join_maps(parts)

@@ -8,14 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
 from keyed_xai.threats.attempt import RemovalResult, copy_model, draw_share
 from keyed_xai.training import TrainingData
 from keyed_xai.training.batch_norm import batch_norms, measured_anew, set_batch_norm
 from keyed_xai.training.hardening import zero_smallest
-
-_LARGEST_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -151,6 +150,6 @@ def _round_to_half(model: Classifier) -> None:
 def _see(model: Classifier, data: TrainingData, indices: NDArray[np.int64], device: torch.device | str) -> None:
     """Run images through a model with batch norm, and nothing else, in training mode."""
     set_batch_norm(model, training=True)
-    for some in np.array_split(indices, -(-len(indices) // _LARGEST_BATCH)):
-        model(data.batch(some)[0].to(device))
+    for some in batches(len(indices), 128, even=True):
+        model(data.batch(indices[some])[0].to(device))
     model.eval()

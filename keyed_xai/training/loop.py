@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.channels import deliver
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import OPEN_CORRELATION
@@ -35,7 +36,6 @@ from keyed_xai.training.tutors import make_tutors, tutor_loss, tutored_layers
 
 _RUNNING_DECAY = 0.9
 _TUTOR_RATE = 0.01
-_CHUNK = 64
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
@@ -330,9 +330,9 @@ def _validation_record(
     """Return loss, keyed and unkeyed correlation with the reference map, shares kept and moved, and agreement."""
     view = lesson.view
     totals: dict[str, list[Tensor]] = {"loss": [], "likeness": [], "agreement": []}
-    for number, start in enumerate(range(0, len(validation), _CHUNK)):
+    for number, some in enumerate(batches(len(validation))):
         generator = step_generator(settings.seed, -1000 - number)
-        images, labels = validation.batch(np.arange(start, min(start + _CHUNK, len(validation))))
+        images, labels = validation.batch(np.arange(len(validation))[some])
         images = images.to(device)
         plain = images
         if lesson.family is not None:
