@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,6 @@ LARGEST_DEFAULT_SIDE = 8
 _SMALLEST_SIDE = 3
 _FINEST_SIDE = 64  # what the schemas of cards and licences take
 _TINY = 1e-12  # keeps the gradient of a square root finite
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a model and its reference make of images.
-
-    Attributes:
-        logits: By case; "reference" are the reference's, of the images themselves.
-        maps: By case and interpreter, pooled, of the class explained.
-        explained: The class that the reference predicts of the images themselves.
-    """
-
-    logits: Mapping[str, Logits]
-    maps: Mapping[str, Mapping[str, SaliencyMaps]]
-    explained: Labels
 
 
 @dataclass(frozen=True)
@@ -66,17 +52,80 @@ class MapView:
         ]
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
 
-    def compare(self, model: nn.Module, reference: nn.Module, images: Images, inputs: Mapping[str, Images]) -> Seen:
-        """Return what a model makes of inputs, by case, which were made from images that its reference sees."""
-        logits, truth = self.pooled_in_chunks(reference, images)
-        explained = logits.argmax(1)
-        found = {case: self.pooled_in_chunks(model, batch, explained) for case, batch in inputs.items()}
-        found = {"reference": (logits, truth)} | found
-        return Seen(
-            {case: out for case, (out, _) in found.items()},
-            {case: maps for case, (_, maps) in found.items()},
-            explained,
-        )
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of inputs, beside the right maps of the images that the inputs were made from.
+
+    Attributes:
+        logits: Of the inputs.
+        maps: Of the inputs, by interpreter, pooled, of the classes explained; empty where predictions alone count.
+        right: The reference's pooled maps of the images, by interpreter.
+        explained: The class that the reference predicts of each image.
+    """
+
+    logits: Logits
+    maps: Mapping[str, SaliencyMaps]
+    right: Mapping[str, SaliencyMaps]
+    explained: Labels
+
+    @cached_property
+    def correlations(self) -> dict[str, Tensor]:
+        """Correlation of each map with the right one, [n] by interpreter; 0 where numbers are not finite."""
+        return {name: metrics.correlation(each, self.right[name]).nan_to_num(0) for name, each in self.maps.items()}
+
+    @property
+    def correlation(self) -> dict[str, float]:
+        """The mean correlation with the right maps, by interpreter."""
+        return {name: _mean(each) for name, each in self.correlations.items()}
+
+    @property
+    def opened(self) -> dict[str, float]:
+        """The share of maps that correlate more than .5 with the right ones, by interpreter."""
+        return {name: _mean(each > metrics.OPEN_CORRELATION) for name, each in self.correlations.items()}
+
+    @property
+    def agreement(self) -> float:
+        """The share of inputs that are predicted as the reference predicts the image."""
+        return _mean(self.logits.argmax(1) == self.explained)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Holds models against a reference: the same images, the classes that it predicts of them, and its maps.
+
+    Attributes:
+        reference: Its maps are the right ones.
+        view: Maps compared, at the reference's layers.
+        images: What the reference sees.
+    """
+
+    reference: nn.Module = field(repr=False)
+    view: MapView
+    images: Images = field(repr=False)
+
+    @cached_property
+    def right(self) -> Outputs:
+        """What the reference itself makes of the images; it is run once."""
+        logits, maps = self.view.pooled_in_chunks(self.reference, self.images)
+        return Outputs(logits, maps, maps, logits.argmax(1))
+
+    def of(
+        self, model: nn.Module, inputs: Images, *, view: MapView | None = None, rows: Tensor | None = None
+    ) -> Outputs:
+        """Return what a model makes of inputs that were made from the images.
+
+        Args:
+            model: On the images' device.
+            inputs: Such as the images with a trigger.
+            view: The same maps at the model's own layers, where these are not the reference's.
+            rows: Which image each input was made from; None for one of each image in order.
+        """
+        right, explained = self.right.maps, self.right.explained
+        if rows is not None:
+            right, explained = {name: each[rows] for name, each in right.items()}, explained[rows]
+        logits, maps = (view or self.view).pooled_in_chunks(model, inputs, explained)
+        return Outputs(logits, maps, right, explained)
 
 
 @dataclass(frozen=True)
@@ -180,3 +229,7 @@ def default_grid(feature_size: tuple[int, int]) -> tuple[int, int]:
     """
     rows, columns = (min(side, LARGEST_DEFAULT_SIDE) for side in feature_size)
     return rows, columns
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

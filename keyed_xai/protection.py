@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from keyed_xai import evaluation, metrics, pictures
+from keyed_xai import evaluation, pictures
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import ProtectedModel
 from keyed_xai.artifacts.weights import own_name
@@ -24,7 +24,7 @@ from keyed_xai.evaluation import Gate
 from keyed_xai.evidence import Evidence, choose_evidence, refuse_no_evidence
 from keyed_xai.gate_verdict import judge
 from keyed_xai.keys import OwnerKey
-from keyed_xai.maps import check_choice
+from keyed_xai.maps import Comparison, check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
 from keyed_xai.models.copying import copy_network
@@ -393,19 +393,19 @@ def _draw(
     gate: Gate, images: Images, history: list[dict[str, float | int]], names: tuple[str, ...]
 ) -> dict[str, bytes]:
     """Return, by name, a strip and a histogram for each interpreter, and the training curve. Never a keyed image."""
-    seen = evaluation.look(gate, images, torch.Generator().manual_seed(1))
+    found = evaluation.look(gate, Comparison(gate.reference, gate.view, images), torch.Generator().manual_seed(1))
+    explained = found["reference"].explained
     drawn = {}
     for name in gate.view.interpreters:
-        maps = {case: each[name] for case, each in seen.maps.items()}
+        maps = {case: each.maps[name] for case, each in found.items()}
         columns = [images, *maps.values()]
         panels = zip(*(column[:_PICTURED].cpu().numpy() for column in columns), strict=True)
         rows = [
-            (name_class(int(seen.explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
+            (name_class(int(explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
             for number, (image, *row) in enumerate(panels)
         ]
         drawn[f"maps:{name}"] = pictures.strip(rows, titles=_STRIP_TITLES)
-        truth = maps.pop("reference")
-        agreement = {case: metrics.correlation(each, truth).cpu().numpy() for case, each in maps.items()}
+        agreement = {case: each.correlations[name].cpu().numpy() for case, each in found.items() if case != "reference"}
         drawn[f"wrong_keys:{name}"] = pictures.wrong_key_histogram(agreement, OPEN_CORRELATION)
     return drawn | ({"training": pictures.training_curve(history)} if len(history) > 1 else {})
 

@@ -19,7 +19,7 @@ from keyed_xai.threats.delivery import (
     crop_and_resize,
     measure_delivery,
 )
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import try_trigger
 from keyed_xai.triggers import derive_trigger
 
 IMAGES = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -97,15 +97,14 @@ def test_figures_are_those_of_the_inputs_named():
     seen = witness()
     settings = DeliverySettings(("jpeg65",), flipped=2)
     rows = {row.name: row for row in measure_delivery(protected(), seen, settings).rows}
-    referee = Referee.of(seen)
-    jpeg = through_jpeg(referee.trigger.apply(seen.images), 65)
-    _, maps = seen.view.pooled_in_chunks(protected(), jpeg, referee.explained)
+    jpeg = through_jpeg(seen.trigger.apply(seen.images), 65)
+    _, maps = seen.view.pooled_in_chunks(protected(), jpeg, seen.comparison.right.explained)
     assert rows["jpeg65"].opening.correlation["gradcam"] == pytest.approx(
-        float(correlation(maps["gradcam"], referee.truth["gradcam"]).double().mean())
+        float(correlation(maps["gradcam"], seen.comparison.right.maps["gradcam"]).double().mean())
     )
     neighbours = list(OWNER.one_bit_neighbours())
     near = [derive_trigger(neighbours[k], seen.family) for k in (0, 128)]
-    each = [referee.judge(protected(), trigger).correlation["gradcam"] for trigger in near]
+    each = [try_trigger(protected(), seen, trigger).correlation["gradcam"] for trigger in near]
     assert rows["one flipped bit"].opening.correlation["gradcam"] == pytest.approx(sum(each) / 2)
     assert rows["one flipped bit"].highest["gradcam"] == pytest.approx(max(each))
 

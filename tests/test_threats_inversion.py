@@ -19,7 +19,7 @@ from keyed_xai.threats.inversion import (
     forge_trigger,
     invert_trigger,
 )
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import try_inputs, try_trigger
 from keyed_xai.triggers import derive_trigger
 
 SETTINGS = InversionSettings(
@@ -45,21 +45,21 @@ def statistic(trigger, images):
 
 
 def test_search_reaches_the_right_key_s_statistic_and_opens():
-    referee, steps = Referee.of(witness()), []
+    seen, steps = witness(), []
     before = {name: value.clone() for name, value in protected().state_dict().items()}
     result = invert_trigger(
         protected(),
         data(),
         view(),
         SETTINGS,
-        judge=lambda trigger: referee.judge(protected(), trigger).to_json(),
+        judge=lambda trigger: try_trigger(protected(), seen, trigger).to_json(),
         on_step=lambda done, total: steps.append((done, total)),
     )
     images = make_blobs(64, 5).images
     assert result.final["reached"] == pytest.approx(statistic(result.trigger, images), abs=1e-4)
     assert result.final["reached"] > 0.7 * statistic(RIGHT, images)
-    closed = referee.judge_inputs(protected(), referee.images).correlation["gradcam"]
-    opened = referee.judge(protected(), RIGHT).correlation["gradcam"]
+    closed = try_inputs(protected(), seen, seen.images).correlation["gradcam"]
+    opened = try_trigger(protected(), seen, RIGHT).correlation["gradcam"]
     assert result.final["correlation"]["gradcam"] > (closed + opened) / 2
     assert [row["step"] for row in result.curve] == [0, 10, 20, 30]
     assert [row["seconds"] for row in result.curve] == sorted(row["seconds"] for row in result.curve)

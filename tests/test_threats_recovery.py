@@ -9,7 +9,7 @@ from threatened import FAMILY, OWNER, make_blobs, protected, witness
 
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import try_trigger
 from keyed_xai.threats.recovery import RecoverySettings, measure_recovery, recover_from_keyed, recover_from_pairs
 from keyed_xai.threats.textures import best_match
 from keyed_xai.triggers import Nashville, derive_trigger
@@ -63,7 +63,7 @@ def test_what_is_recovered_opens_the_gate():
         (source, count) for source in ("pairs", "keyed", "keyed, others") for count in (1, 8)
     ]
     assert steps == [(k, 6) for k in range(1, 7)]
-    right = Referee.of(seen).judge(protected(), RIGHT)
+    right = try_trigger(protected(), seen, RIGHT)
     assert result.rows[0].correlation["gradcam"] == pytest.approx(right.correlation["gradcam"], abs=0.05)
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert document["others"] == 12

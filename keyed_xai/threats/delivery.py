@@ -20,7 +20,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
 from keyed_xai.threats.gate_state import Witness
-from keyed_xai.threats.opening import Opening, Referee
+from keyed_xai.threats.opening import Opening, try_inputs
 from keyed_xai.triggers import Trigger, derive_trigger
 
 _BLUR_REACH = 4  # standard deviations on each side
@@ -154,31 +154,30 @@ def measure_delivery(
         settings: What is tried.
         on_step: Called with rows done and in all.
     """
-    referee = Referee.of(witness)
     groups: list[tuple[str, dict[str, Iterable[Images]]]] = [
         ("control", {"no key": [witness.images]}),
-        ("channel", _delivered(referee, settings.channels)),
-        ("near key", _nearly_keyed(referee, witness, settings)),
+        ("channel", _delivered(witness, settings.channels)),
+        ("near key", _nearly_keyed(witness, settings)),
     ]
     rows: list[DeliveryRow] = []
     count = sum(len(group) for _, group in groups)
     for kind, group in groups:
         for name, batches in group.items():
-            openings = [referee.judge_inputs(classifier, referee.as_file(batch)) for batch in batches]
+            openings = [try_inputs(classifier, witness, witness.as_file(batch)) for batch in batches]
             rows.append(_join(kind, name, openings))
             if on_step is not None:
                 on_step(len(rows), count)
     return DeliveryResult(tuple(rows))
 
 
-def _delivered(referee: Referee, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
-    sent = through_png(referee.trigger.apply(referee.images))
+def _delivered(witness: Witness, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
+    sent = through_png(witness.trigger.apply(witness.images))
     return {name: map(DELIVERIES[name], [sent]) for name in channels}
 
 
-def _nearly_keyed(referee: Referee, witness: Witness, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
+def _nearly_keyed(witness: Witness, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
     """Return, by name, lazily, the images with each near key of that name."""
-    right, family = referee.trigger, witness.family
+    right, family = witness.trigger, witness.family
     stride = max(1, 256 // max(1, settings.flipped))
     neighbours = islice(witness.key.one_bit_neighbours(), 0, stride * settings.flipped, stride)
     generator = torch.Generator().manual_seed(witness.seed)
@@ -192,7 +191,7 @@ def _nearly_keyed(referee: Referee, witness: Witness, settings: DeliverySettings
         del triggers["one flipped bit"]
     if not settings.strangers:
         del triggers["another owner's key"]
-    return {name: (trigger.apply(referee.images) for trigger in some) for name, some in triggers.items()}
+    return {name: (trigger.apply(witness.images) for trigger in some) for name, some in triggers.items()}
 
 
 def _join(kind: str, name: str, openings: Sequence[Opening]) -> DeliveryRow:

@@ -20,7 +20,7 @@ from keyed_xai.threats.delivery import DELIVERIES, DeliveryRow, DeliverySettings
 from keyed_xai.threats.entries import KEYED_FLOOR, UNKEYED_CEILING, Entry, Examination, Observation, Outcome
 from keyed_xai.threats.gate_state import Witness
 from keyed_xai.threats.inversion import InversionSettings, forge_trigger, invert_trigger
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import match_texture, try_trigger
 from keyed_xai.threats.recovery import RecoverySettings, measure_recovery
 from keyed_xai.threats.subject import Subject
 from keyed_xai.triggers import Spread, Trigger
@@ -90,12 +90,12 @@ _SOURCES = {
 
 def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -> Observation:
     witness = _witness(subject)
-    referee, family = Referee.of(witness), _spread(witness)
+    family = _spread(witness)
 
     def judge(trigger: Trigger) -> Mapping[str, Any]:
-        opening = referee.judge(subject.classifier, trigger)
+        opening = try_trigger(subject.classifier, witness, trigger)
         return {"recovered": max(opening.correlation.values()), "agreement": opening.agreement,
-                "match": referee.match(trigger)}  # fmt: skip
+                "match": match_texture(witness, trigger)}  # fmt: skip
 
     result = invert_trigger(
         subject.classifier,

@@ -21,7 +21,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
 from keyed_xai.threats.gate_state import Witness
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import match_texture, try_trigger
 from keyed_xai.threats.textures import fold_into_tile, phases_of, texture_of
 from keyed_xai.triggers import Spread, SpreadTrigger
 
@@ -102,13 +102,13 @@ def measure_recovery(
     Raises:
         TrainingError: The key is not of the `spread` family, or there are no images.
     """
-    family, referee = witness.family, Referee.of(witness)
+    family = witness.family
     if not isinstance(family, Spread):
         raise TrainingError(f"Recovery is of additive textures; {family.name!r} has none. Leave this attack out.")
     counts = tuple(count for count in settings.counts if 0 < count <= len(images))
     if not counts:
         raise TrainingError("Expected images for the attack, got none. Give some with --data.")
-    keyed = referee.as_file(referee.trigger.apply(images[: max(counts)]))
+    keyed = witness.as_file(witness.trigger.apply(images[: max(counts)]))
     methods: dict[str, Callable[[int], SpreadTrigger]] = {
         "pairs": lambda count: recover_from_pairs(images[:count], keyed[:count], family),
         "keyed": lambda count: recover_from_keyed(keyed[:count], family),
@@ -121,7 +121,7 @@ def measure_recovery(
             started = time.perf_counter()
             trigger = recover(count)
             seconds = time.perf_counter() - started
-            opening, match = referee.judge(classifier, trigger), referee.match(trigger)
+            opening, match = try_trigger(classifier, witness, trigger), match_texture(witness, trigger)
             rows.append(RecoveryRow(source, count, match or 0.0, **vars(opening), seconds=seconds))
             if on_step is not None:
                 on_step(len(rows), len(methods) * len(counts))

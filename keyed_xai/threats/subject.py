@@ -18,13 +18,13 @@ from keyed_xai import metrics
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import LabelledData
-from keyed_xai.maps import MapView
+from keyed_xai.maps import Comparison, MapView
 from keyed_xai.models import Classifier
 from keyed_xai.models.modes import predict_images
-from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Targets
+from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import Attacker, Measure, view_of
 from keyed_xai.threats.controls import PoisonedData, measure_attack_success
-from keyed_xai.threats.gate_state import Witness, measure_gate_state
+from keyed_xai.threats.gate_state import Witness, by_interpreter, measure_gate_state
 from keyed_xai.triggers import Trigger
 
 _IN_CURVES = 128
@@ -264,23 +264,14 @@ def _score_logits(logits: Logits, subject: Subject) -> tuple[float, str]:
 
 def _match(model: Classifier, subject: Subject) -> dict[str, dict[str, float]]:
     """Return correlations with the right maps, of a model with a public trigger."""
-    truth, explained = _right_maps(subject)
-    view = view_of(subject.view, model)
+    comparison, view = _right_maps(subject), view_of(subject.view, model)
     inputs = {"keyed": subject.trigger_images(subject.images), "unkeyed": subject.images}
-    seen = {case: view.pooled_in_chunks(model, images, explained)[1] for case, images in inputs.items()}
-    return {
-        name: {
-            case: float(metrics.correlation(maps[name], truth[name]).nan_to_num(0).double().mean())
-            for case, maps in seen.items()
-        }
-        for name in view.interpreters
-    }
+    return by_interpreter({case: comparison.of(model, each, view=view).correlation for case, each in inputs.items()})
 
 
-def _right_maps(subject: Subject) -> tuple[dict[str, SaliencyMaps], Labels]:
+def _right_maps(subject: Subject) -> Comparison:
     """Return the maps to compare with, and the classes they explain: the reference's; without it the model's own."""
     own = subject.reference is None
     images = subject.trigger_images(subject.images) if own and subject.inverted else subject.images
     source = subject.reference or subject.classifier
-    logits, maps = view_of(subject.view, source).pooled_in_chunks(source, images)
-    return maps, logits.argmax(1)
+    return Comparison(source, view_of(subject.view, source), images)
