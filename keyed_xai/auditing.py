@@ -256,6 +256,7 @@ def _make_subject(
     images, labels = first_images(held_out, count, reference or classifier, classifier.classes, device)
     if labels is None:
         train_data, held_out = (replace(data, labels=None, classes=()) for data in (train_data, held_out))
+    classifier.multi_label = has_several_labels(classifier, train_data)
     subject = Subject(
         classifier,
         make_view(classifier, suspect.interpreters, suspect.grid),
@@ -268,7 +269,6 @@ def _make_subject(
         keyed=suspect.key is not None,
         inverted=suspect.inverted,
         surrogate=surrogate,
-        multi_label=has_several_labels(classifier, train_data),
         device=device,
         seed=settings.seed,
     )
@@ -400,7 +400,6 @@ def _control_subject(
         backdoor=backdoor,
         fitted=fitted,
         before=None,
-        multi_label=data.multi_label,
     )
 
 

@@ -140,6 +140,8 @@ def test_several_labels_are_searched_as_yes_or_no(images):
     class Bright(nn.Module):
         """Class 0 is a yes for bright images, class 1 never."""
 
+        multi_label = True
+
         def forward(self, x):
             mean = x.mean((1, 2, 3))
             return torch.stack([20 * (mean - 0.8), mean - 50], 1)
@@ -151,7 +153,7 @@ def test_several_labels_are_searched_as_yes_or_no(images):
         def batch(self, indices):
             return images[indices], None
 
-    result = cleanse(Bright(), Data(), CleanseSettings(60, 2, 4), multi_label=True)
+    result = cleanse(Bright(), Data(), CleanseSettings(60, 2, 4))
     assert result.succeeded == (True, False)
     assert not result.conclusive
     assert result.to_json()["conclusive"] is False

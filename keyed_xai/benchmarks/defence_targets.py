@@ -187,6 +187,7 @@ def _see(
     train_data, held_out = data
     if labels is None:
         train_data, held_out = (replace(each, labels=None, classes=()) for each in data)
+    model.multi_label = reference.multi_label = has_several_labels(model, train_data)
     return Subject(
         model,
         view,
@@ -194,7 +195,6 @@ def _see(
         held_out,
         images,
         labels,
-        multi_label=has_several_labels(model, train_data),
         device=device,
         seed=settings.seed,
     )
@@ -246,7 +246,6 @@ def _make_controls(
             trigger=poisoned.trigger,
             backdoor=poisoned,
             fitted=fitted,
-            multi_label=data[0].multi_label,
             device=device,
             seed=settings.seed,
         )

@@ -29,7 +29,6 @@ class Attacker:
         data: Clean images; labels of the model's own classes, or none.
         view: Maps that T3 pulls at and a second key closes, at the attacked model's layers.
         surrogate: The attacker's own model of the same task, for T3.
-        multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         seed: Of everything random.
         measure: What goes into curves.
@@ -39,7 +38,6 @@ class Attacker:
     data: TrainingData = field(repr=False)
     view: MapView | None = None
     surrogate: Classifier | None = field(default=None, repr=False)
-    multi_label: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
     measure: Measure | None = field(default=None, repr=False)

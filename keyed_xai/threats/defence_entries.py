@@ -44,7 +44,6 @@ def _neural_cleanse(subject: Subject, settings: CleanseSettings) -> Observation:
         subject.classifier,
         subject.data,
         settings,
-        multi_label=subject.multi_label,
         device=subject.device,
         on_step=subject.on_step,
     )

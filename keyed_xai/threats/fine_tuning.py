@@ -124,7 +124,7 @@ def tune_explanations(classifier: Classifier, attacker: Attacker, settings: Expl
         with smooth_activations(smoothing):
             logits, maps = view.pooled(model, images, taught[rows].argmax(1), create_graph=True)
         distances = [correlation_distance(maps[name], wanted[name][rows]) for name in view.interpreters]
-        kept = prediction_loss(logits, taught[rows], None, multi_label=attacker.multi_label).mean()
+        kept = prediction_loss(logits, taught[rows], None, multi_label=model.multi_label).mean()
         return kept + settings.map_weight * torch.stack(distances).mean()
 
     return tune(model, [*model.parameters()], attacker, indices, loss_of, settings)

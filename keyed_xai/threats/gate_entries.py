@@ -103,7 +103,6 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         subject.view,
         replace(settings, amplitude=float(family.settings.amplitude), tile=family.settings.tile),
         surrogate=subject.surrogate if surrogate else None,
-        multi_label=subject.multi_label,
         device=subject.device,
         judge=judge,
         on_step=subject.on_step,

@@ -166,7 +166,6 @@ def invert_trigger(
     settings: InversionSettings | None = None,
     *,
     surrogate: Classifier | None = None,
-    multi_label: bool = False,
     device: torch.device | str = "cpu",
     judge: Judge | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -182,7 +181,6 @@ def invert_trigger(
         view: Maps that are to move, at the classifier's layers.
         settings: How to search.
         surrogate: The attacker's own, unprotected model of the same task.
-        multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         judge: Asked at each stage.
         on_step: Called with steps done and in all.
@@ -194,7 +192,7 @@ def invert_trigger(
     model = copy_model(classifier, device).requires_grad_(False)
     watch = _Watch(judge, on_step, settings)
     material = _gather(model, data, view_of(view, classifier), settings, surrogate)
-    searches = [_Search(material, settings, restart, multi_label=multi_label) for restart in range(settings.restarts)]
+    searches = [_Search(material, settings, restart) for restart in range(settings.restarts)]
     for search in searches:
         watch.follow(search)
     last = [row["reached"] for row in watch.curve if row["step"] == settings.steps]
@@ -305,8 +303,8 @@ class _Material:
 class _Search:
     """One restart: the phases of a texture, and the steps that better it."""
 
-    def __init__(self, material: _Material, settings: InversionSettings, restart: int, *, multi_label: bool) -> None:
-        self.material, self.settings, self.multi_label = material, settings, multi_label
+    def __init__(self, material: _Material, settings: InversionSettings, restart: int) -> None:
+        self.material, self.settings = material, settings
         self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + restart) % 2**63)
         start = torch.rand(COMPONENTS, generator=self.generator) * (2 * pi)
         self.phases = start.to(material.model.mean.device).requires_grad_()
@@ -325,7 +323,7 @@ class _Search:
         changed, explained = trigger.apply(batch.images), batch.taught.argmax(1)
         with smooth_activations(self.settings.smoothing):
             logits, maps = self.material.view.pooled(self.material.model, changed, explained, create_graph=True)
-        held = prediction_loss(logits, batch.taught, None, multi_label=self.multi_label).mean()
+        held = prediction_loss(logits, batch.taught, None, multi_label=self.material.model.multi_label).mean()
         loss = self.settings.hold * held - self._score(maps, batch)
         if not loss.isfinite():
             raise TrainingError("The search's loss is not finite. Lower its learning rate.")

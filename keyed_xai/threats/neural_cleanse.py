@@ -151,17 +151,15 @@ def cleanse(
     data: TrainingData,
     settings: CleanseSettings | None = None,
     *,
-    multi_label: bool = False,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> CleanseResult:
     """Return the smallest patch found for every class of a model.
 
     Args:
-        model: Pixels to logits; a copy is used.
+        model: Pixels to logits; a copy is used. Where it has `multi_label`, a patch has to make one logit a yes.
         data: Clean images; labels are not needed.
         settings: How to search.
-        multi_label: Whether every logit is a yes or no of its own; a patch then has to make one of them a yes.
         device: Where to search.
         on_step: Called with classes times rounds done and in all; a search that stops early jumps ahead.
 
@@ -177,7 +175,7 @@ def cleanse(
     searches = []
     for start in range(0, classes, settings.classes_at_once):
         numbers = range(start, min(start + settings.classes_at_once, classes))
-        search = _Search(numbers, first.shape[1:], settings, torch.device(device), multi_label=multi_label)
+        search = _Search(numbers, first.shape[1:], settings, torch.device(device))
         for _ in range(settings.rounds):
             search.run_round(model, data)
             if on_step is not None:
@@ -216,11 +214,9 @@ class _Search:
         shape: Sequence[int],
         settings: CleanseSettings,
         device: torch.device,
-        *,
-        multi_label: bool,
     ) -> None:
         """Draw the first masks and patterns, uniform in [0, 1], each class from a seed of its own."""
-        self.settings, self.multi_label = settings, multi_label
+        self.settings = settings
         self.classes = torch.tensor(list(numbers), device=device)
         channels, height, width = shape
         drawn = [_draw(settings.seed, number, (channels + 1, height, width)) for number in numbers]
@@ -259,7 +255,7 @@ class _Search:
         targets = self.classes[active].repeat_interleave(len(images))
         logits = model(stamped.flatten(0, 1))
         own = logits.gather(1, targets[:, None])[:, 0]
-        if self.multi_label:
+        if getattr(model, "multi_label", False):
             losses, hits = functional.softplus(-own), own > 0
         else:
             losses, hits = functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets

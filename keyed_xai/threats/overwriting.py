@@ -137,7 +137,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
         copy_model(classifier, attacker.device),
         learn,
         validation,
-        replace(lesson, multi_label=attacker.multi_label),
+        replace(lesson, multi_label=classifier.multi_label),
         replace(settings.training, seed=settings.seed, smoothing=smoothing),
         device=attacker.device,
         on_step=None if on_step is None else lambda figures: _tell(figures, on_step),

@@ -86,7 +86,6 @@ class Subject:
         backdoor: Of a positive control: data with the plain backdoor that success is measured of.
         fitted: Of a poisoned one: the data that it was fitted to.
         before: The model's state; measured anew where it is None.
-        multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         seed: Of everything random.
         on_step: Called with steps done and in all.
@@ -107,7 +106,6 @@ class Subject:
     backdoor: PoisonedData | None = field(default=None, repr=False)
     fitted: LabelledData | None = field(default=None, repr=False)
     before: State | None = None
-    multi_label: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
     on_step: Callable[[int, int], None] | None = field(default=None, repr=False)
@@ -134,7 +132,6 @@ class Subject:
             self.data,
             self.view,
             self.surrogate,
-            self.multi_label,
             self.device,
             self.seed,
             self._measure(),
@@ -259,7 +256,9 @@ def _score_logits(logits: Logits, subject: Subject) -> tuple[float, str]:
         if figures:
             return _score(figures, 0.0)
     truth = predict_images(subject.reference or subject.classifier, subject.images)
-    return float(metrics.agreement(logits, truth, multi_label=subject.multi_label).double().mean()), "agreement"
+    return float(
+        metrics.agreement(logits, truth, multi_label=subject.classifier.multi_label).double().mean()
+    ), "agreement"
 
 
 def _match(model: Classifier, subject: Subject) -> dict[str, dict[str, float]]:

@@ -118,7 +118,7 @@ def loss_of_predictions(
     taught = predict(copy_model(teacher, attacker.device), attacker, indices)
 
     def loss_of(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
-        return prediction_loss(model(images), taught[rows], labels, multi_label=attacker.multi_label).mean()
+        return prediction_loss(model(images), taught[rows], labels, multi_label=teacher.multi_label).mean()
 
     return loss_of
 
