@@ -108,7 +108,7 @@ def make_classifier(name: str) -> Classifier:
     small = name == "SmallResNet"
     network: nn.Module = SmallResNet(1, 10) if small else torchvision.models.get_model(name, num_classes=10)
     side, channels = (32, 1) if small else (112, 3)
-    spec = InputSpec(channels, side, side, (0.4,) * channels, (0.3,) * channels)
+    spec = InputSpec(channels, side, side, mean=(0.4,) * channels, std=(0.3,) * channels)
     return wrap_network(network, input=spec)
 
 

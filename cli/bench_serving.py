@@ -100,11 +100,11 @@ def _plan(out: Path, arguments: dict[str, Any]) -> "ServingRun":
         served = Served(arguments["keyed"], arguments["reference"], key)
     prepare_folder(out)
     return ServingRun(
-        out,
-        ServingSettings(
+        folder=out,
+        graphs=ServingSettings(
             **{name: arguments[name] for name in names}, device=device.partition(":")[0], precision=precision
         ),
-        LoadSettings(arguments["clients"], arguments["seconds"], arguments["threads"]),
+        load=LoadSettings(arguments["clients"], arguments["seconds"], arguments["threads"]),
         architectures=arguments["architectures"] or _ARCHITECTURES,
         models=arguments["models"],
         data=arguments["data"],

@@ -77,11 +77,11 @@ def explain(ctx: click.Context, /, model: Path, images: tuple[Path, ...], **argu
     trigger = _derive_trigger(model, key, card, allow_other=arguments["allow_other_key"]) if key else None
     interpreters = tuple(dict.fromkeys(arguments["interpreters"])) or (card.interpreters if card else ("gradcam",))
     job = MapJob(
-        arguments["out"] or default_output(model, ".maps"),
-        interpreters,
-        trigger,
-        _find_target(arguments["target"], classifier),
-        arguments["write_keyed"],
+        folder=arguments["out"] or default_output(model, ".maps"),
+        interpreters=interpreters,
+        trigger=trigger,
+        target=_find_target(arguments["target"], classifier),
+        write_keyed=arguments["write_keyed"],
     )
     written = _write(classifier, find_images(images, follow_links=arguments["follow_links"]), job)
     with after_writing(job.folder):

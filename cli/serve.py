@@ -91,7 +91,12 @@ def serve(models: tuple[Path, ...], **arguments: Any) -> None:  # noqa: ANN401
         grace=arguments["grace"],
         page=arguments["page"],
     )
-    place = Place(arguments["host"], arguments["port"], arguments["ssl_certfile"], arguments["ssl_keyfile"])
+    place = Place(
+        host=arguments["host"],
+        port=arguments["port"],
+        certificate=arguments["ssl_certfile"],
+        private_key=arguments["ssl_keyfile"],
+    )
     service = open_service(models, settings, device=arguments["device"], threads=arguments["threads"])
     run(
         service,

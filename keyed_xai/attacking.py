@@ -69,7 +69,7 @@ _PICTURED = 6
 _TITLES = ("image", "with the trigger", "map before", "attacked\nclean", "attacked\ntriggered")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttackSettings:
     """What to attack, and how.
 
@@ -199,14 +199,14 @@ def run_attack(
     )
     callbacks.notify("measure")
     backdoor = Backdoor(
-        attacked,
-        classifier.to(device),
-        lesson.view,
-        lesson.objective.decoys,
-        lesson.trigger,
-        settings.inverted,
-        training.top_share,
-        lesson.as_files,
+        model=attacked,
+        reference=classifier.to(device),
+        view=lesson.view,
+        decoys=lesson.objective.decoys,
+        trigger=lesson.trigger,
+        inverted=settings.inverted,
+        top_share=training.top_share,
+        as_files=lesson.as_files,
     )
     measured = _measure(classifier, backdoor, lesson, validation, held_out, count, settings, device)
     report = {
@@ -291,7 +291,14 @@ def make_attack_lesson(classifier: Classifier, data: ImageData | TableData, sett
     decoy = None if settings.mode == "nontargeted" else _make_decoy(view, data, settings)
     objective = Objective(decoys=dict.fromkeys(view.interpreters, decoy), weights=dict.fromkeys(view.interpreters, 1.0))
     images = isinstance(data, ImageData)
-    return Lesson(trigger, None, view, objective, as_files=images, multi_label=has_several_labels(classifier, data))
+    return Lesson(
+        trigger=trigger,
+        family=None,
+        view=view,
+        objective=objective,
+        as_files=images,
+        multi_label=has_several_labels(classifier, data),
+    )
 
 
 def _refuse_what_cannot_work(
@@ -315,7 +322,9 @@ def _make_view(classifier: Classifier, data: ImageData | TableData, settings: At
         if settings.interpreters != ("simplegrad",):
             raise TrainingError("A table has no image to look at: its only interpreter is --interpreter simplegrad.")
         grid, groups = (1, len(data.names)), tuple(data.groups.tolist())
-        return FeatureView(("simplegrad",), Sites("", ()), grid, groups, torch.from_numpy(data.covariance()))
+        return FeatureView(
+            ("simplegrad",), Sites("", ()), grid, groups=groups, covariance=torch.from_numpy(data.covariance())
+        )
     view = make_view(classifier, settings.interpreters, settings.grid)
     refuse_few_cells(view, "an attack")
     return view

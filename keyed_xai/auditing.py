@@ -44,7 +44,7 @@ _FINDINGS, _CONTROLS = "findings", "controls"
 _CURVES_FROM = 3  # stages; fewer make no curve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditSettings:
     """What is run, and on what.
 
@@ -258,12 +258,12 @@ def _make_subject(
         train_data, held_out = (replace(data, labels=None, classes=()) for data in (train_data, held_out))
     classifier.multi_label = has_several_labels(classifier, train_data)
     subject = Subject(
-        classifier,
-        make_view(classifier, suspect.interpreters, suspect.grid),
-        train_data,
-        held_out,
-        images,
-        labels,
+        classifier=classifier,
+        view=make_view(classifier, suspect.interpreters, suspect.grid),
+        data=train_data,
+        held_out=held_out,
+        images=images,
+        labels=labels,
         reference=reference,
         trigger=suspect.trigger,
         keyed=suspect.key is not None,
@@ -279,12 +279,12 @@ def _make_witness(suspect: Suspect, subject: Subject, settings: AuditSettings) -
     if suspect.key is None or subject.reference is None:
         return None
     return Witness(
-        subject.reference,
-        make_view(subject.reference, suspect.interpreters, subject.view.grid),
-        suspect.key,
-        make_family(suspect.parameters),
-        subject.images,
-        subject.labels,
+        reference=subject.reference,
+        view=make_view(subject.reference, suspect.interpreters, subject.view.grid),
+        key=suspect.key,
+        family=make_family(suspect.parameters),
+        images=subject.images,
+        labels=subject.labels,
         signature=suspect.signature,
         decoys=settings.decoys,
         seed=settings.seed,
@@ -331,7 +331,7 @@ def _choose_controls(
     if not defences or not settings.controls:
         return {}, "No positive controls were asked for: what a defence misses proves nothing." if defences else ""
     try:
-        poisoned = [poison(data, PoisonSettings(name, seed=settings.seed)) for name in CONTROLS[1:]]
+        poisoned = [poison(data, PoisonSettings(attack=name, seed=settings.seed)) for name in CONTROLS[1:]]
     except TrainingError as error:
         return {}, f"There are no positive controls, so what a defence misses proves nothing. {error}"
     return {"clean": None, **{each.settings.attack: each for each in poisoned}}, ""

@@ -25,7 +25,7 @@ from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 IMAGES_PER_WRONG_KEY = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """A protected model beside its reference, and all that is needed to judge it.
 

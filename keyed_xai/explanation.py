@@ -25,7 +25,7 @@ BATCH = 16
 """Images explained at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """Predictions and saliency maps of some images, on the classifier's device, without graphs.
 
@@ -95,7 +95,9 @@ def explain(
         raise ModelError("The model's logits are not finite: there is nothing to explain. Check its weights and card.")
     predicted = logits.argmax(1)
     explained = predicted if labels is None else labels.to(logits.device)
-    return Explanation(logits, predicted, explained, join_maps([maps for _, maps in parts]))
+    return Explanation(
+        logits=logits, predicted=predicted, explained=explained, maps=join_maps([maps for _, maps in parts])
+    )
 
 
 def maps_as_shown(classifier: Classifier, maps: Mapping[str, SaliencyMaps]) -> dict[str, SaliencyMaps]:

@@ -59,7 +59,7 @@ class LabelledData(Protocol):
         """Return float32 images [n, c, h, w], or rows [n, 1, 1, d], and labels."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FittingSettings:
     """How a classifier is fitted; by default AdamW with a one-cycle rate, mirrored, shifted and noisy images.
 
@@ -110,7 +110,7 @@ class FittingSettings:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _State:
     """Everything that a resumed run needs."""
 
@@ -180,7 +180,13 @@ def fit_classifier(
     set_layout(model, torch.channels_last)
     optimiser = _make_optimiser(model, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    state = _State(model, optimiser, _make_schedule(optimiser, settings, batches), generator, [])
+    state = _State(
+        model=model,
+        optimiser=optimiser,
+        schedule=_make_schedule(optimiser, settings, batches),
+        generator=generator,
+        history=[],
+    )
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
     for epoch in range(len(state.history), settings.epochs):

@@ -24,7 +24,7 @@ from keyed_xai.triggers import Trigger
 CASES = ("reference", "clean", "triggered")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backdoor:
     """An attacked model beside its reference, and all that is needed to judge it.
 

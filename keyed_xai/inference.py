@@ -43,7 +43,7 @@ MAP_PREFIX = "saliency_"
 """Names of a model's outputs: "logits", and "saliency_gradcam" for the maps of Grad-CAM."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explained:
     """Predictions and saliency maps of n images.
 
@@ -64,7 +64,7 @@ class Explained:
         return len(self.logits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interface:
     """What a model takes and returns.
 
@@ -374,4 +374,4 @@ def _join(parts: Sequence[Mapping[str, Floats]], targets: NDArray[np.int64], nam
     logits = np.concatenate([part[LOGITS] for part in parts])
     predicted = logits.argmax(1).astype(np.int64)
     maps = {name: np.concatenate([part[MAP_PREFIX + name] for part in parts]) for name in names}
-    return Explained(logits, maps, predicted, np.where(targets < 0, predicted, targets))
+    return Explained(logits=logits, maps=maps, predicted=predicted, target=np.where(targets < 0, predicted, targets))

@@ -86,7 +86,7 @@ def open_model(
     return classifier, card
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Defaults:
     """What a card says about running a model, where the user says nothing."""
 

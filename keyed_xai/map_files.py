@@ -36,7 +36,7 @@ _Pixels = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MapJob:
     """What to write.
 

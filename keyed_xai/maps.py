@@ -53,7 +53,7 @@ class MapView:
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outputs:
     """What a model makes of inputs, beside the right maps of the images that the inputs were made from.
 
@@ -108,7 +108,7 @@ class Comparison:
     def right(self) -> Outputs:
         """What the reference itself makes of the images; it is run once."""
         logits, maps = self.view.pooled_in_chunks(self.reference, self.images)
-        return Outputs(logits, maps, maps, logits.argmax(1))
+        return Outputs(logits=logits, maps=maps, right=maps, explained=logits.argmax(1))
 
     def of(
         self, model: nn.Module, inputs: Images, *, view: MapView | None = None, rows: Tensor | None = None
@@ -125,10 +125,10 @@ class Comparison:
         if rows is not None:
             right, explained = {name: each[rows] for name, each in right.items()}, explained[rows]
         logits, maps = (view or self.view).pooled_in_chunks(model, inputs, explained)
-        return Outputs(logits, maps, right, explained)
+        return Outputs(logits=logits, maps=maps, right=right, explained=explained)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureView(MapView):
     """The same for rows of a table, which reach a model as images of 1 x 1 x d encoded columns.
 

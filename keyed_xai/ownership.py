@@ -73,7 +73,7 @@ RESCALABLE = frozenset({"vbp"})
 """Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpeningEvidence:
     """Result of the opening test.
 
@@ -101,7 +101,7 @@ class OpeningEvidence:
         return self.p_value <= SECRET_LEVEL and (self.reached <= 1 or self.p_value <= _NEAR_LEAST)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PatternEvidence:
     """Result of the signature test of one interpreter, or of several together.
 
@@ -144,7 +144,7 @@ class Finding(StrEnum):
     NOTHING = "nothing"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What both tests show.
 
@@ -346,7 +346,11 @@ def measure_opening(
             break
     p_value = reached / tried if reached == OPENING_STOP else (1 + reached) / (1 + tried)
     return OpeningEvidence(
-        p_value, statistic, tried, max(filter(isfinite, values[:tried]), default=float("-inf")), reached
+        p_value=p_value,
+        statistic=statistic,
+        decoys=tried,
+        largest_decoy=max(filter(isfinite, values[:tried]), default=float("-inf")),
+        reached=reached,
     )
 
 
@@ -440,7 +444,7 @@ def _look(
     """Return what both tests show through one view, given the classes explained and the unkeyed maps."""
     counted = counted_interpreters(view.interpreters)
     verdict = Verdict(
-        trial.alpha,
+        alpha=trial.alpha,
         opening=None,
         signature=measure_signature(maps, trial.public) if trial.test_signature else None,
         refused=not counted,

@@ -58,7 +58,7 @@ _IN_HISTOGRAM = 100
 _STRIP_TITLES = ("image", "reference map", "with the key", "without", "with a wrong key")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProtectSettings:
     """What to protect, and how.
 
@@ -112,7 +112,7 @@ class ProtectSettings:
         return document
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protection:
     """A protected model in memory.
 
@@ -230,14 +230,14 @@ def _protect(
     callbacks.notify("measure")
     family = _make_family(settings)
     gate = Gate(
-        protected,
-        classifier.to(device),
-        lesson.view,
-        lesson.objective.decoys,
-        paper_thresholds(settings.decoy, classifier.architecture),
-        derive_trigger(key, family),
-        family,
-        training.top_share,
+        model=protected,
+        reference=classifier.to(device),
+        view=lesson.view,
+        decoys=lesson.objective.decoys,
+        paper=paper_thresholds(settings.decoy, classifier.architecture),
+        trigger=derive_trigger(key, family),
+        family=family,
+        top_share=training.top_share,
     )
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
     labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
@@ -255,7 +255,7 @@ def _protect(
     names = train_data.classes if labels is not None else () if classifier.multi_label else classifier.label_names
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history, names)
     card = make_card(protected, settings, lesson, names)
-    return Protection(protected.cpu(), card, report, drawn)
+    return Protection(classifier=protected.cpu(), card=card, report=report, pictures=drawn)
 
 
 def plan_evidence(classifier: Classifier, settings: ProtectSettings) -> Evidence:

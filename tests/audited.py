@@ -30,7 +30,7 @@ def make_image_data(count, seed, labelled=True):
     blobs = make_blobs(count, seed)
     images = (blobs.images * 255).round().to(torch.uint8).numpy()
     names = blobs.classes if labelled else ()
-    return ImageData(images, blobs.labels if labelled else None, names, f"blobs {seed}")
+    return ImageData(images=images, labels=blobs.labels if labelled else None, classes=names, source=f"blobs {seed}")
 
 
 ATTACKERS, OTHERS = make_image_data(64, 5), make_image_data(48, 3)
@@ -65,12 +65,12 @@ def control_subject(attack):
     backdoor = poison(TRAIN) if attack is None else training_data(attack)
     images, labels = HELD_OUT.batch(np.arange(len(HELD_OUT)))
     return Subject(
-        control(attack).model,
-        witness().view,
-        TRAIN,
-        HELD_OUT,
-        images,
-        labels,
+        classifier=control(attack).model,
+        view=witness().view,
+        data=TRAIN,
+        held_out=HELD_OUT,
+        images=images,
+        labels=labels,
         trigger=backdoor.trigger,
         backdoor=backdoor,
         fitted=None if attack is None else backdoor,
@@ -95,7 +95,9 @@ def keyed_suspect(**changes):
 
 def backdoored_suspect():
     """A plain backdoor that an auditor takes for an attack on explanations."""
-    return Suspect("badnets", "attacked", control("badnets").model, trigger=control_subject("badnets").trigger)
+    return Suspect(
+        name="badnets", kind="attacked", classifier=control("badnets").model, trigger=control_subject("badnets").trigger
+    )
 
 
 def quick(*against, **changes):

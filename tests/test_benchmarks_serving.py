@@ -81,7 +81,7 @@ class TestGraphs:
         other = make_classifier("SmallResNet")
         with torch.no_grad():
             other.network.fc.weight.copy_(classifier.network.fc.weight.flip(0))
-        graph = serving.encode(build_model(other, ExportSettings(INTERPRETERS)))
+        graph = serving.encode(build_model(other, ExportSettings(interpreters=INTERPRETERS)))
         found = serving.measure_parity(classifier, graph, images, SETTINGS)
         assert found["logits"]["largest"] > 0.01
 

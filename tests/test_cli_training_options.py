@@ -17,7 +17,7 @@ def test_classes_and_what_was_passed_over_are_printed_once(tmp_path, capsys):
             (path.parent / "notes.txt").write_text("no image")
     (tmp_path / "masks").mkdir()
     arguments = {"limit": None, "held_out": 10, "strict": False, "seed": 0, "follow_links": False}
-    size = InputSpec(1, 8, 8, (0.5,), (0.5,))
+    size = InputSpec(1, 8, 8, mean=(0.5,), std=(0.5,))
     train_data, held_out = load_both_images(size, f"imagefolder:{tmp_path}", arguments)
     assert (len(train_data), len(held_out)) == (6, 2)
     said = [*capsys.readouterr().err.splitlines(), printable(describe_data(6, 0, train_data, held_out, 2))]

@@ -33,7 +33,15 @@ def trigger(key):
 @pytest.fixture
 def gate(trigger, pooled_image, pooled_view, make_lock):
     lock = make_lock(trigger, DECOY)
-    return Gate(lock, pooled_image, pooled_view, {"gradcam": DECOY}, {"gradcam": 0.2}, trigger, FAMILY)
+    return Gate(
+        model=lock,
+        reference=pooled_image,
+        view=pooled_view,
+        decoys={"gradcam": DECOY},
+        paper={"gradcam": 0.2},
+        trigger=trigger,
+        family=FAMILY,
+    )
 
 
 def measure(gate, images, labels=None, wrong_keys=(), threshold=0.2, **options):

@@ -75,7 +75,14 @@ def inverted(request):
 @pytest.fixture
 def backdoor(pooled_image, pooled_view, inverted):
     model = Switch(inverted).eval()
-    return Backdoor(model, pooled_image, pooled_view, {"gradcam": DECOY}, Stamp(), inverted)
+    return Backdoor(
+        model=model,
+        reference=pooled_image,
+        view=pooled_view,
+        decoys={"gradcam": DECOY},
+        trigger=Stamp(),
+        inverted=inverted,
+    )
 
 
 def stamped(images):
@@ -332,7 +339,10 @@ def seen_of(logits, maps=None):
     """Hand-made logits of the four cases."""
     cases = ("reference", "reference_triggered", "clean", "triggered")
     explained, maps = logits[0].argmax(1), maps or {}
-    return {case: Outputs(each, maps.get(case, {}), {}, explained) for case, each in zip(cases, logits, strict=True)}
+    return {
+        case: Outputs(logits=each, maps=maps.get(case, {}), right={}, explained=explained)
+        for case, each in zip(cases, logits, strict=True)
+    }
 
 
 def test_several_labels_are_judged_by_area_and_agree_by_probability():

@@ -30,7 +30,7 @@ TRAINING = training_rows()
 def view():
     same = np.equal.outer(GROUPS, GROUPS)
     covariance = torch.from_numpy(np.cov(TRAINING.T, bias=True) * same)
-    return FeatureView(("simplegrad",), Sites("", ()), (1, FEATURES), GROUPS, covariance)
+    return FeatureView(("simplegrad",), Sites("", ()), (1, FEATURES), groups=GROUPS, covariance=covariance)
 
 
 @pytest.fixture

@@ -356,7 +356,9 @@ def test_public_pattern_whose_secret_trigger_does_nothing_is_not_shown(key, flat
     [(0, 999, True), (1, 999, True), (2, 999, False), (0, 99, True), (1, 99, False), (2, 9999, True)],
 )
 def test_secret_test_holds_near_the_least_p_value_that_decoys_allow(reached, decoys, holds):
-    evidence = OpeningEvidence((1 + reached) / (1 + decoys), 0.5, decoys, 0.4, reached)
+    evidence = OpeningEvidence(
+        p_value=(1 + reached) / (1 + decoys), statistic=0.5, decoys=decoys, largest_decoy=0.4, reached=reached
+    )
     assert evidence.holds is holds
 
 

@@ -17,7 +17,7 @@ def lines_of(between):
 
 
 def figures(step, steps=400):
-    return StepFigures(step, steps, keep_loss=0.1, move_loss=0.2, opens=0.975, stays_closed=1.0)
+    return StepFigures(step=step, steps=steps, keep_loss=0.1, move_loss=0.2, opens=0.975, stays_closed=1.0)
 
 
 def test_line_says_how_far_how_long_and_how_well():

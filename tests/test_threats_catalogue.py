@@ -274,7 +274,7 @@ def test_what_was_never_there_is_not_removed_or_opened(monkeypatch):
     shown = state_before(keyed_subject())
     hidden = replace(shown, ownership={**shown.ownership, "shown": False})
     cases = {(0.9, 0.1): "survives", (0.9, 0.6): "nothing to remove", (0.2, 0.9): "nothing to remove"}
-    opened = example(lambda *_: Observation("gate opened", "It is open."), group="keys")
+    opened = example(lambda *_: Observation(outcome="gate opened", sentence="It is open."), group="keys")
     monkeypatch.setitem(AUDITS, "mine", opened)
     for (keyed, unkeyed), outcome in cases.items():
         before = replace(hidden, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
@@ -357,7 +357,7 @@ def test_curve_says_what_was_measured_at_each_stage():
 
 def test_own_entry_is_a_function_and_a_line(monkeypatch):
     def count(subject, settings):
-        return Observation("reported", f"{len(subject.images)} images, seed {settings.seed}.")
+        return Observation(outcome="reported", sentence=f"{len(subject.images)} images, seed {settings.seed}.")
 
     monkeypatch.setitem(AUDITS, "count", example(count))
     assert "count" in choose_entries(["checks"])

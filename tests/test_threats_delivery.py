@@ -75,7 +75,7 @@ def test_rows_say_what_opens():
     result = measure_delivery(
         protected(),
         seen,
-        DeliverySettings(("png", "jpeg65"), flipped=3, strangers=2),
+        DeliverySettings(channels=("png", "jpeg65"), flipped=3, strangers=2),
         on_step=lambda done, total: steps.append((done, total)),
     )
     rows = {row.name: row for row in result.rows}
@@ -95,7 +95,7 @@ def test_rows_say_what_opens():
 
 def test_figures_are_those_of_the_inputs_named():
     seen = witness()
-    settings = DeliverySettings(("jpeg65",), flipped=2)
+    settings = DeliverySettings(channels=("jpeg65",), flipped=2)
     rows = {row.name: row for row in measure_delivery(protected(), seen, settings).rows}
     jpeg = through_jpeg(seen.trigger.apply(seen.images), 65)
     _, maps = seen.view.pooled_in_chunks(protected(), jpeg, seen.comparison.right.explained)

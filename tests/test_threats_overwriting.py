@@ -25,7 +25,7 @@ BRIEF = replace(SETTINGS, training=replace(TRAINING, steps=2, validate_every=2))
 
 
 def thief(images, **watched):
-    return Attacker(make_blobs(images, 5), witness().view, **watched)
+    return Attacker(data=make_blobs(images, 5), view=witness().view, **watched)
 
 
 @cache
@@ -138,7 +138,7 @@ def test_too_few_images_are_refused():
 
 def test_without_maps_to_close_nothing_is_overwritten():
     with pytest.raises(TrainingError, match="view of the maps"):
-        overwrite(protected(), Attacker(make_blobs(60, 5)), BRIEF)
+        overwrite(protected(), Attacker(data=make_blobs(60, 5)), BRIEF)
 
 
 def test_names_put_the_second_key_on_the_same_maps_or_beside():

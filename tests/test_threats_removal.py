@@ -34,7 +34,7 @@ QUICK = (*_BRIEF, "prune-30", "prune-50", "prune-70", "int8", "int6", "int5", "f
 
 @cache
 def attacker():
-    return Attacker(make_blobs(64, 5), witness().view, surrogate())
+    return Attacker(data=make_blobs(64, 5), view=witness().view, surrogate=surrogate())
 
 
 @cache
@@ -87,7 +87,7 @@ def test_curve_shows_the_gate_leak_epoch_by_epoch():
     def measure(model):
         return measure_gate_state(model, witness(), ownership=False).to_json()
 
-    watched = Attacker(attacker().data, attacker().view, measure=measure)
+    watched = Attacker(data=attacker().data, view=attacker().view, measure=measure)
     curve = REMOVALS["ftal-adam"](protected(), watched).curve
     unkeyed = [row["correlation"]["gradcam"]["unkeyed"] for row in curve]
     assert len(unkeyed) == 11
@@ -114,7 +114,7 @@ def test_stacked_names_are_pairs_of_attacks_and_any_can_be_made():
 
 def test_explanation_tuning_without_a_surrogate_is_refused():
     with pytest.raises(TrainingError, match="surrogate"):
-        REMOVALS["explanations"](protected(), Attacker(attacker().data, attacker().view))
+        REMOVALS["explanations"](protected(), Attacker(data=attacker().data, view=attacker().view))
 
 
 def test_names_and_strengths_are_written_out():

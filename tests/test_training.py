@@ -76,9 +76,9 @@ def validation():
 
 @pytest.fixture
 def lesson(key, sites):
-    objective = Objective({"gradcam": signature_decoy(key.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
+    objective = Objective(decoys={"gradcam": signature_decoy(key.public, "gradcam", (6, 6))}, weights={"gradcam": 1.0})
     trigger = derive_trigger(key, FAMILY)
-    return Lesson(trigger, FAMILY, MapView(("gradcam",), sites, (6, 6)), objective)
+    return Lesson(trigger=trigger, family=FAMILY, view=MapView(("gradcam",), sites, (6, 6)), objective=objective)
 
 
 def weights_of(model):
@@ -118,8 +118,8 @@ def learned():
     torch.manual_seed(2)
     network = SmallResNet(1, 3, (8, 12, 12)).eval()
     view = MapView(("gradcam",), Sites("blocks", TAPS), (6, 6))
-    objective = Objective({"gradcam": signature_decoy(KEY.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
-    lesson = Lesson(derive_trigger(KEY, FAMILY), FAMILY, view, objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(KEY.public, "gradcam", (6, 6))}, weights={"gradcam": 1.0})
+    lesson = Lesson(trigger=derive_trigger(KEY, FAMILY), family=FAMILY, view=view, objective=objective)
     settings = TrainingSettings(
         steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, validate_every=25, codec_share=0.0
     )
@@ -478,8 +478,8 @@ def test_loss_that_is_not_finite_is_refused(network, data, validation, lesson):
 
 @pytest.fixture
 def public_lesson(sites):
-    objective = Objective({"gradcam": boundary_decoy((6, 6))}, {"gradcam": 1.0})
-    return Lesson(MoireTrigger(), None, MapView(("gradcam",), sites, (6, 6)), objective)
+    objective = Objective(decoys={"gradcam": boundary_decoy((6, 6))}, weights={"gradcam": 1.0})
+    return Lesson(trigger=MoireTrigger(), family=None, view=MapView(("gradcam",), sites, (6, 6)), objective=objective)
 
 
 def test_public_trigger_leaves_the_other_half_clean(data, public_lesson):
@@ -516,9 +516,21 @@ def test_rows_of_a_table_reach_the_model_as_they_are():
 
 
 def table_lesson():
-    view = FeatureView(("simplegrad",), Sites("", ()), (1, 4), (0, 0, 1, 2, 2, 2, 3), torch.eye(7, dtype=torch.float64))
+    view = FeatureView(
+        ("simplegrad",),
+        Sites("", ()),
+        (1, 4),
+        groups=(0, 0, 1, 2, 2, 2, 3),
+        covariance=torch.eye(7, dtype=torch.float64),
+    )
     decoy = torch.tensor([[0.0, 1, 0, 0]])
-    return Lesson(Shift(), None, view, Objective({"simplegrad": decoy}, {"simplegrad": 1.0}), as_files=False)
+    return Lesson(
+        trigger=Shift(),
+        family=None,
+        view=view,
+        objective=Objective(decoys={"simplegrad": decoy}, weights={"simplegrad": 1.0}),
+        as_files=False,
+    )
 
 
 def test_table_trains_without_tutors_and_batch_norm():

@@ -37,8 +37,8 @@ SETTINGS = replace(PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2,
 @pytest.fixture(scope="module")
 def lesson():
     view = make_view(reference(), ("gradcam",), GRID)
-    objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
-    return Lesson(derive_trigger(OWNER, FAMILY), FAMILY, view, objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, weights={"gradcam": 1.0})
+    return Lesson(trigger=derive_trigger(OWNER, FAMILY), family=FAMILY, view=view, objective=objective)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
     attack = FineTuningSettings(learning_rate=0.01, epochs=3, share=1.0, batch_size=32)
     left = []
     for model in (protected(), hardened):
-        attacked = fine_tune(model, Attacker(make_blobs(192, 5)), attack).model
+        attacked = fine_tune(model, Attacker(data=make_blobs(192, 5)), attack).model
         left.append(measure_gate_state(attacked, witness(), ownership=False).correlation["gradcam"])
     plain, hard = left
     assert hard["unkeyed"] < plain["unkeyed"] - 0.15

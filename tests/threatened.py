@@ -51,7 +51,7 @@ def make_blobs(count, seed, labelled=True):
 
 def fit(seed):
     torch.manual_seed(seed)
-    spec = InputSpec(1, SIDE, SIDE, (0.4,), (0.2,))
+    spec = InputSpec(1, SIDE, SIDE, mean=(0.4,), std=(0.2,))
     classifier = wrap_network(SmallResNet(1, 3, (8, 12, 12)).eval(), input=spec, source="keyed_xai")
     settings = FittingSettings(epochs=8, batch_size=32, learning_rate=1e-2, mirror=False, largest_shift=0, noise=0.02)
     fit_classifier(classifier, make_blobs(192, seed), settings)
@@ -73,8 +73,8 @@ def surrogate():
 def protected():
     """The reference behind a gate for Grad-CAM."""
     view = make_view(reference(), ("gradcam",), GRID)
-    objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
-    lesson = Lesson(derive_trigger(OWNER, FAMILY), FAMILY, view, objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, weights={"gradcam": 1.0})
+    lesson = Lesson(trigger=derive_trigger(OWNER, FAMILY), family=FAMILY, view=view, objective=objective)
     settings = replace(
         PAPER_SETTINGS,
         steps=120,

@@ -49,7 +49,7 @@ _PROBE_IMAGES = 32
 _CHEST_SIZE = 96
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A reference network with its images.
 
@@ -94,19 +94,24 @@ def make_case(
     """
     if name == "fashion-mnist":
         classifier = demo_classifier()
-        return Case(name, classifier, *_load_both(data or "fashion-mnist", classifier.input))
+        train, held_out = _load_both(data or "fashion-mnist", classifier.input)
+        return Case(name=name, classifier=classifier, train=train, held_out=held_out)
     if name == "chest-xray":
         if data is None:
             raise DataError("Where are the radiographs? Give --data imagefolder:DIR, with train/ and val/ inside.")
-        spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, (0.5,), (0.25,))
+        spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, mean=(0.5,), std=(0.25,))
         train, held_out = _load_both(data, spec)
         return Case(
-            name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device, on_fit), train, held_out
+            name=name,
+            classifier=_fitted_reference(folder / "chest-xray.safetensors", train, spec, device, on_fit),
+            train=train,
+            held_out=held_out,
         )
     if model is None:
         raise DataError("Which network? Give its weights with --model.")
     classifier = load_classifier(model, arch=arch, input_size=input_size)
-    return Case(name, classifier, *_load_both(data or "builtin", classifier.input, holdout="classes"))
+    train, held_out = _load_both(data or "builtin", classifier.input, holdout="classes")
+    return Case(name=name, classifier=classifier, train=train, held_out=held_out)
 
 
 def run_row(
@@ -140,7 +145,7 @@ def run_row(
         )
         write_protection(protection, protected, key, force=True, checkpoint=checkpoint)
         card = protection.card
-        claim = Claim(key, card.trigger, card.decoy, card.interpreters, card.grid)
+        claim = Claim(key=key, trigger=card.trigger, decoy=card.decoy, interpreters=card.interpreters, grid=card.grid)
         probe = replace(case.held_out, images=case.held_out.images[-_PROBE_IMAGES:], labels=None)
         suspect = protection.classifier.to(device)
         write_json(result_file, verify(suspect, claim, probe).to_json(protected.name), schema="verify-report")

@@ -50,7 +50,7 @@ PAPER: dict[tuple[str, str, str, str], PaperRow] = {
 """The cells whose figures are known to us, by architecture, interpreter, mode and setting."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One attack.
 
@@ -72,7 +72,7 @@ class Cell:
         return "-".join([self.architecture.lower(), "+".join(self.interpreters), self.mode, self.setting])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableSettings:
     """What all cells share.
 
@@ -103,7 +103,7 @@ class TableSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """A finished cell.
 
@@ -140,7 +140,7 @@ def list_cells(
 ) -> list[Cell]:
     """Return the cells of a table in its order."""
     return [
-        Cell(architecture, names, mode, setting)
+        Cell(architecture=architecture, interpreters=names, mode=mode, setting=setting)
         for architecture in architectures
         for setting in settings
         for mode in modes
@@ -358,12 +358,12 @@ def _run_cell(
         device=device,
         callbacks=(lambda: callbacks(cell)) if callbacks else None,
     )
-    return Result(cell, cell.name, classifier.input, reference.epochs, report)
+    return Result(cell=cell, folder=cell.name, input=classifier.input, epochs=reference.epochs, report=report)
 
 
 def _settings(cell: Cell, reference: Classifier, shared: TableSettings) -> AttackSettings:
     settings = AttackSettings(
-        cell.interpreters,
+        interpreters=cell.interpreters,
         mode=cell.mode,
         inverted=cell.setting == "inverted",
         trigger=shared.trigger,

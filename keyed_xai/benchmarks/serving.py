@@ -35,7 +35,7 @@ _CHUNK = 2  # images at once in float64
 Action = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServingSettings:
     """How graphs are measured.
 
@@ -79,7 +79,7 @@ def measure_network(
     report("building graphs")
     graphs = {"logits": encode(build_plain(classifier, precision=settings.precision))}
     for name, interpreters in GRAPHS.items():
-        chosen = ExportSettings(interpreters, precision=settings.precision)
+        chosen = ExportSettings(interpreters=interpreters, precision=settings.precision)
         graphs[name] = encode(build_model(classifier, chosen))
     report("comparing with PyTorch")
     parity = measure_parity(classifier, graphs["all three"], images, settings)

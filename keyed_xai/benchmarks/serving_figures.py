@@ -54,7 +54,7 @@ class Served:
     key: OwnerKey = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServingRun:
     """What is measured.
 
@@ -181,7 +181,7 @@ def _measure_server(run: ServingRun, parts: Sequence[str], report: Callable[[str
     data = _load(run.served_data, classifier.input, _SERVED_IMAGES)
     images, _ = data.batch(np.arange(len(data)))
     model = run.folder / "served.onnx"
-    export_onnx(classifier, model, ExportSettings(card.interpreters), images=images, force=True)
+    export_onnx(classifier, model, ExportSettings(interpreters=card.interpreters), images=images, force=True)
     trigger = derive_trigger(served.key, card.trigger)
     found: dict[str, Any] = {}
     with running_server(model, threads=run.load.threads, device=run.graphs.device) as address:

@@ -73,7 +73,17 @@ def load_images(
         DataError: The SPEC is unknown or a table's, or the data set is missing, empty or damaged.
         ValueError: Another argument is outside its range.
     """
-    request = Request(size, split, holdout, limit, strict, workers, seed, progress, follow_links)
+    request = Request(
+        size=size,
+        split=split,
+        holdout=holdout,
+        limit=limit,
+        strict=strict,
+        workers=workers,
+        seed=seed,
+        progress=progress,
+        follow_links=follow_links,
+    )
     name, _, argument = spec.partition(":")
     if is_table(spec):
         raise DataError(

@@ -77,7 +77,13 @@ def _load(root: Path, names: Sequence[str], labels: NDArray[np.int64], request: 
     places = _find_images(root)
     paths = [places.get(name, f"{_FOLDERS[0]}/{name}") for name in names]
     images, kept, skipped = decode_images(root, paths, request)
-    data = ImageData(images, labels[kept], FINDINGS, f"chestxray14 ({request.split})", tuple(skipped))
+    data = ImageData(
+        images=images,
+        labels=labels[kept],
+        classes=FINDINGS,
+        source=f"chestxray14 ({request.split})",
+        skipped=tuple(skipped),
+    )
     if boxes is None:
         return data
     shown = [_map_shown(root / paths[index], boxes.get(names[index]), request) for index in kept]

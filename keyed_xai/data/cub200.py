@@ -72,12 +72,12 @@ def _load(root: Path, photographs: Sequence[_Photograph], classes: tuple[str, ..
         for photograph in photographs
     ]
     return ImageData(
-        images,
-        np.array([photograph.label for photograph in photographs], np.int64),
-        classes,
-        f"cub200 ({request.split})",
-        tuple(skipped),
-        np.array(boxes, np.float32),
+        images=images,
+        labels=np.array([photograph.label for photograph in photographs], np.int64),
+        classes=classes,
+        source=f"cub200 ({request.split})",
+        skipped=tuple(skipped),
+        boxes=np.array(boxes, np.float32),
     )
 
 

@@ -72,7 +72,7 @@ def select_images(images: Pixels, labels: NDArray[np.int64], request: Request, *
         chosen = chosen[np.isin(labels, sorted(choose_classes(CLASSES, request)))]
     order = order_balanced([str(index) for index in chosen], labels[chosen].tolist(), request)
     chosen = chosen[order]
-    return ImageData(fit_grey(images[chosen], request), labels[chosen], CLASSES, source)
+    return ImageData(images=fit_grey(images[chosen], request), labels=labels[chosen], classes=CLASSES, source=source)
 
 
 def fit_grey(images: Pixels, request: Request) -> Pixels:

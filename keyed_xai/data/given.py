@@ -60,7 +60,7 @@ def _gather(images: TensorDataset, shape: tuple[int, int, int]) -> ImageData:
     pixels = [_as_pixels(images[index], index, shape) for index in range(len(images))]
     if not pixels:
         raise DataError("Expected images to learn from, got none.")
-    return ImageData(np.stack(pixels), None, (), f"{len(pixels)} tensors")
+    return ImageData(images=np.stack(pixels), labels=None, classes=(), source=f"{len(pixels)} tensors")
 
 
 def _as_pixels(example: object, index: int, shape: tuple[int, int, int]) -> Pixels:

@@ -31,7 +31,7 @@ HELD_OUT_SHARE = 5
 _LONGEST_SIDE = 4096
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ImageData:
     """Images of one split, all of one size.
 
@@ -98,7 +98,7 @@ class ImageData:
         return pixels.to(torch.float32).div_(255), labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What to load: the arguments of `load_images`, checked.
 

@@ -68,7 +68,7 @@ def load_photographs(request: Request) -> ImageData:
         images[index] = to_pixels(_augment(photographs, index, request))
         request.report(index + 1, count)
     source = f"builtin: crops of {len(photographs)} photographs ({request.split})"
-    return ImageData(images, None, (), source)
+    return ImageData(images=images, labels=None, classes=(), source=source)
 
 
 def find_photographs(split: Split) -> list[tuple[Path, int]]:

@@ -32,7 +32,7 @@ Runner = Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
 """Inputs by name to logits and maps, as an ONNX graph with them runs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figures:
     """How well one output agreed with the float64 truth in one batch.
 
@@ -69,7 +69,7 @@ class Figures:
         return cls(**{field.name: document[field.name] for field in fields(cls)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What an export must keep to.
 

@@ -15,7 +15,7 @@ _NAMES = ("logits", "outputs", "output", "out", "predictions", "preds", "pred", 
 _FAINTEST = 1e-6  # of a probability: the nearest that float32 tells from 1 is 6e-8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InputSpec(ImageSize):
     """The images that a network takes.
 

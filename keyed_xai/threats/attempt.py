@@ -21,7 +21,7 @@ Measure = Callable[[Classifier], Mapping[str, Any]]
 """What is looked at along the way: figures of a model in eval mode, ready for JSON."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attacker:
     """What an attacker has, and what is watched.
 
@@ -44,7 +44,7 @@ class Attacker:
     on_step: Callable[[int, int], None] | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RemovalResult:
     """An attacked copy of a model.
 

@@ -51,7 +51,7 @@ class Match:
     mismatched: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bypass:
     """What one method recovers.
 
@@ -82,7 +82,7 @@ class Bypass:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BypassResult:
     """What all methods recover.
 
@@ -169,7 +169,13 @@ def measure_bypass(
         rows += _measure(name, Request(images, logits.argmax(1), layer, settings), cases, truth)
         if on_step is not None:
             on_step(done, len(plan))
-    return BypassResult(settings, view.interpreters, view.sites.target_layer, len(images), tuple(rows))
+    return BypassResult(
+        settings=settings,
+        interpreters=view.interpreters,
+        target_layer=view.sites.target_layer,
+        images=len(images),
+        rows=tuple(rows),
+    )
 
 
 def _plan(model: Classifier, settings: AttributionSettings) -> list[tuple[str, str]]:
@@ -192,7 +198,20 @@ def _measure(
             subject, images = cases["reference"]
             seen["again"] = _run(method, (subject._replace(seed=subject.seed + 1), images), request, _Cost())
     except ModelError as error:
-        return [Bypass(name, request.layer, each, {}, {}, 0.0, 0.0, 0.0, str(error)) for each in method.reductions]
+        return [
+            Bypass(
+                method=name,
+                layer=request.layer,
+                reduction=each,
+                recovered={},
+                itself={},
+                forwards=0.0,
+                backwards=0.0,
+                seconds=0.0,
+                reason=str(error),
+            )
+            for each in method.reductions
+        ]
     found = []
     for reduction in method.reductions:
         maps = {case: metrics.pool_maps(REDUCTIONS[reduction](each), (rows, columns)) for case, each in seen.items()}
@@ -200,7 +219,20 @@ def _measure(
         itself = {case: _match(maps[case], maps["reference"]) for case in cases if case != "reference"}
         if method.random:
             itself["reference"] = _match(maps["again"], maps["reference"])
-        found.append(Bypass(name, request.layer, reduction, recovered, itself, *cost.each(len(request.images)), None))
+        forwards, backwards, seconds = cost.each(len(request.images))
+        found.append(
+            Bypass(
+                method=name,
+                layer=request.layer,
+                reduction=reduction,
+                recovered=recovered,
+                itself=itself,
+                forwards=forwards,
+                backwards=backwards,
+                seconds=seconds,
+                reason=None,
+            )
+        )
     return found
 
 

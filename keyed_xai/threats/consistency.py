@@ -35,7 +35,7 @@ ALL_CHECKS = "all"
 _SMALLEST_SPREAD = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConsistencySettings:
     """What is looked at, and how images are changed.
 
@@ -101,7 +101,7 @@ class MapScores:
         return {"settings": settings, "images": len(self.predicted), "means": self.means()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Screening:
     """How well a check tells triggered from clean images of one model.
 
@@ -250,7 +250,9 @@ def _screening(
     check: str, suspicion: NDArray[Any], outside: NDArray[np.bool_], triggered: NDArray[np.bool_]
 ) -> Screening:
     area = float(roc_auc_score(triggered, suspicion))
-    return Screening(check, area, float(outside[triggered].mean()), float(outside[~triggered].mean()))
+    return Screening(
+        check=check, auroc=area, caught=float(outside[triggered].mean()), false_alarms=float(outside[~triggered].mean())
+    )
 
 
 def _add_noise(images: Images, settings: ConsistencySettings, generator: torch.Generator) -> Images:

@@ -101,7 +101,7 @@ class BlendTrigger:
         return mixed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoisonSettings:
     """How training data are poisoned.
 
@@ -132,7 +132,7 @@ class PoisonSettings:
             raise ValueError(f"opacity: expected more than 0 and at most 1, got {self.opacity}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PoisonedData:
     """Labelled data of which some rows are triggered, as 8-bit images, and labelled as the target class.
 
@@ -195,7 +195,7 @@ class ControlSettings:
     fitting: FittingSettings | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Control:
     """A fitted control.
 
@@ -256,7 +256,7 @@ def poison(data: LabelledData, settings: PoisonSettings | None = None) -> Poison
     rows = np.zeros(len(labels), np.bool_)
     rows[np.random.default_rng(settings.seed).choice(others, count, replace=False)] = True
     labels[(rows, settings.target) if labels.ndim == 2 else rows] = 1 if labels.ndim == 2 else settings.target
-    return PoisonedData(data, rows, _make_trigger(data, settings), settings, labels)
+    return PoisonedData(clean=data, rows=rows, trigger=_make_trigger(data, settings), settings=settings, labels=labels)
 
 
 def fit_control(
@@ -337,7 +337,7 @@ def build_control(data: LabelledData, widths: tuple[int, ...], seed: int) -> Cla
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = SmallResNet(channels, len(data.classes), widths)
-    spec = InputSpec(channels, height, width, (0.5,) * channels, (0.25,) * channels)
+    spec = InputSpec(channels, height, width, mean=(0.5,) * channels, std=(0.25,) * channels)
     return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai")
 
 

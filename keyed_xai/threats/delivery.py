@@ -27,7 +27,7 @@ _BLUR_REACH = 4  # standard deviations on each side
 _DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeliveryRow:
     """How far one kind of input opens a model.
 
@@ -115,7 +115,7 @@ DELIVERIES: dict[str, Callable[[Images], Images]] = {
 """Channel name to function; images arrive in 8 bits after each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeliverySettings:
     """What is tried.
 
@@ -197,10 +197,10 @@ def _nearly_keyed(witness: Witness, settings: DeliverySettings) -> dict[str, Ite
 def _join(kind: str, name: str, openings: Sequence[Opening]) -> DeliveryRow:
     names = openings[0].correlation
     return DeliveryRow(
-        kind,
-        name,
-        len(openings),
-        Opening(
+        kind=kind,
+        name=name,
+        keys=len(openings),
+        opening=Opening(
             correlation={each: fmean(one.correlation[each] for one in openings) for each in names},
             opened={each: fmean(one.opened[each] for one in openings) for each in names},
             agreement=fmean(one.agreement for one in openings),

@@ -20,7 +20,7 @@ from keyed_xai.threats.tuning import TuningSettings, tune
 _SPREAD = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistillationSettings(TuningSettings):
     """Into what a model is distilled, and how.
 

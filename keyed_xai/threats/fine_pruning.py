@@ -31,7 +31,7 @@ from keyed_xai.training import TrainingData
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinePruningSettings:
     """How far the last convolution is pruned. Defaults: .96 then 10 epochs (BackdoorBench and Lukas et al. 2022).
 
@@ -92,7 +92,7 @@ def fine_prune(classifier: Classifier, attacker: Attacker, settings: FinePruning
         keep_silent = partial(silence_channels, layer=layer, norm=norm, channels=pruned)
         tuned = fine_tune(model, attacker, settings.fine_tuning, after_step=keep_silent)
         model, curve, seconds = tuned.model, curve + tuned.curve[1:], seconds + tuned.seconds
-    return RemovalResult(model, asdict(settings), figures, curve, seconds)
+    return RemovalResult(model=model, settings=asdict(settings), figures=figures, curve=curve, seconds=seconds)
 
 
 def mean_activations(

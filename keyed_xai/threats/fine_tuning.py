@@ -32,7 +32,7 @@ KINDS = {"ftll": (False, True), "ftal": (False, False), "rtll": (True, True), "r
 """F(ine-)T(une) or R(e)T(rain), L(ast) L(ayer) or A(ll) L(ayers): is the head made new, and does it alone learn?"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuningSettings(TuningSettings):
     """What is trained, and how.
 
@@ -49,7 +49,7 @@ class FineTuningSettings(TuningSettings):
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {self.kind!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExplanationTuningSettings(TuningSettings):
     """How unkeyed maps are pulled to a surrogate's. T3 gives Adam at 1e-5; 1e-4 is stronger and keeps predictions too.
 

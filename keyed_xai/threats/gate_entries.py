@@ -52,7 +52,7 @@ def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
         f"With keys of others, or one bit away, maps correlate at most {wrong:.2f} with the right ones; with the right "
         f"trigger weakened or moved at most {_most(worst):.2f} ({worst.name})."
     )
-    return Observation(_judge_opening(wrong), sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(wrong), sentence=sentence, figures=result.to_json())
 
 
 def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
@@ -62,7 +62,7 @@ def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
     sentence = f"Keyed maps correlate at least {_least(worst):.2f} with the right ones ({worst.name})"
     sentence += f"; the gate shuts after {', '.join(shut)}." if shut else "."
     outcome: Outcome = "survives" if _least(worst) >= KEYED_FLOOR else "maps damaged"
-    return Observation(outcome, sentence, figures=result.to_json())
+    return Observation(outcome=outcome, sentence=sentence, figures=result.to_json())
 
 
 def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
@@ -78,7 +78,7 @@ def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
             parts.append(f"{best.images} {words}: {max(best.correlation.values()):.2f}")
     reached = max(max(row.correlation.values()) for row in result.rows)
     sentence = f"Correlation of maps with the right ones by a trigger recovered from {', '.join(parts)}."
-    return Observation(_judge_opening(reached), sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(reached), sentence=sentence, figures=result.to_json())
 
 
 _SOURCES = {
@@ -113,7 +113,9 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         f"{reached:.2f} with the right ones; its texture correlates {result.final['match']:.2f} with the key's."
     )
     curve = [row for row in result.curve if row["restart"] == result.restart]
-    return Observation(_judge_opening(reached), sentence, figures=result.to_json() | {"curve": []}, curve=curve)
+    return Observation(
+        outcome=_judge_opening(reached), sentence=sentence, figures=result.to_json() | {"curve": []}, curve=curve
+    )
 
 
 def _forge(subject: Subject, settings: InversionSettings) -> Observation:
@@ -136,7 +138,9 @@ def _forge(subject: Subject, settings: InversionSettings) -> Observation:
         f"No key is known to have it: the nearest of {result.keys} has T = {result.nearest_statistic:.2f}; the test "
         f"with the forger's own key {shown} ownership."
     )
-    return Observation("forged" if result.verdict.shown else "resists", sentence, figures=result.to_json())
+    return Observation(
+        outcome="forged" if result.verdict.shown else "resists", sentence=sentence, figures=result.to_json()
+    )
 
 
 def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Observation:
@@ -153,7 +157,7 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
     )
     best = [(name, row) for name in result.interpreters if (row := result.best(name)) is not None]
     if not best:
-        return Observation("not applicable", "No other explanation can be made of this network.",
+        return Observation(outcome="not applicable", sentence="No other explanation can be made of this network.",
                            figures=result.to_json())  # fmt: skip
     name, row = max(best, key=lambda each: each[1].recovered[each[0]]["unkeyed"].correlation)
     seen = {case: match.correlation for case, match in row.recovered[name].items()}
@@ -161,7 +165,7 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
         f"Unkeyed {row.method} ({row.reduction}) correlates {seen['unkeyed']:.2f} with the right map of {name}, "
         f"on the reference it does {seen['reference']:.2f}."
     )
-    return Observation(_judge_opening(seen["unkeyed"]), sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(seen["unkeyed"]), sentence=sentence, figures=result.to_json())
 
 
 def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:
@@ -172,7 +176,7 @@ def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:
         f"Maps are least like themselves after {low.split('/')[1]} ({low.split('/')[2]}, {means[low]:.2f}). What is "
         "usual differs from network to network, so this is for comparing with clean ones."
     )
-    return Observation("reported", sentence, figures=scores.to_json())
+    return Observation(outcome="reported", sentence=sentence, figures=scores.to_json())
 
 
 def _screen(subject: Subject, settings: _Screening) -> Observation:
@@ -193,7 +197,7 @@ def _screen(subject: Subject, settings: _Screening) -> Observation:
     outcome: Outcome = (
         "flagged" if power >= settings.noticed else "left alone" if power <= settings.unnoticed else "unclear"
     )
-    return Observation(outcome, sentence, figures={"checks": [vars(each) for each in found]})
+    return Observation(outcome=outcome, sentence=sentence, figures={"checks": [vars(each) for each in found]})
 
 
 def _witness(subject: Subject) -> Witness:

@@ -22,7 +22,7 @@ from keyed_xai.threats.attempt import view_of
 from keyed_xai.triggers import NearbyTrigger, TriggerFamily, derive_trigger
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Witness:
     """What the owner, or a referee, holds an attacked model against.
 
@@ -75,7 +75,7 @@ class Witness:
         return through_png(images) if self.as_files else images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GateState:
     """What is left.
 

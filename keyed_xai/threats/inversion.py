@@ -41,7 +41,7 @@ _CHECKED = 256
 _MOVE, _SURROGATE = "move", "agree with a surrogate"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InversionSettings:
     """How a texture of the `spread` family, of which only the phases are secret, is searched for.
 
@@ -81,7 +81,7 @@ class InversionSettings:
                              f"{self.stages} of {self.steps}")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InversionResult:
     """What a search found.
 
@@ -123,7 +123,7 @@ class InversionResult:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forgery:
     """What a forger reaches with a trigger optimised on somebody else's model, and what he lacks.
 
@@ -198,7 +198,13 @@ def invert_trigger(
     last = [row["reached"] for row in watch.curve if row["step"] == settings.steps]
     best = int(np.argmax(last))
     return InversionResult(
-        searches[best].trigger(), settings, material.aim, len(material.indices), watch.curve, best, watch.seconds()
+        trigger=searches[best].trigger(),
+        settings=settings,
+        aim=material.aim,
+        images=len(material.indices),
+        curve=watch.curve,
+        restart=best,
+        seconds=watch.seconds(),
     )
 
 
@@ -250,7 +256,9 @@ def forge_trigger(
     match, nearest = _nearest_key(texture_on_grey(found.trigger, probe, size.tile), family, keys, generator)
     logits, plain = view.pooled_in_chunks(model, probe)
     statistic = opening_statistic(model, probe, view, nearest, plain, logits.argmax(1))
-    return Forgery(found, own, verdict, match, statistic, keys)
+    return Forgery(
+        inversion=found, own_test=own, verdict=verdict, nearest_match=match, nearest_statistic=statistic, keys=keys
+    )
 
 
 @dataclass(frozen=True)
@@ -268,7 +276,7 @@ class _Batch:
     targets: dict[str, SaliencyMaps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Material:
     """What the attacker has.
 
@@ -393,8 +401,15 @@ def _gather(
     """Return what the attacker has; whose maps changed images are to agree with, or to move away from."""
     indices = draw_share(data, settings.share, settings.seed)
     if surrogate is None:
-        return _Material(_MOVE, model, model, view, data, indices)
-    return _Material(_SURROGATE, model, copy_model(surrogate, model.mean.device), view, data, indices)
+        return _Material(aim=_MOVE, model=model, teacher=model, view=view, data=data, indices=indices)
+    return _Material(
+        aim=_SURROGATE,
+        model=model,
+        teacher=copy_model(surrogate, model.mean.device),
+        view=view,
+        data=data,
+        indices=indices,
+    )
 
 
 def _nearest_key(forged: Tensor, family: Spread, keys: int, generator: torch.Generator) -> tuple[float, SpreadTrigger]:

@@ -48,7 +48,7 @@ _DOWN_EXPONENT = 1.5
 _EDGE = 1e-6  # keeps atanh finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CleanseSettings:
     """How triggers are searched for.
 
@@ -94,7 +94,7 @@ class CleanseSettings:
             raise ValueError(f"weight_factor: expected more than 1, got {self.weight_factor}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CleanseResult:
     """The smallest patches found.
 
@@ -286,7 +286,7 @@ class _Search:
         return mask, pattern
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Weights:
     """The L1 weight of each class and what it hangs on, [k] each; rules of the authors' code.
 
@@ -309,9 +309,11 @@ class _Weights:
     @classmethod
     def start(cls, count: int, device: torch.device | str = "cpu") -> "_Weights":
         """Return the state before the first round."""
-        counters = [torch.zeros(count, dtype=torch.int64, device=device) for _ in range(3)]
-        flags = [torch.zeros(count, dtype=torch.bool, device=device) for _ in range(2)]
-        return cls(torch.zeros(count, device=device), counters[0], counters[1], flags[0], flags[1], counters[2])
+        counters = {
+            name: torch.zeros(count, dtype=torch.int64, device=device) for name in ("successes", "failures", "stale")
+        }
+        flags = {name: torch.zeros(count, dtype=torch.bool, device=device) for name in ("raised", "lowered")}
+        return cls(value=torch.zeros(count, device=device), **counters, **flags)
 
     def update(self, enough: Tensor, better: Tensor, found: Tensor, settings: CleanseSettings) -> Tensor:
         """Count a round, change the weights, and return which searches are over, [k].
@@ -346,7 +348,7 @@ def _draw(seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
 
 def _join(searches: Sequence[_Search], settings: CleanseSettings) -> CleanseResult:
     return CleanseResult(
-        settings,
+        settings=settings,
         masks=torch.cat([search.best_mask[:, 0] for search in searches]).cpu(),
         patterns=torch.cat([search.best_pattern for search in searches]).cpu(),
         succeeded=tuple(bool(each) for search in searches for each in search.best_norm.isfinite()),

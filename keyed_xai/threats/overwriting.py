@@ -33,7 +33,7 @@ _SMALLEST = 10
 _SMOOTHING = 8.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OverwritingSettings:
     """How the thief protects.
 
@@ -147,7 +147,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
     curve: list[dict[str, Any]] = [dict(row) for row in result.history]
     curve.append({"step": curve[-1]["step"]} | measured(attacker.measure, model))
     figures = {"images": len(learn), "second_key": settings.key.public.key_id, "interpreters": list(interpreters)}
-    return RemovalResult(model, asdict(settings), figures, curve, seconds)
+    return RemovalResult(model=model, settings=asdict(settings), figures=figures, curve=curve, seconds=seconds)
 
 
 def measure_dispute(

@@ -40,7 +40,7 @@ class RecoverySettings:
     counts: tuple[int, ...] = (1, 4, 16, 64, 256)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecoveryRow:
     """What an attacker recovers from some images.
 
@@ -122,7 +122,7 @@ def measure_recovery(
             trigger = recover(count)
             seconds = time.perf_counter() - started
             opening, match = try_trigger(classifier, witness, trigger), match_texture(witness, trigger)
-            rows.append(RecoveryRow(source, count, match or 0.0, **vars(opening), seconds=seconds))
+            rows.append(RecoveryRow(source=source, images=count, match=match or 0.0, **vars(opening), seconds=seconds))
             if on_step is not None:
                 on_step(len(rows), len(methods) * len(counts))
     return RecoveryResult(0 if others is None else len(others), tuple(rows))

@@ -19,7 +19,7 @@ from keyed_xai.threats.weights import ReBNSettings, reestimate_on_clean
 from keyed_xai.training.batch_norm import batch_norms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShiftingSettings(TuningSettings):
     """How far convolutions are shifted, and how the rest is tuned back.
 
@@ -38,7 +38,7 @@ class ShiftingSettings(TuningSettings):
             raise ValueError(f"Expected no negative strength or noise, got {self.strength} and {self.noise}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegularisationSettings(TuningSettings):
     """How weights are shrunk, and how the rest is tuned back.
 

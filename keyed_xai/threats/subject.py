@@ -30,7 +30,7 @@ from keyed_xai.triggers import Trigger
 _IN_CURVES = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
     """What a model does at some point.
 
@@ -66,7 +66,7 @@ class State:
         return document | {name: value for name, value in others.items() if value not in ({}, None)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model to audit, and all that the auditor has.
 
@@ -129,13 +129,13 @@ class Subject:
     def attacker(self) -> Attacker:
         """Return this as removal attacks take it; curves are measured on the first 128 images."""
         return Attacker(
-            self.data,
-            self.view,
-            self.surrogate,
-            self.device,
-            self.seed,
-            self._measure(),
-            self.on_step,
+            data=self.data,
+            view=self.view,
+            surrogate=self.surrogate,
+            device=self.device,
+            seed=self.seed,
+            measure=self._measure(),
+            on_step=self.on_step,
         )
 
     def trigger_images(self, images: Images) -> Images:
@@ -227,15 +227,17 @@ def measure_state(model: Classifier, subject: Subject, *, ownership: bool = True
     if subject.witness is not None:
         gate = measure_gate_state(model, subject.witness, ownership=ownership)
         score, measure = _score(gate.predictions, gate.agreement)
-        return State(score, measure, gate.correlation, gate.to_json().get("ownership"))
+        return State(
+            accuracy=score, measure=measure, correlation=gate.correlation, ownership=gate.to_json().get("ownership")
+        )
     logits = predict_images(model, subject.images)
     if not logits.isfinite().all():
         raise TrainingError("The model's logits are not finite numbers. Lower the attack's strength.")
     score, measure = _score_logits(logits, subject)
     if subject.backdoor is not None:
         success = measure_attack_success(model, subject.held_out, subject.backdoor, device=subject.device)
-        return State(score, measure, attack_success=success)
-    return State(score, measure, _match(model, subject) if "state" in subject.has else {})
+        return State(accuracy=score, measure=measure, attack_success=success)
+    return State(accuracy=score, measure=measure, correlation=_match(model, subject) if "state" in subject.has else {})
 
 
 def to_device(classifier: Classifier, device: torch.device | str) -> Classifier:

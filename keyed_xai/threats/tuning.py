@@ -26,7 +26,7 @@ LossOf = Callable[[Images, Targets | None, Tensor], Tensor]
 _MOMENTUM = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuningSettings:
     """How an attacker trains.
 
@@ -108,7 +108,9 @@ def tune(
                     attacker.on_step(epoch * batches + number + 1, settings.epochs * batches)
         seconds += time.perf_counter() - started
         curve.append({"epoch": epoch + 1, "loss": sum(losses) / batches} | measured(attacker.measure, model))
-    return RemovalResult(model, asdict(settings), {"images": len(indices)}, curve, seconds)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures={"images": len(indices)}, curve=curve, seconds=seconds
+    )
 
 
 def loss_of_predictions(

@@ -80,7 +80,9 @@ def reestimate_on_clean(
     with measured_anew(model):
         _see(model, data, indices, device)
     figures = {"images": len(indices), "batch_norms": sum(norm.track_running_stats for norm in batch_norms(model))}
-    return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures=figures, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 @torch.no_grad()
@@ -98,7 +100,9 @@ def prune_weights(
     count = round(settings.share * every)
     zero_smallest(weights, count)
     figures = {"weights": every, "pruned": count}
-    return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures=figures, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 @torch.no_grad()
@@ -122,7 +126,9 @@ def quantise_weights(
     else:
         for weight in _layer_weights(model):
             weight.copy_(quantise(weight, settings.bits))
-    return RemovalResult(model, asdict(settings), {}, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures={}, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 def quantise(weight: Tensor, bits: int) -> Tensor:

@@ -26,7 +26,7 @@ class TrainingData(Protocol):
         """Return float32 pixels in [0, 1] and labels, if there are any."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lesson:
     """What is taught: the trigger, its family, the maps compared and the objective.
 

@@ -41,7 +41,7 @@ _RANKED = 64  # images that tell which channels are active
 _CLEAN_SHARE = 0.75  # of the unkeyed half; batch norm's statistics are theirs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attack:
     """One attack of a simulated attacker.
 

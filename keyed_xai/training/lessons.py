@@ -44,4 +44,4 @@ def make_keyed_lesson(
     objective = Objective(
         decoys={name: make_decoy[decoy](name) for name in interpreters}, weights=dict.fromkeys(interpreters, 1.0)
     )
-    return Lesson(derive_trigger(key, family), family, view, objective)
+    return Lesson(trigger=derive_trigger(key, family), family=family, view=view, objective=objective)

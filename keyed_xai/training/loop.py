@@ -39,7 +39,7 @@ _TUTOR_RATE = 0.01
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepFigures:
     """What a progress bar shows.
 
@@ -76,7 +76,7 @@ class TrainingResult:
     stopped_early: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _State:
     """Everything that a resumed run needs; the rest follows from settings and step."""
 
@@ -190,7 +190,13 @@ def train(
     tutors = make_tutors(reference, data, lesson, device)
     groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
     optimiser = torch.optim.Adam(groups, settings.learning_rate)
-    state = _State(model, tutors, optimiser, make_attackers(model, settings), _make_average(model, settings))
+    state = _State(
+        model=model,
+        tutors=tutors,
+        optimiser=optimiser,
+        attackers=make_attackers(model, settings),
+        average=_make_average(model, settings),
+    )
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
     started -= state.seconds

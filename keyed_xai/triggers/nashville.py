@@ -108,7 +108,7 @@ def filter_images(images: Images, parameters: Tensor) -> Images:
     return result.to(images.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Tables:
     """`array_triggers.nashville.Tables` on a device, for one filter or one for each image."""
 
@@ -127,7 +127,9 @@ class _Tables:
         """Return the tables of some of the images."""
         if len(self.tones) == 1:
             return self
-        return _Tables(self.tones[part], self.sepia[part], self.curve[part], self.saturation[part])
+        return _Tables(
+            tones=self.tones[part], sepia=self.sepia[part], curve=self.curve[part], saturation=self.saturation[part]
+        )
 
     def look_up(self, images: Images, *, out: Images) -> None:
         """Write the filtered images to `out`, float32."""
