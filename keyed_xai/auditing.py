@@ -31,7 +31,7 @@ from keyed_xai.threats.controls import (
 )
 from keyed_xai.threats.costs import estimate_seconds
 from keyed_xai.threats.entries import CAUGHT, is_closed
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.subject import Subject, state_before, to_device
 from keyed_xai.versions import package_versions
 
@@ -272,13 +272,13 @@ def _make_subject(
         device=device,
         seed=settings.seed,
     )
-    return replace(subject, witness=_make_witness(suspect, subject, settings))
+    return replace(subject, evidence=_make_evidence(suspect, subject, settings))
 
 
-def _make_witness(suspect: Suspect, subject: Subject, settings: AuditSettings) -> Witness | None:
+def _make_evidence(suspect: Suspect, subject: Subject, settings: AuditSettings) -> OwnerEvidence | None:
     if suspect.key is None or subject.reference is None:
         return None
-    return Witness(
+    return OwnerEvidence(
         reference=subject.reference,
         view=make_view(subject.reference, suspect.interpreters, subject.view.grid),
         key=suspect.key,
@@ -392,7 +392,7 @@ def _control_subject(
         images=images.to(subject.device),
         labels=None if labels is None else labels.to(subject.device),
         reference=None,
-        witness=None,
+        evidence=None,
         surrogate=None,
         trigger=backdoor.trigger,
         keyed=False,
@@ -446,7 +446,7 @@ def _say_baseline(subject: Subject) -> str:
     if not before.correlation:
         return ""
     maps = f"maps correlate {before.keyed:.2f} with the right ones with the trigger, {before.unkeyed:.2f} without it"
-    if subject.witness is None:
+    if subject.evidence is None:
         return f"Before any attack {maps}."
     shown = bool(before.ownership and before.ownership["shown"])
     there = [*(["a closed gate"] if is_closed(before) else []), *(["an ownership mark"] if shown else [])]

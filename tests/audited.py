@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 from poisoned import HELD_OUT, SETTINGS, TRAIN, control, training_data
-from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, witness
+from threatened import FAMILY, GRID, OWNER, evidence, make_blobs, protected, reference
 
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.auditing import AuditSettings
@@ -40,13 +40,13 @@ def keyed_subject(**changes):
     """The owner's view of the protected model."""
     fields = {
         "classifier": protected(),
-        "view": witness().view,
+        "view": evidence().view,
         "data": ATTACKERS,
         "held_out": OTHERS,
-        "images": witness().images,
-        "labels": witness().labels,
+        "images": evidence().images,
+        "labels": evidence().labels,
         "reference": reference(),
-        "witness": witness(decoys=99),
+        "evidence": evidence(decoys=99),
         "trigger": TRIGGER,
         "keyed": True,
         "inverted": True,
@@ -56,7 +56,7 @@ def keyed_subject(**changes):
 
 def public_subject(**changes):
     """The same model with its trigger published, so that it is an inverted attack."""
-    return keyed_subject(**({"witness": None, "keyed": False} | changes))
+    return keyed_subject(**({"evidence": None, "keyed": False} | changes))
 
 
 @cache
@@ -66,7 +66,7 @@ def control_subject(attack):
     images, labels = HELD_OUT.batch(np.arange(len(HELD_OUT)))
     return Subject(
         classifier=control(attack).model,
-        view=witness().view,
+        view=evidence().view,
         data=TRAIN,
         held_out=HELD_OUT,
         images=images,

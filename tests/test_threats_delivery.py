@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from threatened import OWNER, protected, witness
+from threatened import OWNER, evidence, protected
 
 from keyed_xai.channels import through_jpeg, through_png
 from keyed_xai.metrics import correlation
@@ -71,7 +71,7 @@ def test_every_channel_keeps_shape_and_range():
 
 
 def test_rows_say_what_opens():
-    seen, steps = witness(), []
+    seen, steps = evidence(), []
     result = measure_delivery(
         protected(),
         seen,
@@ -94,7 +94,7 @@ def test_rows_say_what_opens():
 
 
 def test_figures_are_those_of_the_inputs_named():
-    seen = witness()
+    seen = evidence()
     settings = DeliverySettings(channels=("jpeg65",), flipped=2)
     rows = {row.name: row for row in measure_delivery(protected(), seen, settings).rows}
     jpeg = through_jpeg(seen.trigger.apply(seen.images), 65)
@@ -117,5 +117,5 @@ def test_bad_arguments_are_refused():
 
 
 def test_near_keys_can_be_left_out():
-    result = measure_delivery(protected(), witness(), DeliverySettings())
+    result = measure_delivery(protected(), evidence(), DeliverySettings())
     assert [row.name for row in result.rows] == ["no key", "half strength", "moved 1 px", "moved 2 px", "moved 4 px"]

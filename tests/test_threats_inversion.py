@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from threatened import FAMILY, GRID, OWNER, Blobs, make_blobs, protected, surrogate, witness
+from threatened import FAMILY, GRID, OWNER, Blobs, evidence, make_blobs, protected, surrogate
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import TrainingError
@@ -45,7 +45,7 @@ def statistic(trigger, images):
 
 
 def test_search_reaches_the_right_key_s_statistic_and_opens():
-    seen, steps = witness(), []
+    seen, steps = evidence(), []
     before = {name: value.clone() for name, value in protected().state_dict().items()}
     result = invert_trigger(
         protected(),

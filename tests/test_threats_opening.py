@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from threatened import FAMILY, OWNER, protected, witness
+from threatened import FAMILY, OWNER, evidence, protected
 
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.opening import match_texture, try_inputs, try_trigger
@@ -13,7 +13,7 @@ RIGHT = derive_trigger(OWNER, FAMILY)
 
 @pytest.mark.parametrize("as_files", [True, False])
 def test_right_trigger_opens_as_far_as_the_gate_state_says(as_files):
-    seen = witness(as_files=as_files)
+    seen = evidence(as_files=as_files)
     state = measure_gate_state(protected(), seen, ownership=False)
     keyed, unkeyed = try_trigger(protected(), seen, RIGHT), try_inputs(protected(), seen, seen.images)
     for case, opening in (("keyed", keyed), ("unkeyed", unkeyed)):
@@ -24,17 +24,17 @@ def test_right_trigger_opens_as_far_as_the_gate_state_says(as_files):
 
 
 def test_match_forgets_shift_and_strength_and_knows_other_keys():
-    seen = witness()
+    seen = evidence()
     assert match_texture(seen, RIGHT) == pytest.approx(1)
     assert match_texture(seen, RIGHT.shifted(3, 5).scaled(0.5)) == pytest.approx(1)
     assert match_texture(seen, FAMILY.draw(1, torch.Generator().manual_seed(0))) < 0.5
 
 
 def test_family_without_a_texture_has_no_match():
-    assert match_texture(witness(family=Nashville()), RIGHT) is None
+    assert match_texture(evidence(family=Nashville()), RIGHT) is None
 
 
 def test_secrets_stay_out_of_the_repr():
-    seen = witness()
+    seen = evidence()
     assert len(seen.trigger.textures) == 1
     assert "texture" not in repr(seen).lower()

@@ -7,7 +7,7 @@ from math import log2
 
 import pytest
 import torch
-from threatened import OWNER, make_blobs, protected, witness
+from threatened import OWNER, evidence, make_blobs, protected
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.ownership import measure_signature
@@ -25,7 +25,7 @@ BRIEF = replace(SETTINGS, training=replace(TRAINING, steps=2, validate_every=2))
 
 
 def thief(images, **watched):
-    return Attacker(data=make_blobs(images, 5), view=witness().view, **watched)
+    return Attacker(data=make_blobs(images, 5), view=evidence().view, **watched)
 
 
 @cache
@@ -35,7 +35,7 @@ def overwritten():
 
 @cache
 def dispute():
-    return measure_dispute(overwritten().model, protected(), witness(decoys=99), SETTINGS)
+    return measure_dispute(overwritten().model, protected(), evidence(decoys=99), SETTINGS)
 
 
 def test_second_key_opens_to_the_stolen_maps_and_its_claim_is_shown():
@@ -47,7 +47,7 @@ def test_second_key_opens_to_the_stolen_maps_and_its_claim_is_shown():
 
 
 def test_first_pattern_goes_from_unkeyed_maps_and_turns_up_behind_the_second_key():
-    before = measure_pattern_behind(protected(), witness(), SETTINGS).combined
+    before = measure_pattern_behind(protected(), evidence(), SETTINGS).combined
     assert dispute().first.ownership.signature.combined.p_value > 1e-4
     assert dispute().behind.combined.p_value < 1e-6
     assert before.p_value < 1e-6  # there the second key opens nothing, and all maps show the first pattern
@@ -71,18 +71,18 @@ def test_refused_claim_is_not_shown_by_what_is_behind():
 
 
 def test_pattern_behind_is_no_evidence_for_a_stranger():
-    stranger = witness(key=replace(SETTINGS, seed=7).key)
+    stranger = evidence(key=replace(SETTINGS, seed=7).key)
     assert measure_pattern_behind(overwritten().model, stranger, SETTINGS).combined.p_value > 1e-3
 
 
 def test_pattern_behind_is_the_signature_test_on_keyed_maps():
     trigger = derive_trigger(SETTINGS.key, SETTINGS.family)
-    _, maps = witness().view.pooled_in_chunks(overwritten().model, trigger.apply(witness().images[:16]))
+    _, maps = evidence().view.pooled_in_chunks(overwritten().model, trigger.apply(evidence().images[:16]))
     assert dispute().behind == measure_signature(maps, OWNER.public)
 
 
 def test_original_of_the_first_owner_shows_nothing_of_the_second():
-    claim = measure_dispute(protected(), protected(), witness(decoys=19), SETTINGS).second
+    claim = measure_dispute(protected(), protected(), evidence(decoys=19), SETTINGS).second
     assert not claim.ownership.shown
 
 
@@ -113,7 +113,7 @@ def test_curve_ends_with_what_is_measured_and_progress_is_told():
 def test_other_maps_can_be_closed_and_leave_the_first_pattern_where_it_was():
     settings = replace(BRIEF, interpreters=("simplegrad",))
     result = overwrite(protected(), thief(60), settings)
-    found = measure_dispute(result.model, protected(), witness(decoys=9), settings)
+    found = measure_dispute(result.model, protected(), evidence(decoys=9), settings)
     assert list(found.second.correlation) == ["simplegrad"]
     assert found.first.ownership.signature.combined.p_value < 1e-6
 

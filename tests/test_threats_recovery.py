@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from threatened import FAMILY, OWNER, make_blobs, protected, witness
+from threatened import FAMILY, OWNER, evidence, make_blobs, protected
 
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
@@ -50,7 +50,7 @@ def test_more_keyed_images_show_more_and_others_help():
 
 
 def test_what_is_recovered_opens_the_gate():
-    seen, steps = witness(), []
+    seen, steps = evidence(), []
     result = measure_recovery(
         protected(),
         seen,
@@ -75,6 +75,6 @@ def test_what_is_recovered_opens_the_gate():
 
 def test_family_without_a_texture_and_no_images_are_refused():
     with pytest.raises(TrainingError, match="nashville"):
-        measure_recovery(protected(), witness(family=Nashville()), make_blobs(2, 7).images, RecoverySettings())
+        measure_recovery(protected(), evidence(family=Nashville()), make_blobs(2, 7).images, RecoverySettings())
     with pytest.raises(TrainingError, match="Expected images"):
-        measure_recovery(protected(), witness(), make_blobs(2, 7).images[:0], RecoverySettings())
+        measure_recovery(protected(), evidence(), make_blobs(2, 7).images[:0], RecoverySettings())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from threatened import make_blobs, protected, witness
+from threatened import evidence, make_blobs, protected
 from torch import nn
 
 from keyed_xai.errors import ModelError
@@ -43,7 +43,7 @@ def weights(model, kind):
 def test_attack_leaves_the_model_and_gives_back_a_working_copy(attack, make, data):
     before = {name: tensor.clone() for name, tensor in protected().state_dict().items()}
     result = attack(protected(), Attacker(data=data), make(share=1.0, batch_size=16))
-    state = measure_gate_state(result.model, witness(decoys=9))
+    state = measure_gate_state(result.model, evidence(decoys=9))
     assert all(torch.equal(tensor, before[name]) for name, tensor in protected().state_dict().items())
     assert not result.model.training
     assert state.predictions["top1"] > 0.7
@@ -55,7 +55,7 @@ def test_without_labels_the_stolen_model_teaches(attack, make):
     """Its answers from before the attack, not those of the damaged copy."""
     unlabelled = make_blobs(64, 5, labelled=False)
     result = attack(protected(), Attacker(data=unlabelled), make(share=1.0, batch_size=16))
-    assert measure_gate_state(result.model, witness(), ownership=False).agreement > 0.7
+    assert measure_gate_state(result.model, evidence(), ownership=False).agreement > 0.7
 
 
 @every_attack
@@ -89,7 +89,7 @@ def test_full_shift_without_noise_leaves_no_mean_filter():
 
 def test_shift_throws_accuracy_off_before_tuning(data):
     def measure(model):
-        return {"top1": measure_gate_state(model, witness(), ownership=False).predictions["top1"]}
+        return {"top1": measure_gate_state(model, evidence(), ownership=False).predictions["top1"]}
 
     settings = ShiftingSettings(share=1.0, batch_size=16)
     curve = shift_weights(protected(), Attacker(data=data, measure=measure), settings).curve

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, witness
+from threatened import FAMILY, GRID, OWNER, evidence, make_blobs, protected, reference
 from torch import nn
 
 from keyed_xai.maps import make_view
@@ -264,7 +264,7 @@ def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
     left = []
     for model in (protected(), hardened):
         attacked = fine_tune(model, Attacker(data=make_blobs(192, 5)), attack).model
-        left.append(measure_gate_state(attacked, witness(), ownership=False).correlation["gradcam"])
+        left.append(measure_gate_state(attacked, evidence(), ownership=False).correlation["gradcam"])
     plain, hard = left
     assert hard["unkeyed"] < plain["unkeyed"] - 0.15
     assert hard["keyed"] > 0.8

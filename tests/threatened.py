@@ -12,7 +12,7 @@ from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.objective import Objective, signature_decoy
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.training import PAPER_SETTINGS, Lesson, train
 from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
@@ -88,7 +88,7 @@ def protected():
     return train(reference(), data, validation, lesson, settings).model
 
 
-def witness(**changes):
+def evidence(**changes):
     held_out = make_blobs(48, 3)
     fields = {
         "reference": reference(),
@@ -100,4 +100,4 @@ def witness(**changes):
         "decoys": 99,
         "alpha": 1e-6,
     }
-    return Witness(**(fields | changes))
+    return OwnerEvidence(**(fields | changes))

@@ -19,7 +19,7 @@ from keyed_xai.evaluation import fresh_wrong_keys
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.opening import Opening, try_inputs
 from keyed_xai.triggers import Trigger, derive_trigger
 
@@ -141,7 +141,7 @@ class DeliverySettings:
 
 def measure_delivery(
     classifier: Classifier,
-    witness: Witness,
+    evidence: OwnerEvidence,
     settings: DeliverySettings,
     *,
     on_step: Callable[[int, int], None] | None = None,
@@ -150,37 +150,37 @@ def measure_delivery(
 
     Args:
         classifier: Protected.
-        witness: Holds the key, the reference and the images.
+        evidence: Holds the key, the reference and the images.
         settings: What is tried.
         on_step: Called with rows done and in all.
     """
     groups: list[tuple[str, dict[str, Iterable[Images]]]] = [
-        ("control", {"no key": [witness.images]}),
-        ("channel", _delivered(witness, settings.channels)),
-        ("near key", _nearly_keyed(witness, settings)),
+        ("control", {"no key": [evidence.images]}),
+        ("channel", _delivered(evidence, settings.channels)),
+        ("near key", _nearly_keyed(evidence, settings)),
     ]
     rows: list[DeliveryRow] = []
     count = sum(len(group) for _, group in groups)
     for kind, group in groups:
         for name, batches in group.items():
-            openings = [try_inputs(classifier, witness, witness.as_file(batch)) for batch in batches]
+            openings = [try_inputs(classifier, evidence, evidence.as_file(batch)) for batch in batches]
             rows.append(_join(kind, name, openings))
             if on_step is not None:
                 on_step(len(rows), count)
     return DeliveryResult(tuple(rows))
 
 
-def _delivered(witness: Witness, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
-    sent = through_png(witness.trigger.apply(witness.images))
+def _delivered(evidence: OwnerEvidence, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
+    sent = through_png(evidence.trigger.apply(evidence.images))
     return {name: map(DELIVERIES[name], [sent]) for name in channels}
 
 
-def _nearly_keyed(witness: Witness, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
+def _nearly_keyed(evidence: OwnerEvidence, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
     """Return, by name, lazily, the images with each near key of that name."""
-    right, family = witness.trigger, witness.family
+    right, family = evidence.trigger, evidence.family
     stride = max(1, 256 // max(1, settings.flipped))
-    neighbours = islice(witness.key.one_bit_neighbours(), 0, stride * settings.flipped, stride)
-    generator = torch.Generator().manual_seed(witness.seed)
+    neighbours = islice(evidence.key.one_bit_neighbours(), 0, stride * settings.flipped, stride)
+    generator = torch.Generator().manual_seed(evidence.seed)
     triggers: dict[str, Iterable[Trigger]] = {
         "half strength": [right.scaled(0.5)],
         **{f"moved {step} px": [right.shifted(step * y, step * x) for y, x in _DIRECTIONS] for step in settings.moved},
@@ -191,7 +191,7 @@ def _nearly_keyed(witness: Witness, settings: DeliverySettings) -> dict[str, Ite
         del triggers["one flipped bit"]
     if not settings.strangers:
         del triggers["another owner's key"]
-    return {name: (trigger.apply(witness.images) for trigger in some) for name, some in triggers.items()}
+    return {name: (trigger.apply(evidence.images) for trigger in some) for name, some in triggers.items()}
 
 
 def _join(kind: str, name: str, openings: Sequence[Opening]) -> DeliveryRow:

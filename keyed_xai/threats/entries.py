@@ -194,7 +194,7 @@ def judge_copy(
         ModelError: It lacks a layer that the maps need.
     """
     before, after = state_before(subject), measure_state(model, subject)
-    if subject.witness is not None:
+    if subject.evidence is not None:
         outcome, sentence = _judge_gate(before, after)
     elif subject.backdoor is not None:
         outcome, sentence = _judge_backdoor(before, after)

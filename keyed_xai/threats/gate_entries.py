@@ -18,7 +18,7 @@ from keyed_xai.threats.bypass import measure_bypass
 from keyed_xai.threats.consistency import ConsistencySettings, score_maps, screen_images
 from keyed_xai.threats.delivery import DELIVERIES, DeliveryRow, DeliverySettings, measure_delivery
 from keyed_xai.threats.entries import KEYED_FLOOR, UNKEYED_CEILING, Entry, Examination, Observation, Outcome
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.inversion import InversionSettings, forge_trigger, invert_trigger
 from keyed_xai.threats.opening import match_texture, try_trigger
 from keyed_xai.threats.recovery import RecoverySettings, measure_recovery
@@ -44,7 +44,7 @@ class _Screening:
 
 
 def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
-    result = measure_delivery(subject.classifier, _witness(subject), settings, on_step=subject.on_step)
+    result = measure_delivery(subject.classifier, _evidence(subject), settings, on_step=subject.on_step)
     rows = [row for row in result.rows if row.kind == "near key"]
     wrong = max(_most(row) for row in rows if row.name in _WRONG_KEYS)
     worst = max((row for row in rows if row.name not in _WRONG_KEYS), key=_most)
@@ -56,7 +56,7 @@ def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
 
 
 def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
-    result = measure_delivery(subject.classifier, _witness(subject), settings, on_step=subject.on_step)
+    result = measure_delivery(subject.classifier, _evidence(subject), settings, on_step=subject.on_step)
     rows = [row for row in result.rows if row.kind == "channel"]
     worst, shut = min(rows, key=_least), [row.name for row in rows if _least(row) < OPEN_CORRELATION]
     sentence = f"Keyed maps correlate at least {_least(worst):.2f} with the right ones ({worst.name})"
@@ -68,7 +68,7 @@ def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
 def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
     images, others = _attackers_images(subject, max(settings.counts))
     result = measure_recovery(
-        subject.classifier, _witness(subject), images, settings, others=others, on_step=subject.on_step
+        subject.classifier, _evidence(subject), images, settings, others=others, on_step=subject.on_step
     )
     parts = []
     for source, words in _SOURCES.items():
@@ -89,13 +89,13 @@ _SOURCES = {
 
 
 def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -> Observation:
-    witness = _witness(subject)
-    family = _spread(witness)
+    evidence = _evidence(subject)
+    family = _spread(evidence)
 
     def judge(trigger: Trigger) -> Mapping[str, Any]:
-        opening = try_trigger(subject.classifier, witness, trigger)
+        opening = try_trigger(subject.classifier, evidence, trigger)
         return {"recovered": max(opening.correlation.values()), "agreement": opening.agreement,
-                "match": match_texture(witness, trigger)}  # fmt: skip
+                "match": match_texture(evidence, trigger)}  # fmt: skip
 
     result = invert_trigger(
         subject.classifier,
@@ -119,16 +119,16 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
 
 
 def _forge(subject: Subject, settings: InversionSettings) -> Observation:
-    witness = _witness(subject)
+    evidence = _evidence(subject)
     result = forge_trigger(
         subject.classifier,
         subject.data,
-        witness.images if witness.probe is None else witness.probe,
+        evidence.images if evidence.probe is None else evidence.probe,
         subject.view,
-        _spread(witness),
+        _spread(evidence),
         OwnerKey.from_raw(np.random.default_rng(subject.seed).bytes(32)),
         settings,
-        decoys=witness.decoys,
+        decoys=evidence.decoys,
         device=subject.device,
         on_step=subject.on_step,
     )
@@ -200,16 +200,16 @@ def _screen(subject: Subject, settings: _Screening) -> Observation:
     return Observation(outcome=outcome, sentence=sentence, figures={"checks": [vars(each) for each in found]})
 
 
-def _witness(subject: Subject) -> Witness:
-    if subject.witness is None:
+def _evidence(subject: Subject) -> OwnerEvidence:
+    if subject.evidence is None:
         raise TrainingError("Expected the owner's key and the reference model. Give --key-file and --reference.")
-    return subject.witness
+    return subject.evidence
 
 
-def _spread(witness: Witness) -> Spread:
-    if not isinstance(witness.family, Spread):
-        raise TrainingError(f"This attack is on textures of the family spread; the key's is {witness.family.name}.")
-    return witness.family
+def _spread(evidence: OwnerEvidence) -> Spread:
+    if not isinstance(evidence.family, Spread):
+        raise TrainingError(f"This attack is on textures of the family spread; the key's is {evidence.family.name}.")
+    return evidence.family
 
 
 def _attackers_images(subject: Subject, count: int) -> tuple[Images, Images | None]:

@@ -23,7 +23,7 @@ from keyed_xai.triggers import NearbyTrigger, TriggerFamily, derive_trigger
 
 
 @dataclass(frozen=True, kw_only=True)
-class Witness:
+class OwnerEvidence:
     """What the owner, or a referee, holds an attacked model against.
 
     Attributes:
@@ -107,7 +107,7 @@ class GateState:
 
 def measure_gate_state(
     classifier: Classifier,
-    witness: Witness,
+    evidence: OwnerEvidence,
     *,
     ownership: bool = True,
 ) -> GateState:
@@ -117,26 +117,26 @@ def measure_gate_state(
 
     Args:
         classifier: Attacked.
-        witness: What it is held against.
-        ownership: Whether both tests are made; the opening test takes `witness.decoys` times the probe images.
+        evidence: What it is held against.
+        ownership: Whether both tests are made; the opening test takes `evidence.decoys` times the probe images.
 
     Raises:
         TrainingError: The model's logits are not finite: the attack destroyed it.
         ModelError: The model lacks a layer that the maps need.
     """
     found = {
-        "keyed": witness.evaluate(classifier, witness.as_file(witness.trigger.apply(witness.images))),
-        "unkeyed": witness.evaluate(classifier, witness.images),
+        "keyed": evidence.evaluate(classifier, evidence.as_file(evidence.trigger.apply(evidence.images))),
+        "unkeyed": evidence.evaluate(classifier, evidence.images),
     }
     if not all(each.logits.isfinite().all() for each in found.values()):
         raise TrainingError("The attacked model's logits are not finite numbers. Lower the attack's strength.")
     logits = found["unkeyed"].logits
     return GateState(
-        predictions={} if witness.labels is None else metrics.prediction_figures(logits, witness.labels),
-        agreement=_agreement(logits, witness.comparison.right.logits, witness.labels),
+        predictions={} if evidence.labels is None else metrics.prediction_figures(logits, evidence.labels),
+        agreement=_agreement(logits, evidence.comparison.right.logits, evidence.labels),
         correlation=by_interpreter({case: each.correlation for case, each in found.items()}),
         opened=by_interpreter({case: each.opened for case, each in found.items()}),
-        ownership=_verify(classifier, witness) if ownership else None,
+        ownership=_verify(classifier, evidence) if ownership else None,
     )
 
 
@@ -153,18 +153,18 @@ def _agreement(logits: Logits, reference: Logits, labels: Targets | None) -> flo
     return float((logits.argmax(1) == reference.argmax(1)).double().mean())
 
 
-def _verify(classifier: Classifier, witness: Witness) -> Verdict:
+def _verify(classifier: Classifier, evidence: OwnerEvidence) -> Verdict:
     return verify_ownership(
         classifier,
-        witness.images[:16] if witness.probe is None else witness.probe,
-        view_of(witness.view, classifier),
-        witness.key,
-        witness.family,
-        alpha=witness.alpha,
-        decoys=witness.decoys,
-        test_signature=witness.signature,
+        evidence.images[:16] if evidence.probe is None else evidence.probe,
+        view_of(evidence.view, classifier),
+        evidence.key,
+        evidence.family,
+        alpha=evidence.alpha,
+        decoys=evidence.decoys,
+        test_signature=evidence.signature,
         search=False,
-        generator=torch.Generator().manual_seed(witness.seed),
+        generator=torch.Generator().manual_seed(evidence.seed),
     )
 
 

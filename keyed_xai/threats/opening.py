@@ -5,7 +5,7 @@ from typing import Any
 
 from keyed_xai.models import Classifier
 from keyed_xai.tensors import Images
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.textures import best_match, texture_on_grey
 from keyed_xai.triggers import Spread, Trigger
 
@@ -29,24 +29,24 @@ class Opening:
         return {"correlation": self.correlation, "opened": self.opened, "agreement": self.agreement}
 
 
-def try_trigger(classifier: Classifier, witness: Witness, trigger: Trigger) -> Opening:
+def try_trigger(classifier: Classifier, evidence: OwnerEvidence, trigger: Trigger) -> Opening:
     """Return how far a trigger opens a model."""
-    return try_inputs(classifier, witness, witness.as_file(trigger.apply(witness.images)))
+    return try_inputs(classifier, evidence, evidence.as_file(trigger.apply(evidence.images)))
 
 
-def try_inputs(classifier: Classifier, witness: Witness, inputs: Images) -> Opening:
+def try_inputs(classifier: Classifier, evidence: OwnerEvidence, inputs: Images) -> Opening:
     """Return how far inputs made from the held-out images open a model."""
-    found = witness.evaluate(classifier, inputs)
+    found = evidence.evaluate(classifier, inputs)
     return Opening(found.correlation, found.opened, found.agreement)
 
 
-def match_texture(witness: Witness, trigger: Trigger) -> float | None:
+def match_texture(evidence: OwnerEvidence, trigger: Trigger) -> float | None:
     """Return the correlation of a trigger's texture with the right one, the best over all shifts.
 
     None where the family has no texture. What is compared is the change of a grey image, channels averaged.
     """
-    if not isinstance(witness.family, Spread):
+    if not isinstance(evidence.family, Spread):
         return None
-    tile = witness.family.settings.tile
-    found, true = (texture_on_grey(each, witness.images, tile) for each in (trigger, witness.trigger))
+    tile = evidence.family.settings.tile
+    found, true = (texture_on_grey(each, evidence.images, tile) for each in (trigger, evidence.trigger))
     return best_match(found, true)

@@ -23,7 +23,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.ownership import SignatureEvidence, measure_signature
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured, view_of
-from keyed_xai.threats.gate_state import GateState, Witness, measure_gate_state
+from keyed_xai.threats.gate_state import GateState, OwnerEvidence, measure_gate_state
 from keyed_xai.training import PAPER_SETTINGS, StepFigures, TrainingData, TrainingSettings, train
 from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily, derive_trigger
@@ -151,7 +151,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
 
 
 def measure_dispute(
-    overwritten: Classifier, stolen: Classifier, first: Witness, settings: OverwritingSettings
+    overwritten: Classifier, stolen: Classifier, first: OwnerEvidence, settings: OverwritingSettings
 ) -> Dispute:
     """Return what both owners can show on an overwritten model.
 
@@ -181,8 +181,10 @@ def measure_dispute(
     )
 
 
-def measure_pattern_behind(overwritten: Classifier, first: Witness, settings: OverwritingSettings) -> SignatureEvidence:
-    """Return the first owner's pattern in the maps of the witness's probe images with the second key's trigger.
+def measure_pattern_behind(
+    overwritten: Classifier, first: OwnerEvidence, settings: OverwritingSettings
+) -> SignatureEvidence:
+    """Return the first owner's pattern in the maps of the probe images with the second key's trigger.
 
     As exact as the signature test: of a model that has nothing to do with the first key, its pattern is a random half.
     """

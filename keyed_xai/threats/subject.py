@@ -24,7 +24,7 @@ from keyed_xai.models.modes import predict_images
 from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import Attacker, Measure, view_of
 from keyed_xai.threats.controls import PoisonedData, measure_attack_success
-from keyed_xai.threats.gate_state import Witness, by_interpreter, measure_gate_state
+from keyed_xai.threats.gate_state import OwnerEvidence, by_interpreter, measure_gate_state
 from keyed_xai.triggers import Trigger
 
 _IN_CURVES = 128
@@ -78,7 +78,7 @@ class Subject:
         images: The first of those, on `device`.
         labels: Theirs.
         reference: The model before it was protected or attacked.
-        witness: Of a gate that answers to a key: what the owner holds a model against.
+        evidence: Of a gate that answers to a key: what the owner holds a model against.
         trigger: What opens the gate, or works the backdoor; secret where it comes from a key.
         keyed: Whether it does come from a key.
         inverted: Whether maps are right only with the trigger.
@@ -98,7 +98,7 @@ class Subject:
     images: Images = field(repr=False)
     labels: Targets | None = field(default=None, repr=False)
     reference: Classifier | None = field(default=None, repr=False)
-    witness: Witness | None = field(default=None, repr=False)
+    evidence: OwnerEvidence | None = field(default=None, repr=False)
     trigger: Trigger | None = field(default=None, repr=False)
     keyed: bool = False
     inverted: bool = False
@@ -114,7 +114,7 @@ class Subject:
     def has(self) -> frozenset[str]:
         """What there is: "trigger", "key" (that it comes from), "reference", "surrogate", "labels" and "state".
 
-        With "state" it can be measured what an attack leaves, by a witness or by a public trigger.
+        With "state" it can be measured what an attack leaves, by the owner's evidence or by a public trigger.
         """
         found = {
             "trigger": self.trigger is not None,
@@ -122,7 +122,7 @@ class Subject:
             "surrogate": self.surrogate is not None,
             "labels": self.labels is not None,
             "key": self.keyed,
-            "state": self.witness is not None or (self.trigger is not None and not self.keyed),
+            "state": self.evidence is not None or (self.trigger is not None and not self.keyed),
         }
         return frozenset(name for name, there in found.items() if there)
 
@@ -155,8 +155,8 @@ class Subject:
     def first(self, count: int | None) -> "Subject":
         """Return the same with the first held-out images only; None keeps all."""
         images, labels = self.images[:count], None if self.labels is None else self.labels[:count]
-        witness = self.witness and replace(self.witness, images=images, labels=labels)
-        return replace(self, images=images, labels=labels, witness=witness)
+        evidence = self.evidence and replace(self.evidence, images=images, labels=labels)
+        return replace(self, images=images, labels=labels, evidence=evidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,14 +218,14 @@ def measure_state(model: Classifier, subject: Subject, *, ownership: bool = True
     Args:
         model: On the subject's device, of whatever architecture.
         subject: Whose copy it is, and what it is held against.
-        ownership: Whether both ownership tests are made, where there is a witness.
+        ownership: Whether both ownership tests are made, where there is the owner's evidence.
 
     Raises:
         TrainingError: The model's logits are not finite: an attack destroyed it.
         ModelError: The model lacks a layer that the maps need.
     """
-    if subject.witness is not None:
-        gate = measure_gate_state(model, subject.witness, ownership=ownership)
+    if subject.evidence is not None:
+        gate = measure_gate_state(model, subject.evidence, ownership=ownership)
         score, measure = _score(gate.predictions, gate.agreement)
         return State(
             accuracy=score, measure=measure, correlation=gate.correlation, ownership=gate.to_json().get("ownership")
