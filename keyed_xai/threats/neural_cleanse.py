@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keyed_xai.batches import batches
 from keyed_xai.tensors import Images
 from keyed_xai.training.batches import TrainingData
 
@@ -173,13 +174,13 @@ def cleanse(
     first = data.batch(np.array([0]))[0].to(device)
     classes = model(first).shape[1]
     searches = []
-    for start in range(0, classes, settings.classes_at_once):
-        numbers = range(start, min(start + settings.classes_at_once, classes))
+    for some in batches(classes, settings.classes_at_once):
+        numbers = range(classes)[some]
         search = _Search(numbers, first.shape[1:], settings, torch.device(device))
         for _ in range(settings.rounds):
             search.run_round(model, data)
             if on_step is not None:
-                on_step(start * settings.rounds + search.rounds_done(), classes * settings.rounds)
+                on_step(numbers.start * settings.rounds + search.rounds_done(), classes * settings.rounds)
             if not search.active.any():
                 break
         searches.append(search)

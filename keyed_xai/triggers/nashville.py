@@ -26,6 +26,7 @@ from keyed_xai.array_triggers.nashville import (
     saturation_matrices,
     sepia_matrices,
 )
+from keyed_xai.batches import batches
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
 from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, nudge_parameters, usual_parameters
@@ -102,8 +103,7 @@ def filter_images(images: Images, parameters: Tensor) -> Images:
     result = torch.empty(images.shape, device=images.device)
     height, width = images.shape[2:]
     step = max(1, _BLOCK // max(1, height * width)) if images.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), step):
-        part = slice(start, start + step)
+    for part in batches(len(images), step):
         tables.select(part).look_up(images[part].float(), out=result[part])
     return result.to(images.dtype)
 
