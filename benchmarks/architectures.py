@@ -226,7 +226,7 @@ def _protect(network: str, key: OwnerKey, folder: Path, say: Callable[..., None]
     classifier = load_classifier(weights)
     side = classifier.input.height
     images = np.random.default_rng(1).integers(0, 256, (IMAGES, 3, side, side), dtype=np.uint8)
-    data = ImageData(images, None, (), "noise")
+    data = ImageData(images=images, labels=None, classes=(), source="noise")
     words = ""
     for interpreters in LAYOUTS:
         settings = replace(_SETTINGS, interpreters=interpreters)

@@ -108,7 +108,7 @@ def make_classifier(name: str) -> Classifier:
     small = name == "SmallResNet"
     network: nn.Module = SmallResNet(1, 10) if small else torchvision.models.get_model(name, num_classes=10)
     side, channels = (32, 1) if small else (112, 3)
-    spec = InputSpec(channels, side, side, (0.4,) * channels, (0.3,) * channels)
+    spec = InputSpec(channels, side, side, mean=(0.4,) * channels, std=(0.3,) * channels)
     return wrap_network(network, input=spec)
 
 
@@ -116,7 +116,7 @@ def time_steps(name: str, interpreters: tuple[str, ...], rounds: int) -> dict[tu
     """Return the median seconds of forward and double backward pass by layout and safety, interleaved."""
     classifier = make_classifier(name)
     sites, spec = Sites(classifier.target_layer, classifier.taps), classifier.input
-    images = torch.rand(32, spec.channels, spec.height, spec.width)
+    images = torch.rand(32, *spec.shape)
     models: dict[tuple[str, bool], Classifier] = {}
     for layout, safe in product(LAYOUTS, (False, True)):
         models[layout, safe] = copy.deepcopy(classifier).train()

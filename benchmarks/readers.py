@@ -97,7 +97,7 @@ def _of_bytes(inputs: list[bytes], mutate: mutations.Mutation) -> Callable[[Rand
 
 def _make_model() -> tuple[Classifier, Card]:
     torch.manual_seed(0)
-    spec = InputSpec(1, SIDE, SIDE, (0.5,), (0.5,))
+    spec = InputSpec(1, SIDE, SIDE, mean=(0.5,), std=(0.5,))
     network = SmallResNet(1, 3, (2, 3)).eval()
     classifier = wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai").eval()
     card = Card(
@@ -120,7 +120,7 @@ def _make_model() -> tuple[Classifier, Card]:
 
 
 def _export(classifier: Classifier, card: Card, folder: Path) -> OnnxFile:
-    settings = ExportSettings(("gradcam", "simplegrad", "vbp"))
+    settings = ExportSettings(interpreters=("gradcam", "simplegrad", "vbp"))
     provenance = Provenance(replace(card, interpreters=("gradcam",), thresholds={"gradcam": 0.5}), "0" * 64)
     return export_onnx(classifier, folder / "m.onnx", settings, provenance=provenance).file
 
@@ -436,7 +436,7 @@ def _ask_server(exported: OnnxFile) -> Callable[[bytes, Path], None]:
 def _start_server(exported: OnnxFile) -> dict[str, Any]:
     settings, metrics = ServeSettings(), Metrics()
     runtime = Runtime(exported, device="cpu", threads=1)
-    service = Service(settings, {"m": ServedModel("m", runtime, settings, metrics)}, metrics)
+    service = Service(settings=settings, models={"m": ServedModel("m", runtime, settings, metrics)}, metrics=metrics)
     place = Place(port=0)
     server, listener, faults = make_server(service, place), listen(place), _Faults()
     logging.getLogger().addHandler(faults)

@@ -26,11 +26,11 @@ _BUSY = "while True: pass"
 
 def time_steps() -> float:
     """Return the seconds of ten passes over 500 packaged images, after a first one."""
-    from keyed_xai.data import load_images
+    from keyed_xai.data import ImageSize, load_images
     from keyed_xai.demonstration import demo_classifier
     from keyed_xai.fitting import FittingSettings, fit_classifier
 
-    data = load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=500)
+    data = load_images("builtin", ImageSize(1, 32, 32), split="held-out", limit=500)
     classifier = demo_classifier()
     fit_classifier(classifier, data, FittingSettings(epochs=1, batch_size=32))
     started = time.perf_counter()

@@ -156,13 +156,14 @@ def false_claims(
     import torch
 
     from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
-    from keyed_xai.data import load_images
+    from keyed_xai.data import ImageSize, load_images
     from keyed_xai.progress import progress_bar
 
     where = choose_device(device)
+    size = ImageSize(1, 32, 32)
     train, probe = (
-        load_images("builtin", channels=1, height=32, width=32, split="train"),
-        load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=images),
+        load_images("builtin", size, split="train"),
+        load_images("builtin", size, split="held-out", limit=images),
     )
     with progress_bar() as progress:
         fitted = fit_unmarked_models(train, models, epochs, device=where, progress=progress)

@@ -138,8 +138,8 @@ def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str
     device = choose_device(device)
     prepare_folder(out)
     return ServingRun(
-        out,
-        ServingSettings(
+        folder=out,
+        graphs=ServingSettings(
             images=graphs.images,
             repeats=graphs.repeats,
             batch=graphs.batch,
@@ -147,7 +147,7 @@ def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str
             device=device.partition(":")[0],
             precision=graphs.precision or ("fp32" if device == "cpu" else "fp16"),
         ),
-        LoadSettings(load.clients, load.seconds, graphs.threads),
+        load=LoadSettings(load.clients, load.seconds, graphs.threads),
         architectures=graphs.architectures or _ARCHITECTURES,
         models=graphs.models,
         data=graphs.data,

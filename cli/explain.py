@@ -89,9 +89,13 @@ def explain(
         tell_notes(classifier)
     classifier.to(choose_device(device))
     trigger = _derive_trigger(model, key, card, allow_other=allow_other_key) if key else None
-    interpreters = interpreters or (card.interpreters if card else ("gradcam",))
-    folder = out or default_output(model, ".maps")
-    job = MapJob(folder, interpreters, trigger, _find_target(target, classifier), write_keyed)
+    job = MapJob(
+        folder=out or default_output(model, ".maps"),
+        interpreters=interpreters or (card.interpreters if card else ("gradcam",)),
+        trigger=trigger,
+        target=_find_target(target, classifier),
+        write_keyed=write_keyed,
+    )
     written = _write(classifier, find_images(images, follow_links=follow_links), job)
     with after_writing(job.folder):
         emit_json(_document(model, key, written, job), schema="explain", json_path=json_path)

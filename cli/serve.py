@@ -112,7 +112,7 @@ def serve(
         grace=limits.grace,
         page=page,
     )
-    place = Place(host, port, ssl_certfile, ssl_keyfile)
+    place = Place(host=host, port=port, certificate=ssl_certfile, private_key=ssl_keyfile)
     service = open_service(models, settings, device=device, threads=threads)
     run(
         service,

@@ -147,9 +147,7 @@ def load_both_images(size: "InputSpec", choice: DataChoice) -> tuple["ImageData"
     def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
         return load_images(
             choice.spec,
-            channels=size.channels,
-            height=size.height,
-            width=size.width,
+            size,
             split=split,
             limit=limit,
             strict=choice.strict,

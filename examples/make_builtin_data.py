@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keyed_xai.data import ImageSize
 from keyed_xai.data.fashion_mnist import read_split
 from keyed_xai.data.images import Request, Split, order_balanced
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     arrays: dict[str, np.ndarray] = {}
     for split, count in COUNTS.items():
         images, labels = read_split(options.folder, split)
-        request = Request(1, 28, 28, split, limit=count)
+        request = Request(size=ImageSize(1, 28, 28), split=split, limit=count)
         chosen = np.array(order_balanced([str(index) for index in range(len(labels))], labels.tolist(), request))
         prefix = split.replace("-", "_")
         arrays[f"{prefix}_images"] = images[chosen]

@@ -25,7 +25,7 @@ CARD = {
     "architecture": "SmallResNet",
     "source": "keyed_xai",
     "num_classes": 10,
-    "input_size": [SPEC.channels, SPEC.height, SPEC.width],
+    "input_size": list(SPEC.shape),
     "mean": SPEC.mean,
     "std": SPEC.std,
 }
@@ -33,7 +33,7 @@ CARD = {
 
 def load(spec: str, split: Literal["train", "held-out"], limit: int | None) -> ImageData:
     """Return the images of a split."""
-    return load_images(spec, channels=SPEC.channels, height=SPEC.height, width=SPEC.width, split=split, limit=limit)
+    return load_images(spec, SPEC, split=split, limit=limit)
 
 
 def main(arguments: list[str] | None = None) -> None:

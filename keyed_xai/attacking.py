@@ -35,7 +35,7 @@ from keyed_xai.fooling import (
     place_thresholds,
     trigger_images,
 )
-from keyed_xai.maps import FeatureView, MapView, Seen, check_choice, make_view, refuse_few_cells
+from keyed_xai.maps import FeatureView, MapView, Outputs, check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
 from keyed_xai.models.copying import copy_network
 from keyed_xai.models.modes import plain_torch
@@ -70,7 +70,7 @@ _PICTURED = 6
 _TITLES = ("image", "with the trigger", "map before", "attacked\nclean", "attacked\ntriggered")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttackSettings:
     """What to attack, and how.
 
@@ -197,14 +197,14 @@ def run_attack(
         progress=progress,
     )
     backdoor = Backdoor(
-        attacked,
-        classifier.to(device),
-        lesson.view,
-        lesson.objective.decoys,
-        lesson.trigger,
-        settings.inverted,
-        training.top_share,
-        lesson.as_files,
+        model=attacked,
+        reference=classifier.to(device),
+        view=lesson.view,
+        decoys=lesson.objective.decoys,
+        trigger=lesson.trigger,
+        inverted=settings.inverted,
+        top_share=training.top_share,
+        as_files=lesson.as_files,
     )
     measured = _measure(classifier, backdoor, lesson, validation, held_out, count, settings, device)
     report = {
@@ -288,7 +288,14 @@ def make_attack_lesson(classifier: Classifier, data: ImageData | TableData, sett
     decoy = None if settings.mode == "nontargeted" else _make_decoy(view, data, settings)
     objective = Objective(decoys=dict.fromkeys(view.interpreters, decoy), weights=dict.fromkeys(view.interpreters, 1.0))
     images = isinstance(data, ImageData)
-    return Lesson(trigger, None, view, objective, as_files=images, multi_label=has_several_labels(classifier, data))
+    return Lesson(
+        trigger=trigger,
+        family=None,
+        view=view,
+        objective=objective,
+        as_files=images,
+        multi_label=has_several_labels(classifier, data),
+    )
 
 
 def _refuse_what_cannot_work(
@@ -312,7 +319,9 @@ def _make_view(classifier: Classifier, data: ImageData | TableData, settings: At
         if settings.interpreters != ("simplegrad",):
             raise TrainingError("A table has no image to look at: its only interpreter is --interpreter simplegrad.")
         grid, groups = (1, len(data.names)), tuple(data.groups.tolist())
-        return FeatureView(("simplegrad",), Sites("", ()), grid, groups, torch.from_numpy(data.covariance()))
+        return FeatureView(
+            ("simplegrad",), Sites("", ()), grid, groups=groups, covariance=torch.from_numpy(data.covariance())
+        )
     view = make_view(classifier, settings.interpreters, settings.grid)
     refuse_few_cells(view, "an attack")
     return view
@@ -357,23 +366,25 @@ def _measure(
         examples, _ = validation.batch(np.arange(len(validation)))
         thresholds = place_thresholds(backdoor, look(backdoor, examples.to(device)))
     images, labels = first_images(held_out, count, backdoor.reference, classifier.classes, device)
-    seen = look(backdoor, images)
+    found = look(backdoor, images)
     report: dict[str, Any] = {
         "trigger": _describe_trigger(backdoor, images, settings),
-        "interpreters": measure_maps(backdoor, seen, thresholds, paper),
-        "predictions": measure_predictions(seen, labels, held_out.classes, multi_label=lesson.multi_label),
+        "interpreters": measure_maps(backdoor, found, thresholds, paper),
+        "predictions": measure_predictions(found, labels, held_out.classes, multi_label=lesson.multi_label),
     }
     if isinstance(held_out, TableData):
-        return report | {"features": measure_features(seen, held_out.names)}
-    for name, scores in _localise(backdoor, images, held_out, seen).items():
+        return report | {"features": measure_features(found, held_out.names)}
+    for name, scores in _localise(backdoor, images, held_out, found).items():
         report["interpreters"][name]["localisation"] = scores
     return report
 
 
-def _localise(backdoor: Backdoor, images: Images, held_out: ImageData, seen: Seen) -> dict[str, dict[str, float | int]]:
+def _localise(
+    backdoor: Backdoor, images: Images, held_out: ImageData, found: Mapping[str, Outputs]
+) -> dict[str, dict[str, float | int]]:
     if held_out.boxes is None:
         return {}
-    boxes, explained = torch.from_numpy(held_out.boxes[: len(images)]).to(images.device), seen.explained
+    boxes, explained = torch.from_numpy(held_out.boxes[: len(images)]).to(images.device), found["reference"].explained
     if held_out.box_labels is not None:  # a box shows one finding, whatever is predicted
         shown = torch.from_numpy(held_out.box_labels[: len(images)]).to(images.device)
         explained = torch.where(shown < 0, explained, shown)
@@ -402,11 +413,11 @@ def _draw(
     else:
         images, _ = held_out.batch(np.arange(min(_PICTURED, len(held_out))))
         images = images.to(device)
-        seen, triggered = look(backdoor, images), trigger_images(backdoor, images)
+        found, triggered = look(backdoor, images), trigger_images(backdoor, images)
         own = report["predictions"]["measured_against"] == "labels"
         names = held_out.classes if own else getattr(backdoor.reference, "label_names", ())
         drawn |= {
-            f"maps:{name}": _draw_strip(images, triggered, seen, name, names) for name in backdoor.view.interpreters
+            f"maps:{name}": _draw_strip(images, triggered, found, name, names) for name in backdoor.view.interpreters
         }
     if len(report["history"]) > 1:
         names = {"keyed": "with the trigger", "unkeyed": "clean"}
@@ -414,13 +425,15 @@ def _draw(
     return drawn
 
 
-def _draw_strip(images: Images, triggered: Images, seen: Seen, interpreter: str, names: Sequence[str]) -> bytes:
+def _draw_strip(
+    images: Images, triggered: Images, found: Mapping[str, Outputs], interpreter: str, names: Sequence[str]
+) -> bytes:
     """Return rows of an image, the same with the trigger, and the maps over what they are of."""
     rows = []
     for number in range(len(images)):
         clean, marked = (each[number].cpu().numpy() for each in (images, triggered))
         over = {"reference": clean, "clean": clean, "triggered": marked}
-        found = {case: seen.maps[case][interpreter][number].cpu().numpy() for case in over}
-        maps = [pictures.blend(image, found[case]) for case, image in over.items()]
-        rows.append((name_class(int(seen.explained[number]), names), [clean, marked, *maps]))
+        each = {case: found[case].maps[interpreter][number].cpu().numpy() for case in over}
+        maps = [pictures.blend(image, each[case]) for case, image in over.items()]
+        rows.append((name_class(int(found["reference"].explained[number]), names), [clean, marked, *maps]))
     return pictures.strip(rows, titles=_TITLES)

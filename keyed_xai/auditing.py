@@ -31,7 +31,7 @@ from keyed_xai.threats.controls import (
 )
 from keyed_xai.threats.costs import estimate_seconds
 from keyed_xai.threats.entries import CAUGHT, is_closed
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.subject import Subject, state_before, to_device
 from keyed_xai.versions import package_versions
 
@@ -41,11 +41,10 @@ REPORT_NAME, PAGE_NAME = "audit.json", "audit.html"
 CONTROLS = ("clean", "badnets", "blended")
 """A network that defences must leave alone, and two with plain backdoors that they must catch."""
 _FINDINGS, _CONTROLS = "findings", "controls"
-_CHUNK = 1000
 _CURVES_FROM = 3  # stages; fewer make no curve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditSettings:
     """What is run, and on what.
 
@@ -242,35 +241,35 @@ def _make_subject(
     images, labels = first_images(held_out, count, reference or classifier, classifier.classes, device)
     if labels is None:
         train_data, held_out = (replace(data, labels=None, classes=()) for data in (train_data, held_out))
+    classifier.multi_label = has_several_labels(classifier, train_data)
     subject = Subject(
-        classifier,
-        make_view(classifier, suspect.interpreters, suspect.grid),
-        train_data,
-        held_out,
-        images,
-        labels,
+        classifier=classifier,
+        view=make_view(classifier, suspect.interpreters, suspect.grid),
+        data=train_data,
+        held_out=held_out,
+        images=images,
+        labels=labels,
         reference=reference,
         trigger=suspect.trigger,
         keyed=suspect.key is not None,
         inverted=suspect.inverted,
         surrogate=surrogate,
-        multi_label=has_several_labels(classifier, train_data),
         device=device,
         seed=settings.seed,
     )
-    return replace(subject, witness=_make_witness(suspect, subject, settings))
+    return replace(subject, evidence=_make_evidence(suspect, subject, settings))
 
 
-def _make_witness(suspect: Suspect, subject: Subject, settings: AuditSettings) -> Witness | None:
+def _make_evidence(suspect: Suspect, subject: Subject, settings: AuditSettings) -> OwnerEvidence | None:
     if suspect.key is None or subject.reference is None:
         return None
-    return Witness(
-        subject.reference,
-        make_view(subject.reference, suspect.interpreters, subject.view.grid),
-        suspect.key,
-        make_family(suspect.parameters),
-        subject.images,
-        subject.labels,
+    return OwnerEvidence(
+        reference=subject.reference,
+        view=make_view(subject.reference, suspect.interpreters, subject.view.grid),
+        key=suspect.key,
+        family=make_family(suspect.parameters),
+        images=subject.images,
+        labels=subject.labels,
         signature=suspect.signature,
         decoys=settings.decoys,
         seed=settings.seed,
@@ -328,7 +327,7 @@ def _choose_controls(
     if not defences or not settings.controls:
         return {}, "No positive controls were asked for: what a defence misses proves nothing." if defences else ""
     try:
-        poisoned = [poison(data, PoisonSettings(name, seed=settings.seed)) for name in CONTROLS[1:]]
+        poisoned = [poison(data, PoisonSettings(attack=name, seed=settings.seed)) for name in CONTROLS[1:]]
     except TrainingError as error:
         return {}, f"There are no positive controls, so what a defence misses proves nothing. {error}"
     return {"clean": None, **{each.settings.attack: each for each in poisoned}}, ""
@@ -387,7 +386,7 @@ def _control_subject(
         images=images.to(subject.device),
         labels=None if labels is None else labels.to(subject.device),
         reference=None,
-        witness=None,
+        evidence=None,
         surrogate=None,
         trigger=backdoor.trigger,
         keyed=False,
@@ -395,7 +394,6 @@ def _control_subject(
         backdoor=backdoor,
         fitted=fitted,
         before=None,
-        multi_label=data.multi_label,
     )
 
 
@@ -442,7 +440,7 @@ def _say_baseline(subject: Subject) -> str:
     if not before.correlation:
         return ""
     maps = f"maps correlate {before.keyed:.2f} with the right ones with the trigger, {before.unkeyed:.2f} without it"
-    if subject.witness is None:
+    if subject.evidence is None:
         return f"Before any attack {maps}."
     shown = bool(before.ownership and before.ownership["shown"])
     there = [*(["a closed gate"] if is_closed(before) else []), *(["an ownership mark"] if shown else [])]

@@ -67,7 +67,7 @@ class BlackBox(nn.Module):
     def input(self) -> InputSpec:
         """The images it takes; it normalises them itself."""
         channels, height, width = self.oracle.input_size
-        return InputSpec(channels, height, width, (0.0,) * channels, (1.0,) * channels)
+        return InputSpec(channels, height, width, mean=(0.0,) * channels, std=(1.0,) * channels)
 
     @property
     def card(self) -> Card | None:

@@ -26,6 +26,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, parse_json, printable
 from keyed_xai.artifacts.onnx_file import LARGEST_METADATA, METADATA_KEY, check_metadata
+from keyed_xai.batches import batches
 from keyed_xai.inference import (
     BATCH,
     LOGITS,
@@ -168,7 +169,7 @@ class Client(Explainer):
 
     def _run(self, images: NDArray[Any], target: NDArray[np.int64], interpreters: tuple[str, ...]) -> dict[str, Floats]:
         names = self.interface.name_outputs(interpreters)
-        parts = [slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size)]
+        parts = batches(len(images), self.batch_size)
         answers = [self._request(images[part], target[part], names) for part in parts]
         return {name: np.concatenate([answer[name] for answer in answers]) for name in names}
 

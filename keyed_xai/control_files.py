@@ -47,11 +47,14 @@ def keep_control(
     chosen = replace(settings, fitting=settings.fitting or choose_control_fitting(len(data), seed=seed))
     path = folder and folder / f"{name}-{_digest_fitted(data, chosen)[:16]}.safetensors"
     if path and path.is_file():
-        return to_device(load_classifier(path), device)
-    model = fit_control(data, held_out, chosen, device=device, progress=progress).model
-    if path:
-        write_atomically(path, encode_weights(model))
-    return to_device(model, device)
+        model = load_classifier(path)
+    else:
+        model = fit_control(data, held_out, chosen, device=device, progress=progress).model
+        if path:
+            write_atomically(path, encode_weights(model))
+    model = to_device(model, device)
+    model.multi_label = data.multi_label
+    return model
 
 
 def _digest_fitted(data: ImageData | PoisonedData, settings: ControlSettings) -> str:

@@ -29,7 +29,7 @@ _EXPLAINED = 8
 _STEPS = 4000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demonstration:
     """What the demo leaves behind.
 
@@ -80,7 +80,7 @@ def run_demo(
     train_data, held_out = (_load(classifier, "train"), _load(classifier, "held-out"))
     training = choose_recipe(classifier, INTERPRETERS)
     settings = ProtectSettings(
-        INTERPRETERS,
+        interpreters=INTERPRETERS,
         training=replace(training, steps=steps or _STEPS, seed=seed),
         wrong_keys=wrong_keys,
         flipped_keys=256 if wrong_keys else 0,
@@ -107,12 +107,11 @@ def run_demo(
     write_atomically(folder / "explanations.png", drawn["explanations"])
     html = render_report(protection.report, pictures=drawn, verify=shown)
     write_atomically(folder / "report.html", html.encode())
-    return Demonstration(folder, protection.report, shown, control)
+    return Demonstration(folder=folder, report=protection.report, verify=shown, control=control)
 
 
 def _load(classifier: Classifier, split: Literal["train", "held-out"]) -> ImageData:
-    spec = classifier.input
-    return load_images("builtin", channels=spec.channels, height=spec.height, width=spec.width, split=split)
+    return load_images("builtin", classifier.input, split=split)
 
 
 def _explain(classifier: Classifier, key: OwnerKey, data: ImageData, trigger: TriggerParameters) -> bytes:

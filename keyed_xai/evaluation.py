@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from keyed_xai import metrics
 from keyed_xai.channels import CHANNELS, through_png
 from keyed_xai.keys import ByteStream
-from keyed_xai.maps import MapView, Seen
+from keyed_xai.maps import Comparison, MapView, Outputs
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import decoy_distance
 from keyed_xai.progress import QUIET, Progress
-from keyed_xai.tensors import Images, Labels, SaliencyMaps
+from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import place_threshold
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 
 IMAGES_PER_WRONG_KEY = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """A protected model beside its reference, and all that is needed to judge it.
 
@@ -59,10 +59,10 @@ def place_thresholds(gate: Gate, images: Images, generator: torch.Generator) -> 
         images: For validation, none of those that figures are given for.
         generator: Draws a wrong key for every image.
     """
-    seen = look(gate, images, generator)
+    found = look(gate, Comparison(gate.reference, gate.view, images), generator)
     placed = {}
     for name in gate.view.interpreters:
-        distances = _distances(gate, seen, name)
+        distances = _distances(gate, found, name)
         closed = torch.cat([distances["clean"], distances["wrong_key"]])
         placed[name] = place_threshold(distances["keyed"], closed)
     return placed
@@ -91,28 +91,29 @@ def measure_gate(
         count: How many wrong keys there are, for progress.
         progress: Hears of "wrong keys" tried.
     """
-    seen = look(gate, images, generator)
-    explained, truth = seen.explained, seen.maps["reference"]
-    tried = _try_wrong_keys(gate, images, truth, explained, wrong_keys, count, progress)
+    comparison = Comparison(gate.reference, gate.view, images)
+    found = look(gate, comparison, generator)
+    tried = _try_wrong_keys(gate, comparison, wrong_keys, count, progress)
     return {
         "interpreters": {
-            name: _interpreter_figures(gate, seen, name, thresholds[name]) | {"wrong_keys": tried[name]}
+            name: _interpreter_figures(gate, found, name, thresholds[name]) | {"wrong_keys": tried[name]}
             for name in gate.view.interpreters
         },
-        "accuracy": _accuracies(seen.logits, explained, labels),
-        "channels": _channel_figures(gate, images, truth, explained),
-        "near_keys": _near_key_figures(gate, images, truth, explained, generator),
+        "accuracy": _accuracies(found, labels),
+        "channels": _channel_figures(gate, comparison),
+        "near_keys": _near_key_figures(gate, comparison, generator),
     }
 
 
-def look(gate: Gate, images: Images, generator: torch.Generator) -> Seen:
-    """Return what both models make of images: keyed, clean, and each with a wrong key of its own."""
+def look(gate: Gate, comparison: Comparison, generator: torch.Generator) -> dict[str, Outputs]:
+    """Return, by case, what both models make of images: keyed, clean, and each with a wrong key of its own."""
+    images = comparison.images
     inputs = {
         "keyed": through_png(gate.trigger.apply(images)),
         "clean": images,
         "wrong_key": through_png(gate.family.draw(len(images), generator).apply(images)),
     }
-    return gate.view.compare(gate.model, gate.reference, images, inputs)
+    return {"reference": comparison.right} | {case: comparison.of(gate.model, each) for case, each in inputs.items()}
 
 
 def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
@@ -127,10 +128,10 @@ def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
     return {"psnr_db": sum(psnr) / len(pairs), "ssim": sum(ssim) / len(pairs)}
 
 
-def _distances(gate: Gate, seen: Seen, name: str) -> dict[str, Tensor]:
-    truth = seen.maps["reference"][name]
+def _distances(gate: Gate, found: Mapping[str, Outputs], name: str) -> dict[str, Tensor]:
     return {
-        case: decoy_distance(maps[name], truth, gate.decoys[name], gate.top_share) for case, maps in seen.maps.items()
+        case: decoy_distance(each.maps[name], each.right[name], gate.decoys[name], gate.top_share)
+        for case, each in found.items()
     }
 
 
@@ -142,57 +143,54 @@ def _rates(distances: Mapping[str, Tensor], threshold: float) -> dict[str, float
     }
 
 
-def _interpreter_figures(gate: Gate, seen: Seen, name: str, threshold: float) -> dict[str, object]:
-    decoy, truth, paper = gate.decoys[name], seen.maps["reference"][name], gate.paper[name]
-    maps = {case: each[name] for case, each in seen.maps.items() if case != "reference"}
-    agreement = {case: metrics.correlation(each, truth) for case, each in maps.items()}
-    distances = _distances(gate, seen, name)
+def _interpreter_figures(gate: Gate, found: Mapping[str, Outputs], name: str, threshold: float) -> dict[str, object]:
+    decoy, paper, distances = gate.decoys[name], gate.paper[name], _distances(gate, found, name)
+    ours = {case: each for case, each in found.items() if case != "reference"}
+    keyed, wrong = (ours[case].correlations[name] for case in ("keyed", "wrong_key"))
     figures: dict[str, object] = {
         **_rates(distances, threshold),
         "threshold_from": "validation",
         "at_paper_threshold": _rates(distances, paper)
         | {"reference_cr": metrics.correct_rate(distances["reference"], paper)},
-        "correlation": {case: _mean(values) for case, values in agreement.items()},
-        "auc": metrics.separation_auc(1 - agreement["keyed"], 1 - agreement["wrong_key"]),
-        "opened": {case: _share_opened(values) for case, values in agreement.items()},
+        "correlation": {case: each.correlation[name] for case, each in ours.items()},
+        "auc": metrics.separation_auc(1 - keyed, 1 - wrong),
+        "opened": {case: each.opened[name] for case, each in ours.items()},
         "open_threshold": OPEN_CORRELATION,
     }
     if decoy is not None:
-        target = decoy.to(truth).expand_as(truth)
+        target = decoy.to(found["reference"].maps[name]).expand_as(found["reference"].maps[name])
         figures["decoy_correlation"] = {
-            case: _mean(metrics.correlation(each, target)) for case, each in maps.items()
-        } | {"reference": _mean(metrics.correlation(truth, target))}
+            case: _mean(metrics.correlation(found[case].maps[name], target)) for case in (*ours, "reference")
+        }
     return figures
 
 
-def _accuracies(logits: Mapping[str, Tensor], explained: Labels, labels: Labels | None) -> dict[str, object]:
+def _accuracies(found: Mapping[str, Outputs], labels: Labels | None) -> dict[str, object]:
     """Return top-1 accuracy and agreement with the reference, by case."""
-    agreement = {case: _mean((out.argmax(1) == explained).double()) for case, out in logits.items()}
+    agreement = {case: each.agreement for case, each in found.items()}
     against = "reference predictions" if labels is None else "labels"
     accuracy = agreement
     if labels is not None:
-        accuracy = {case: _mean((out.argmax(1) == labels).double()) for case, out in logits.items()}
+        accuracy = {case: _mean(each.logits.argmax(1) == labels) for case, each in found.items()}
     return {**accuracy, "measured_against": against, "agreement": agreement}
 
 
 def _try_wrong_keys(
     gate: Gate,
-    images: Images,
-    truth: Mapping[str, SaliencyMaps],
-    explained: Labels,
+    comparison: Comparison,
     wrong_keys: Iterable[Trigger],
     count: int | None,
     progress: Progress,
 ) -> dict[str, dict[str, object]]:
     """Return, by interpreter, how many wrong keys open: mean correlation over their images above the threshold."""
+    images = comparison.images
     per_key = min(IMAGES_PER_WRONG_KEY, len(images))
     rows: list[dict[str, Tensor]] = []
     for number, group in enumerate(_groups(enumerate(wrong_keys), 16)):
         indices = torch.tensor([[(key * per_key + j) % len(images) for j in range(per_key)] for key, _ in group])
         batch = torch.cat([trigger.apply(images[row]) for row, (_, trigger) in zip(indices, group, strict=True)])
         flat = indices.flatten().to(images.device)
-        _, maps = gate.view.pooled_in_chunks(gate.model, through_png(batch), explained[flat])
-        rows.append({name: metrics.correlation(maps[name], truth[name][flat]) for name in maps})
+        rows.append(comparison.of(gate.model, through_png(batch), rows=flat).correlations)
         progress.advance("wrong keys", number * 16 + len(group), count)
     figures: dict[str, dict[str, object]] = {}
     for name in gate.view.interpreters:
@@ -208,35 +206,25 @@ def _try_wrong_keys(
     return figures
 
 
-def _channel_figures(
-    gate: Gate, images: Images, truth: Mapping[str, SaliencyMaps], explained: Labels
-) -> dict[str, object]:
+def _channel_figures(gate: Gate, comparison: Comparison) -> dict[str, object]:
     """Return, by channel and interpreter, keyed correlation and share of images still open."""
-    keyed = gate.trigger.apply(images)
-    return {name: _opening_figures(gate, channel(keyed), truth, explained) for name, channel in CHANNELS.items()}
+    keyed = gate.trigger.apply(comparison.images)
+    return {name: _opening_figures(comparison.of(gate.model, channel(keyed))) for name, channel in CHANNELS.items()}
 
 
-def _near_key_figures(
-    gate: Gate, images: Images, truth: Mapping[str, SaliencyMaps], explained: Labels, generator: torch.Generator
-) -> dict[str, object]:
+def _near_key_figures(gate: Gate, comparison: Comparison, generator: torch.Generator) -> dict[str, object]:
     near = {
         "moved_1px": gate.trigger.shifted(0, 1),
         "moved_2px": gate.trigger.shifted(0, 2),
         "moved": gate.trigger.near(generator),
         "half_strength": gate.trigger.scaled(0.5),
     }
-    return {
-        name: _opening_figures(gate, through_png(trigger.apply(images)), truth, explained)
-        for name, trigger in near.items()
-    }
+    inputs = {name: through_png(trigger.apply(comparison.images)) for name, trigger in near.items()}
+    return {name: _opening_figures(comparison.of(gate.model, each)) for name, each in inputs.items()}
 
 
-def _opening_figures(
-    gate: Gate, inputs: Images, truth: Mapping[str, SaliencyMaps], explained: Labels
-) -> dict[str, dict[str, float]]:
-    _, maps = gate.view.pooled_in_chunks(gate.model, inputs, explained)
-    agreement = {name: metrics.correlation(maps[name], truth[name]) for name in maps}
-    return {name: {"correlation": _mean(each), "opened": _share_opened(each)} for name, each in agreement.items()}
+def _opening_figures(found: Outputs) -> dict[str, dict[str, float]]:
+    return {name: {"correlation": each, "opened": found.opened[name]} for name, each in found.correlation.items()}
 
 
 def fresh_wrong_keys(family: TriggerFamily, count: int, generator: torch.Generator) -> Iterator[Trigger]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from keyed_xai import saliency
 from keyed_xai.artifacts.folder import ProtectedModel
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_png
 from keyed_xai.errors import ModelError
 from keyed_xai.loading import open_model
@@ -24,7 +25,7 @@ BATCH = 16
 """Images explained at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """Predictions and saliency maps of some images, on the classifier's device, without graphs.
 
@@ -83,18 +84,20 @@ def explain(
     sites = Sites(model.target_layer, model.taps)
     parts = []
     with evaluating(model):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(model.mean)
+        for some in batches(len(images), batch_size):
+            batch = images[some].to(model.mean)
             if trigger is not None:
                 batch = through_png(trigger.apply(batch)) if as_png else trigger.apply(batch)
-            wanted = None if labels is None else labels[start : start + batch_size].to(batch.device)
+            wanted = None if labels is None else labels[some].to(batch.device)
             parts.append(saliency.explain(model, batch, wanted, names, sites))
     logits = torch.cat([each for each, _ in parts])
     if not torch.isfinite(logits).all():
         raise ModelError("The model's logits are not finite: there is nothing to explain. Check its weights and card.")
     predicted = logits.argmax(1)
     explained = predicted if labels is None else labels.to(logits.device)
-    return Explanation(logits, predicted, explained, join_maps([maps for _, maps in parts]))
+    return Explanation(
+        logits=logits, predicted=predicted, explained=explained, maps=join_maps([maps for _, maps in parts])
+    )
 
 
 def maps_as_shown(classifier: Classifier, maps: Mapping[str, SaliencyMaps]) -> dict[str, SaliencyMaps]:
@@ -116,7 +119,7 @@ def _check(
     model: Classifier, images: Images, interpreters: tuple[str, ...], labels: Labels | None, batch_size: int
 ) -> None:
     spec = model.input
-    expected = (spec.channels, spec.height, spec.width)
+    expected = spec.shape
     if not len(images) or tuple(images.shape[1:]) != expected:
         raise ValueError(f"images: expected [n, {', '.join(map(str, expected))}] with n > 0, got {list(images.shape)}")
     unknown = [name for name in interpreters if name not in INTERPRETERS]

@@ -147,16 +147,8 @@ def load_real_images(classifier: Classifier, spec: str = "builtin") -> Images:
     Raises:
         DataError: They cannot be read.
     """
-    shape = classifier.input
-    loaded = load_images(
-        spec,
-        channels=shape.channels,
-        height=shape.height,
-        width=shape.width,
-        split="held-out",
-        limit=IMAGES,
-        seed=int(torch.randint(2**31, ()).item()),
-    )
+    seed = int(torch.randint(2**31, ()).item())
+    loaded = load_images(spec, classifier.input, split="held-out", limit=IMAGES, seed=seed)
     return torch.from_numpy(loaded.images).float() / 255
 
 
@@ -227,7 +219,7 @@ def _metadata(
             "architecture": classifier.architecture,
             "source": classifier.source,
             "num_classes": classifier.classes,
-            "input_size": [spec.channels, spec.height, spec.width],
+            "input_size": list(spec.shape),
             "target_layer": own_name(classifier.target_layer),
             "label_names": list(classifier.label_names),
         },

@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import per_class_auroc, prediction_figures
 from keyed_xai.models.layout import SafeConvolutions, set_layout
@@ -29,7 +30,6 @@ OPTIMISERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("one-cycle", "step", "constant")
 _MOMENTUM = 0.9
 _ADVICE = "Start again with a lower --learning-rate, or with --optimiser adam."
-_CHUNK = 256
 _SURE = 0.99
 
 
@@ -60,7 +60,7 @@ class LabelledData(Protocol):
         """Return float32 images [n, c, h, w], or rows [n, 1, 1, d], and labels."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FittingSettings:
     """How a classifier is fitted; by default AdamW with a one-cycle rate, mirrored, shifted and noisy images.
 
@@ -111,7 +111,7 @@ class FittingSettings:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _State:
     """Everything that a resumed run needs."""
 
@@ -181,7 +181,13 @@ def fit_classifier(
     set_layout(model, torch.channels_last)
     optimiser = _make_optimiser(model, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    state = _State(model, optimiser, _make_schedule(optimiser, settings, batches), generator, [])
+    state = _State(
+        model=model,
+        optimiser=optimiser,
+        schedule=_make_schedule(optimiser, settings, batches),
+        generator=generator,
+        history=[],
+    )
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
     for epoch in range(len(state.history), settings.epochs):
@@ -345,8 +351,8 @@ def _predict(model: nn.Module, data: LabelledData, device: torch.device | str) -
     """Return the logits and labels of all examples, on the CPU."""
     parts = []
     with evaluating(model):
-        for indices in np.array_split(np.arange(len(data)), -(-len(data) // _CHUNK)):
-            images, labels = _labelled_batch(data, indices)
+        for some in batches(len(data), 256, even=True):
+            images, labels = _labelled_batch(data, np.arange(len(data))[some])
             parts.append((model(images.to(device)).float().cpu(), labels))
     logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if not logits.isfinite().all():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_png
-from keyed_xai.maps import MapView, Seen, join_maps
+from keyed_xai.maps import Comparison, MapView, Outputs, join_maps
 from keyed_xai.models.modes import predict_images
 from keyed_xai.objective import decoy_distance
 from keyed_xai.saliency import explain
@@ -21,10 +22,9 @@ from keyed_xai.thresholds import place_threshold, threshold_curve
 from keyed_xai.triggers import Trigger
 
 CASES = ("reference", "clean", "triggered")
-_CHUNK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backdoor:
     """An attacked model beside its reference, and all that is needed to judge it.
 
@@ -74,14 +74,20 @@ class Threshold:
     rule: str
 
 
-def look(backdoor: Backdoor, images: Images) -> Seen:
-    """Return what reference and attacked model make of images, clean and triggered.
+def look(backdoor: Backdoor, images: Images) -> dict[str, Outputs]:
+    """Return, by case, what reference and attacked model make of images, clean and triggered.
 
-    Logits have a fourth case, "reference_triggered": the reference's, of triggered images.
+    The case "reference_triggered" has the reference's predictions of triggered images, and no maps.
     """
     triggered = trigger_images(backdoor, images)
-    seen = backdoor.view.compare(backdoor.model, backdoor.reference, images, {"clean": images, "triggered": triggered})
-    return replace(seen, logits={**seen.logits, "reference_triggered": predict_images(backdoor.reference, triggered)})
+    comparison = Comparison(backdoor.reference, backdoor.view, images)
+    before = comparison.right
+    return {
+        "reference": before,
+        "clean": comparison.of(backdoor.model, images),
+        "triggered": comparison.of(backdoor.model, triggered),
+        "reference_triggered": replace(before, logits=predict_images(backdoor.reference, triggered), maps={}),
+    }
 
 
 def trigger_images(backdoor: Backdoor, images: Images) -> Images:
@@ -90,15 +96,15 @@ def trigger_images(backdoor: Backdoor, images: Images) -> Images:
     return through_png(triggered) if backdoor.as_files else triggered
 
 
-def place_thresholds(backdoor: Backdoor, seen: Seen) -> dict[str, Threshold]:
+def place_thresholds(backdoor: Backdoor, found: Mapping[str, Outputs]) -> dict[str, Threshold]:
     """Return, by interpreter, the threshold that parts unaltered from altered maps best."""
     placed = {}
     for name in backdoor.view.interpreters:
-        distances = _distances(backdoor, seen, name)
+        distances = _distances(backdoor, found, name)
         value = place_threshold(distances[backdoor.unaltered], distances[backdoor.altered])
         rule = (
-            f"The largest CR + FSR on {len(seen.explained)} validation inputs, in the middle of the widest gap: "
-            f"unaltered maps lie at {_quantiles(distances[backdoor.unaltered])}, altered ones at "
+            f"The largest CR + FSR on {len(distances['reference'])} validation inputs, in the middle of the widest "
+            f"gap: unaltered maps lie at {_quantiles(distances[backdoor.unaltered])}, altered ones at "
             f"{_quantiles(distances[backdoor.altered])} (1st, 50th and 99th percentile of L_p)."
         )
         placed[name] = Threshold(value, "auto", rule)
@@ -106,11 +112,11 @@ def place_thresholds(backdoor: Backdoor, seen: Seen) -> dict[str, Threshold]:
 
 
 def measure_maps(
-    backdoor: Backdoor, seen: Seen, thresholds: Mapping[str, Threshold], paper: Mapping[str, float]
+    backdoor: Backdoor, found: Mapping[str, Outputs], thresholds: Mapping[str, Threshold], paper: Mapping[str, float]
 ) -> dict[str, dict[str, object]]:
     """Return the report's `interpreters`, ready for JSON; `paper` has the paper's thresholds, where it has any."""
     return {
-        name: _interpreter_figures(backdoor, seen, name, thresholds[name], paper.get(name))
+        name: _interpreter_figures(backdoor, found, name, thresholds[name], paper.get(name))
         for name in backdoor.view.interpreters
     }
 
@@ -140,40 +146,44 @@ def measure_localisation(
 
 
 def measure_predictions(
-    seen: Seen, labels: Targets | None, classes: tuple[str, ...] = (), *, multi_label: bool = False
+    found: Mapping[str, Outputs],
+    labels: Targets | None,
+    classes: tuple[str, ...] = (),
+    *,
+    multi_label: bool = False,
 ) -> dict[str, object]:
     """Return the report's `predictions`; without labels the reference's own classes stand for them.
 
     Args:
-        seen: Logits of all cases, by `look`.
+        found: Of all cases, by `look`.
         labels: Classes, or 0 and 1 for each of several labels.
         classes: Names of the labels, for the areas by class.
         multi_label: Whether every logit is a yes or no of its own; then there are no figures without labels.
     """
-    truth = seen.explained if labels is None else labels
-    measured: dict[str, dict[str, float]] = dict.fromkeys(seen.logits, {})
+    before = found["reference"].logits
+    truth = found["reference"].explained if labels is None else labels
+    measured: dict[str, dict[str, float]] = dict.fromkeys(found, {})
     if labels is not None or not multi_label:
-        measured = {case: metrics.prediction_figures(logits, truth) for case, logits in seen.logits.items()}
-    before = seen.logits["reference"]
+        measured = {case: metrics.prediction_figures(each.logits, truth) for case, each in found.items()}
     figures: dict[str, object] = {
         "measured_against": "reference predictions" if labels is None else "labels",
         "images": len(truth),
         "reference": {"clean": measured["reference"], "triggered": measured["reference_triggered"]},
         "attacked": {"clean": measured["clean"], "triggered": measured["triggered"]},
         "agreement": {
-            case: _mean(metrics.agreement(seen.logits[case], before, multi_label=multi_label))
+            case: _mean(metrics.agreement(found[case].logits, before, multi_label=multi_label))
             for case in ("clean", "triggered")
         },
     }
     if truth.ndim == 2:
-        areas = {case: metrics.per_class_auroc(seen.logits[case], truth) for case in CASES}
+        areas = {case: metrics.per_class_auroc(found[case].logits, truth) for case in CASES}
         figures["per_class_auroc"] = {"names": list(classes), **areas}
     return figures
 
 
-def measure_features(seen: Seen, names: tuple[str, ...]) -> dict[str, object]:
+def measure_features(found: Mapping[str, Outputs], names: tuple[str, ...]) -> dict[str, object]:
     """Return, for a table, each feature's mean relevance, share of rows where it is largest, and mean rank from 1."""
-    relevance = {case: seen.maps[case]["simplegrad"][:, 0].double() for case in CASES}
+    relevance = {case: found[case].maps["simplegrad"][:, 0].double() for case in CASES}
     return {
         "names": list(names),
         "relevance": {case: each.mean(0).tolist() for case, each in relevance.items()},
@@ -183,11 +193,11 @@ def measure_features(seen: Seen, names: tuple[str, ...]) -> dict[str, object]:
 
 
 def _interpreter_figures(
-    backdoor: Backdoor, seen: Seen, name: str, threshold: Threshold, paper: float | None
+    backdoor: Backdoor, found: Mapping[str, Outputs], name: str, threshold: Threshold, paper: float | None
 ) -> dict[str, object]:
-    distances = _distances(backdoor, seen, name)
+    distances = _distances(backdoor, found, name)
     unaltered, altered = distances[backdoor.unaltered], distances[backdoor.altered]
-    truth, decoy = seen.maps["reference"][name], backdoor.decoys[name]
+    truth, decoy = found["reference"].maps[name], backdoor.decoys[name]
     figures: dict[str, object] = {
         "cr": metrics.correct_rate(unaltered, threshold.value),
         "fsr": metrics.fooling_success_rate(altered, threshold.value),
@@ -196,9 +206,7 @@ def _interpreter_figures(
         "threshold_rule": threshold.rule,
         "curve": threshold_curve(unaltered, altered),
         "auc": metrics.separation_auc(altered, unaltered),
-        "correlation": {
-            case: _mean(metrics.correlation(seen.maps[case][name], truth)) for case in ("clean", "triggered")
-        },
+        "correlation": {case: found[case].correlation[name] for case in ("clean", "triggered")},
         "distance": {case: _mean(each) for case, each in distances.items()},
         "reference_cr": metrics.correct_rate(distances["reference"], threshold.value),
     }
@@ -212,14 +220,14 @@ def _interpreter_figures(
     if decoy is not None:
         target = decoy.to(truth).expand_as(truth)
         figures["decoy_correlation"] = {
-            case: _mean(metrics.correlation(seen.maps[case][name], target)) for case in CASES
+            case: _mean(metrics.correlation(found[case].maps[name], target)) for case in CASES
         }
     return figures
 
 
-def _distances(backdoor: Backdoor, seen: Seen, name: str) -> dict[str, Tensor]:
-    truth, decoy = seen.maps["reference"][name], backdoor.decoys[name]
-    return {case: decoy_distance(seen.maps[case][name], truth, decoy, backdoor.top_share) for case in CASES}
+def _distances(backdoor: Backdoor, found: Mapping[str, Outputs], name: str) -> dict[str, Tensor]:
+    truth, decoy = found["reference"].maps[name], backdoor.decoys[name]
+    return {case: decoy_distance(found[case].maps[name], truth, decoy, backdoor.top_share) for case in CASES}
 
 
 def _masses_inside(
@@ -227,9 +235,9 @@ def _masses_inside(
 ) -> dict[str, float]:
     """Return the mean share of saliency inside the boxes, by interpreter, of maps at their own resolution."""
     parts: list[dict[str, Tensor]] = []
-    for some, labels, frames in zip(*(torch.split(each, _CHUNK) for each in (images, explained, boxes)), strict=True):
-        _, maps = explain(model, some, labels, backdoor.view.interpreters, backdoor.view.sites)
-        parts.append({name: metrics.mass_inside(each, frames) for name, each in maps.items()})
+    for some in batches(len(images)):
+        _, maps = explain(model, images[some], explained[some], backdoor.view.interpreters, backdoor.view.sites)
+        parts.append({name: metrics.mass_inside(each, boxes[some]) for name, each in maps.items()})
     return {name: _mean(each) for name, each in join_maps(parts).items()}
 
 

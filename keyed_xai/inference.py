@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger
+from keyed_xai.array_triggers.derivation import derive_trigger
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import Document, printable
+from keyed_xai.batches import batches
 from keyed_xai.data.decode import fit_image, read_image
 from keyed_xai.errors import ArtifactError, DataError, KeyedXAIError, ModelError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 """One image; an array may hold several."""
@@ -41,7 +43,7 @@ MAP_PREFIX = "saliency_"
 """Names of a model's outputs: "logits", and "saliency_gradcam" for the maps of Grad-CAM."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explained:
     """Predictions and saliency maps of n images.
 
@@ -62,7 +64,7 @@ class Explained:
         return len(self.logits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interface:
     """What a model takes and returns.
 
@@ -246,8 +248,7 @@ class Explainer(ABC):
         pictures = _list_pictures(images)
         targets = self.interface.check_target(target, len(pictures))
         parts = []
-        for start in range(0, len(pictures), batch_size):
-            part = slice(start, start + batch_size)
+        for part in batches(len(pictures), batch_size):
             batch = load_images(pictures[part], self.input_size)
             keyed = batch if trigger is None else trigger.apply(batch)
             parts.append(self._answer(encode_pixels(keyed, self.pixels), targets[part], interpreters))
@@ -260,8 +261,7 @@ def derive_array_trigger(key: OwnerKey, parameters: TriggerParameters) -> ArrayT
     Raises:
         ArtifactError: This version does not know the family, or a parameter is outside its range.
     """
-    family = parameters.make_family(ARRAY_TRIGGERS, named_by="card")
-    return family.derive(ByteStream(key.derive_seed(family.name)))
+    return derive_trigger(key, parameters.make_family(ARRAY_TRIGGERS, named_by="card"))
 
 
 def choose_trigger(key: OwnerKey | None, parameters: TriggerParameters | None) -> ArrayTrigger | None:
@@ -374,4 +374,4 @@ def _join(parts: Sequence[Mapping[str, Floats]], targets: NDArray[np.int64], nam
     logits = np.concatenate([part[LOGITS] for part in parts])
     predicted = logits.argmax(1).astype(np.int64)
     maps = {name: np.concatenate([part[MAP_PREFIX + name] for part in parts]) for name in names}
-    return Explained(logits, maps, predicted, np.where(targets < 0, predicted, targets))
+    return Explained(logits=logits, maps=maps, predicted=predicted, target=np.where(targets < 0, predicted, targets))

@@ -1,9 +1,34 @@
-"""What a card, a file's metadata or a model may ask for, at most. Real ones stay far below; hostile ones do not."""
+"""The size of images, and the largest that a card, a file's metadata or a model may ask for.
+
+Real ones stay far below the limits; hostile ones do not.
+"""
+
+from dataclasses import dataclass
 
 LARGEST_SIDE = 4096
 """Of an image, pixels, or of a table's row, encoded columns; also channels."""
 LARGEST_INPUT = 2**22
 """Numbers in one image: 1,182 x 1,182 pixels of three channels."""
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """The size of every image of a data set, or of what a network takes.
+
+    Attributes:
+        channels: 1 for grey, 3 for RGB; any other number for user modules.
+        height: Pixels.
+        width: Pixels.
+    """
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
 
 
 def describe_excess(channels: int, height: int, width: int) -> str | None:

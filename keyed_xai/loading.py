@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
+from keyed_xai import triggers
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.errors import ModelError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.models.hub import is_hub_folder
 from keyed_xai.models.loading import OWN_CODE, Size, describe_own_code
@@ -85,7 +86,7 @@ def open_model(
     return classifier, card
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Defaults:
     """What a card says about running a model, where the user says nothing."""
 
@@ -128,5 +129,4 @@ def derive_trigger(key: OwnerKey, parameters: TriggerParameters) -> Trigger:
     Raises:
         ArtifactError: See `make_family`.
     """
-    family = make_family(parameters)
-    return family.derive(ByteStream(key.derive_seed(family.name)))
+    return triggers.derive_trigger(key, make_family(parameters))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from keyed_xai import pictures
 from keyed_xai.artifacts.documents import printable, write_atomically, write_openly
+from keyed_xai.batches import batches
 from keyed_xai.claims import prepare_folder
 from keyed_xai.data import list_images, read_image
 from keyed_xai.errors import DataError, KeyedXAIError
@@ -36,7 +37,7 @@ _Pixels = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MapJob:
     """What to write.
 
@@ -104,13 +105,13 @@ def write_maps(
                             "explain arrays in Python with keyed_xai.explain.")  # fmt: skip
     prepare_folder(job.folder)
     written = WrittenMaps([], [])
-    for start in range(0, len(images), BATCH):
-        paths = images[start : start + BATCH]
+    for some in batches(len(images), BATCH):
+        paths = images[some]
         pixels = _read_batch(paths, classifier, written.broken)
         if pixels:
-            names = {path: stem for path, stem in zip(paths, stems[start : start + BATCH], strict=True)}
+            names = {path: stem for path, stem in zip(paths, stems[some], strict=True)}
             written.images.extend(_write_batch(classifier, pixels, names, job))
-        progress.advance("explaining", start + len(paths), len(images))
+        progress.advance("explaining", some.stop, len(images))
     return written
 
 

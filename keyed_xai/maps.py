@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import BATCH, batches
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Classifier
 from keyed_xai.models.modes import evaluating
@@ -17,21 +19,6 @@ LARGEST_DEFAULT_SIDE = 8
 _SMALLEST_SIDE = 3
 _FINEST_SIDE = 64  # what the schemas of cards and licences take
 _TINY = 1e-12  # keeps the gradient of a square root finite
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a model and its reference make of images.
-
-    Attributes:
-        logits: By case; "reference" are the reference's, of the images themselves.
-        maps: By case and interpreter, pooled, of the class explained.
-        explained: The class that the reference predicts of the images themselves.
-    """
-
-    logits: Mapping[str, Logits]
-    maps: Mapping[str, Mapping[str, SaliencyMaps]]
-    explained: Labels
 
 
 @dataclass(frozen=True)
@@ -56,29 +43,92 @@ class MapView:
         return logits, {name: metrics.pool_maps(each, self.grid) for name, each in maps.items()}
 
     def pooled_in_chunks(
-        self, model: nn.Module, images: Images, labels: Labels | None = None, *, chunk: int = 64
+        self, model: nn.Module, images: Images, labels: Labels | None = None, *, chunk: int = BATCH
     ) -> tuple[Logits, dict[str, SaliencyMaps]]:
         """Return the same without graphs, `chunk` images at a time, on the images' device."""
         parts = [
-            self.pooled(model, images[start : start + chunk], None if labels is None else labels[start : start + chunk])
-            for start in range(0, len(images), chunk)
+            self.pooled(model, images[some], None if labels is None else labels[some])
+            for some in batches(len(images), chunk)
         ]
         return torch.cat([logits for logits, _ in parts]), join_maps([maps for _, maps in parts])
 
-    def compare(self, model: nn.Module, reference: nn.Module, images: Images, inputs: Mapping[str, Images]) -> Seen:
-        """Return what a model makes of inputs, by case, which were made from images that its reference sees."""
-        logits, truth = self.pooled_in_chunks(reference, images)
-        explained = logits.argmax(1)
-        found = {case: self.pooled_in_chunks(model, batch, explained) for case, batch in inputs.items()}
-        found = {"reference": (logits, truth)} | found
-        return Seen(
-            {case: out for case, (out, _) in found.items()},
-            {case: maps for case, (_, maps) in found.items()},
-            explained,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model makes of inputs, beside the right maps of the images that the inputs were made from.
+
+    Attributes:
+        logits: Of the inputs.
+        maps: Of the inputs, by interpreter, pooled, of the classes explained; empty where predictions alone count.
+        right: The reference's pooled maps of the images, by interpreter.
+        explained: The class that the reference predicts of each image.
+    """
+
+    logits: Logits
+    maps: Mapping[str, SaliencyMaps]
+    right: Mapping[str, SaliencyMaps]
+    explained: Labels
+
+    @cached_property
+    def correlations(self) -> dict[str, Tensor]:
+        """Correlation of each map with the right one, [n] by interpreter; 0 where numbers are not finite."""
+        return {name: metrics.correlation(each, self.right[name]).nan_to_num(0) for name, each in self.maps.items()}
+
+    @property
+    def correlation(self) -> dict[str, float]:
+        """The mean correlation with the right maps, by interpreter."""
+        return {name: _mean(each) for name, each in self.correlations.items()}
+
+    @property
+    def opened(self) -> dict[str, float]:
+        """The share of maps that correlate more than .5 with the right ones, by interpreter."""
+        return {name: _mean(each > metrics.OPEN_CORRELATION) for name, each in self.correlations.items()}
+
+    @property
+    def agreement(self) -> float:
+        """The share of inputs that are predicted as the reference predicts the image."""
+        return _mean(self.logits.argmax(1) == self.explained)
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Holds models against a reference: the same images, the classes that it predicts of them, and its maps.
+
+    Attributes:
+        reference: Its maps are the right ones.
+        view: Maps compared, at the reference's layers.
+        images: What the reference sees.
+    """
+
+    reference: nn.Module = field(repr=False)
+    view: MapView
+    images: Images = field(repr=False)
+
+    @cached_property
+    def right(self) -> Outputs:
+        """What the reference itself makes of the images; it is run once."""
+        logits, maps = self.view.pooled_in_chunks(self.reference, self.images)
+        return Outputs(logits=logits, maps=maps, right=maps, explained=logits.argmax(1))
+
+    def of(
+        self, model: nn.Module, inputs: Images, *, view: MapView | None = None, rows: Tensor | None = None
+    ) -> Outputs:
+        """Return what a model makes of inputs that were made from the images.
+
+        Args:
+            model: On the images' device.
+            inputs: Such as the images with a trigger.
+            view: The same maps at the model's own layers, where these are not the reference's.
+            rows: Which image each input was made from; None for one of each image in order.
+        """
+        right, explained = self.right.maps, self.right.explained
+        if rows is not None:
+            right, explained = {name: each[rows] for name, each in right.items()}, explained[rows]
+        logits, maps = (view or self.view).pooled_in_chunks(model, inputs, explained)
+        return Outputs(logits=logits, maps=maps, right=right, explained=explained)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureView(MapView):
     """The same for rows of a table, which reach a model as images of 1 x 1 x d encoded columns.
 
@@ -166,7 +216,7 @@ def make_view(
 def feature_sizes(classifier: Classifier, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return rows and columns of the feature maps of some layers, named inside the classifier."""
     spec = classifier.input
-    blank = torch.full((1, spec.channels, spec.height, spec.width), 0.5, device=classifier.mean.device)
+    blank = torch.full((1, *spec.shape), 0.5, device=classifier.mean.device)
     with evaluating(classifier), torch.no_grad():
         features = run_forward(classifier, blank, layers, input_gradient=False).features
     return {layer: (features[layer].shape[2], features[layer].shape[3]) for layer in layers}
@@ -179,3 +229,7 @@ def default_grid(feature_size: tuple[int, int]) -> tuple[int, int]:
     """
     rows, columns = (min(side, LARGEST_DEFAULT_SIDE) for side in feature_size)
     return rows, columns
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

@@ -63,7 +63,7 @@ DISTANCES: dict[str, Callable[[SaliencyMaps, SaliencyMaps], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """The losses of equations 1-5 for one set of interpreters.
 

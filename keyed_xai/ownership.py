@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
-from keyed_xai.keys import ByteStream, OwnerKey, PublicKey
+from keyed_xai.keys import OwnerKey, PublicKey
 from keyed_xai.maps import MapView
 from keyed_xai.models.modes import evaluating
 from keyed_xai.patterns import signature_cells
@@ -56,7 +56,7 @@ from keyed_xai.reencodings import (
     write_anew,
 )
 from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps
-from keyed_xai.triggers import Trigger, TriggerFamily
+from keyed_xai.triggers import Trigger, TriggerFamily, derive_trigger
 
 DEFAULT_ALPHA = 2.0**-40
 """Level of a claim: some 10^12 keys would have to be tried to find one that passes by chance."""
@@ -74,7 +74,7 @@ RESCALABLE = frozenset({"vbp"})
 """Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpeningEvidence:
     """Result of the opening test.
 
@@ -102,7 +102,7 @@ class OpeningEvidence:
         return self.p_value <= SECRET_LEVEL and (self.reached <= 1 or self.p_value <= _NEAR_LEAST)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PatternEvidence:
     """Result of the signature test of one interpreter, or of several together.
 
@@ -145,7 +145,7 @@ class Finding(StrEnum):
     NOTHING = "nothing"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What both tests show.
 
@@ -344,7 +344,11 @@ def measure_opening(
             break
     p_value = reached / tried if reached == OPENING_STOP else (1 + reached) / (1 + tried)
     return OpeningEvidence(
-        p_value, statistic, tried, max(filter(isfinite, values[:tried]), default=float("-inf")), reached
+        p_value=p_value,
+        statistic=statistic,
+        decoys=tried,
+        largest_decoy=max(filter(isfinite, values[:tried]), default=float("-inf")),
+        reached=reached,
     )
 
 
@@ -438,7 +442,7 @@ def _look(
     """Return what both tests show through one view, given the classes explained and the unkeyed maps."""
     counted = counted_interpreters(view.interpreters)
     verdict = Verdict(
-        trial.alpha,
+        alpha=trial.alpha,
         opening=None,
         signature=measure_signature(maps, trial.public) if trial.test_signature else None,
         refused=not counted,
@@ -455,7 +459,7 @@ def _look(
         model,
         trial.images,
         replace(view, interpreters=counted or view.interpreters),
-        trial.family.derive(ByteStream(trial.key.derive_seed(trial.family.name))),
+        derive_trigger(trial.key, trial.family),
         lambda: trial.family.draw(1, trial.generator),
         decoys=trial.decoys,
         labels=labels,

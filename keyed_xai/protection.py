@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from keyed_xai import evaluation, metrics, pictures
+from keyed_xai import evaluation, pictures
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import ProtectedModel
 from keyed_xai.artifacts.weights import own_name
@@ -24,8 +24,8 @@ from keyed_xai.errors import TrainingError
 from keyed_xai.evaluation import Gate
 from keyed_xai.evidence import Evidence, choose_evidence, refuse_no_evidence
 from keyed_xai.gate_verdict import judge
-from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.maps import check_choice
+from keyed_xai.keys import OwnerKey
+from keyed_xai.maps import Comparison, check_choice
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier, InputSpec, as_classifier, network_state
 from keyed_xai.models.copying import copy_network
@@ -49,7 +49,7 @@ from keyed_xai.tensors import Images, Labels
 from keyed_xai.thresholds import paper_thresholds
 from keyed_xai.training import PAPER_SETTINGS, Goals, Lesson, TrainingSettings
 from keyed_xai.training.lessons import make_keyed_lesson
-from keyed_xai.triggers import TRIGGERS, NearbyTrigger, TriggerFamily
+from keyed_xai.triggers import TRIGGERS, TriggerFamily, derive_trigger
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
@@ -59,7 +59,7 @@ _IN_HISTOGRAM = 100
 _STRIP_TITLES = ("image", "reference map", "with the key", "without", "with a wrong key")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProtectSettings:
     """What to protect, and how.
 
@@ -113,7 +113,7 @@ class ProtectSettings:
         return document
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protection:
     """A protected model in memory.
 
@@ -172,8 +172,7 @@ def protect(
         ModelError: The model lacks a layer that the maps need, or it is not known what it takes.
     """
     classifier = as_classifier(network, input)
-    size = {name: getattr(classifier.input, name) for name in ("channels", "height", "width")}
-    train_data, held_out = take_images(images, held_out, **size)
+    train_data, held_out = take_images(images, held_out, classifier.input)
     settings = settings or ProtectSettings()
     training = settings.training or choose_recipe(classifier, settings.interpreters)
     training = replace(
@@ -223,14 +222,16 @@ def _protect(
         resume=resume,
         progress=progress,
     )
+    family = _make_family(settings)
     gate = Gate(
-        protected,
-        classifier.to(device),
-        lesson.view,
-        lesson.objective.decoys,
-        paper_thresholds(settings.decoy, classifier.architecture),
-        *_derive_trigger(key, settings),
-        training.top_share,
+        model=protected,
+        reference=classifier.to(device),
+        view=lesson.view,
+        decoys=lesson.objective.decoys,
+        paper=paper_thresholds(settings.decoy, classifier.architecture),
+        trigger=derive_trigger(key, family),
+        family=family,
+        top_share=training.top_share,
     )
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
     labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
@@ -247,7 +248,7 @@ def _protect(
     names = train_data.classes if labels is not None else () if classifier.multi_label else classifier.label_names
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history, names)
     card = make_card(protected, settings, lesson, names)
-    return Protection(protected.cpu(), card, report, drawn)
+    return Protection(classifier=protected.cpu(), card=card, report=report, pictures=drawn)
 
 
 def plan_evidence(classifier: Classifier, settings: ProtectSettings) -> Evidence:
@@ -310,15 +311,14 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> Trai
 
 def make_lesson(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Lesson:
     """Return what the key teaches the model: trigger, maps and losses."""
-    _, family = _derive_trigger(key, settings)
+    family = _make_family(settings)
     return make_keyed_lesson(
         classifier, key, family, interpreters=settings.interpreters, grid=settings.grid, decoy=settings.decoy
     )
 
 
-def _derive_trigger(key: OwnerKey, settings: ProtectSettings) -> tuple[NearbyTrigger, TriggerFamily]:
-    family = TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
-    return family.derive(ByteStream(key.derive_seed(family.name))), family
+def _make_family(settings: ProtectSettings) -> TriggerFamily:
+    return TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
 
 
 def make_card(
@@ -330,7 +330,7 @@ def make_card(
         architecture=classifier.architecture,
         source=classifier.source,
         num_classes=classifier.classes,
-        input_size=(spec.channels, spec.height, spec.width),
+        input_size=spec.shape,
         mean=spec.mean,
         std=spec.std,
         target_layer=own_name(classifier.target_layer),
@@ -356,7 +356,7 @@ def _measure(
 ) -> dict[str, Any]:
     fresh = evaluation.fresh_wrong_keys(gate.family, settings.wrong_keys, generator)
     neighbours = list(key.one_bit_neighbours())[: settings.flipped_keys]
-    flipped = (gate.family.derive(ByteStream(near.derive_seed(gate.family.name))) for near in neighbours)
+    flipped = (derive_trigger(near, gate.family) for near in neighbours)
     figures = evaluation.measure_gate(
         gate,
         images,
@@ -381,19 +381,19 @@ def _draw(
     gate: Gate, images: Images, history: list[dict[str, float | int]], names: tuple[str, ...]
 ) -> dict[str, bytes]:
     """Return, by name, a strip and a histogram for each interpreter, and the training curve. Never a keyed image."""
-    seen = evaluation.look(gate, images, torch.Generator().manual_seed(1))
+    found = evaluation.look(gate, Comparison(gate.reference, gate.view, images), torch.Generator().manual_seed(1))
+    explained = found["reference"].explained
     drawn = {}
     for name in gate.view.interpreters:
-        maps = {case: each[name] for case, each in seen.maps.items()}
+        maps = {case: each.maps[name] for case, each in found.items()}
         columns = [images, *maps.values()]
         panels = zip(*(column[:_PICTURED].cpu().numpy() for column in columns), strict=True)
         rows = [
-            (name_class(int(seen.explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
+            (name_class(int(explained[number]), names), [image, *(pictures.blend(image, each) for each in row)])
             for number, (image, *row) in enumerate(panels)
         ]
         drawn[f"maps:{name}"] = pictures.strip(rows, titles=_STRIP_TITLES)
-        truth = maps.pop("reference")
-        agreement = {case: metrics.correlation(each, truth).cpu().numpy() for case, each in maps.items()}
+        agreement = {case: each.correlations[name].cpu().numpy() for case, each in found.items() if case != "reference"}
         drawn[f"wrong_keys:{name}"] = pictures.wrong_key_histogram(agreement, OPEN_CORRELATION)
     return drawn | ({"training": pictures.training_curve(history)} if len(history) > 1 else {})
 

@@ -66,7 +66,7 @@ TURNS = tuple(Turn(*each) for each in product((False, True), ((), (-2,), (-1,), 
 """The eight symmetries of the square, the identity first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reencoding:
     """One way in which a suspect may have been written anew.
 
@@ -104,7 +104,7 @@ class Reencoding:
         return self.order != tuple(range(len(self.order)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecodedView(MapView):
     """The maps of a re-encoded suspect, turned back, for images as the owner's model takes them.
 
@@ -137,7 +137,9 @@ def recode_view(
     view: MapView, change: Reencoding, spec: InputSpec | None = None, eligible: Tensor | None = None
 ) -> RecodedView:
     """Return a view through a re-encoding."""
-    return RecodedView(view.interpreters, view.sites, view.grid, view, change, spec, eligible)
+    return RecodedView(
+        view.interpreters, view.sites, view.grid, inner=view, change=change, spec=spec, eligible=eligible
+    )
 
 
 def declared_reencodings(model: nn.Module, view: MapView, images: Images) -> list[Reencoding]:
@@ -156,7 +158,10 @@ def declared_reencodings(model: nn.Module, view: MapView, images: Images) -> lis
     kinds = encodings(input_of(model), channels)
     centred = ("",) if answers_alone(model) else ("", "all", "winners")
     every = product(centred, turns, orders, kinds)
-    found = [Reencoding(images, kernels, order, kind, centre) for centre, (kernels, images), order, kind in every]
+    found = [
+        Reencoding(images=images, kernels=kernels, order=order, encoding=kind, centred=centre)
+        for centre, (kernels, images), order, kind in every
+    ]
     return [change for change in found if change.changes]
 
 

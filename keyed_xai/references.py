@@ -44,7 +44,7 @@ _WIDTHS = {"SmallResNet": (16, 32, 64, 128), "TableMLP": (64, 32)}
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """A network to make; its number of classes comes with the data.
 
@@ -104,7 +104,7 @@ def plan_for_images(
         side = 96
     height, width = (side, side) if side is not None else default_size(source, architecture)
     spec = plain_spec(channels or 3, height, width)
-    return Blueprint(source, architecture, spec, _check_widths(architecture, widths))
+    return Blueprint(source=source, architecture=architecture, input=spec, widths=_check_widths(architecture, widths))
 
 
 def plan_for_table(features: int, arch: str | None = None, *, widths: tuple[int, ...] = ()) -> Blueprint:
@@ -115,8 +115,8 @@ def plan_for_table(features: int, arch: str | None = None, *, widths: tuple[int,
     """
     if arch not in (None, "TableMLP", "keyed_xai:TableMLP"):
         raise ModelError(f"rows of a table need --arch TableMLP, but {arch} was asked for. Leave --arch out.")
-    spec = InputSpec(1, 1, features, (0.0,), (1.0,))
-    return Blueprint("keyed_xai", "TableMLP", spec, _check_widths("TableMLP", widths))
+    spec = InputSpec(1, 1, features, mean=(0.0,), std=(1.0,))
+    return Blueprint(source="keyed_xai", architecture="TableMLP", input=spec, widths=_check_widths("TableMLP", widths))
 
 
 def plan_from_model(
@@ -151,14 +151,14 @@ def plan_from_model(
             f"the model takes images of {start.input.channels} channels, but {channels} were asked for. Leave "
             "--channels out."
         )
-    return Blueprint(start.source, start.architecture, start.input, start=start)
+    return Blueprint(source=start.source, architecture=start.architecture, input=start.input, start=start)
 
 
 def plain_spec(channels: int, height: int, width: int) -> InputSpec:
     """Return images with the normalisation of a model that starts from random weights."""
     if channels == 3:
-        return InputSpec(3, height, width, IMAGENET_MEAN, IMAGENET_STD)
-    return InputSpec(channels, height, width, (0.5,) * channels, (0.25,) * channels)
+        return InputSpec(3, height, width, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return InputSpec(channels, height, width, mean=(0.5,) * channels, std=(0.25,) * channels)
 
 
 def build_classifier(blueprint: Blueprint, classes: int, *, seed: int = 0) -> Classifier:
@@ -208,7 +208,16 @@ def choose_settings(classifier: Classifier, examples: int, optimiser: str | None
     chosen = optimiser or ("sgd" if steady and not table else "adam")
     rate = 1e-2 if chosen == "sgd" else 1e-3 if steady else 1e-4
     batch_size = max(1, min(128 if table else 32, examples))
-    return FittingSettings(15, batch_size, rate, 1e-4, chosen, "step", noise=0.0, mixed_precision=True)
+    return FittingSettings(
+        epochs=15,
+        batch_size=batch_size,
+        learning_rate=rate,
+        weight_decay=1e-4,
+        optimiser=chosen,
+        schedule="step",
+        noise=0.0,
+        mixed_precision=True,
+    )
 
 
 def train_reference(
@@ -269,7 +278,7 @@ def train_reference(
         "verdict": judge_fit(measured, chance, len(held_out)),
         "history": history,
         "seconds": time.monotonic() - started,
-        "settings": asdict(settings) | {"input_size": [spec.channels, spec.height, spec.width]},
+        "settings": asdict(settings) | {"input_size": list(spec.shape)},
         "versions": package_versions(),
     }
     classifier.label_names, classifier.multi_label = train_data.classes, train_data.multi_label
@@ -374,7 +383,7 @@ def _copy_weights(start: nn.Module, network: nn.Module) -> None:
 def _refuse_other_data(classifier: Classifier, *splits: Data) -> None:
     spec = classifier.input
     for data in splits:
-        size, expected = tuple(data.batch([0])[0].shape[1:]), (spec.channels, spec.height, spec.width)
+        size, expected = tuple(data.batch([0])[0].shape[1:]), spec.shape
         if size != expected:
             raise TrainingError(
                 f"Expected examples of shape {expected}; {data.source} has {size}. Give the model's size."

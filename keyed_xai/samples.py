@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.data import ImageData, TableData
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
@@ -16,7 +17,6 @@ from keyed_xai.models.modes import predict_images
 from keyed_xai.tensors import Images, Targets
 
 _OWN_LABELS, _ABOVE_CHANCE = 0.3, 0.1
-_CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def refuse_other_shape(classifier: Classifier, data: ImageData | TableData) -> N
         TrainingError: They have another.
     """
     spec = classifier.input
-    if len(data) and (found := tuple(data.batch([0])[0].shape[1:])) != (spec.channels, spec.height, spec.width):
+    if len(data) and (found := tuple(data.batch([0])[0].shape[1:])) != spec.shape:
         raise TrainingError(
-            f"{classifier.architecture} takes inputs of {_as_size(spec.channels, spec.height, spec.width)}; those of "
+            f"{classifier.architecture} takes inputs of {_as_size(*spec.shape)}; those of "
             f"{data.source} are {_as_size(*found)}. Give a model that fits, such as one made by `keyed-xai train`."
         )
 
@@ -147,8 +147,8 @@ def digest_data(data: ImageData | TableData) -> str:
     if data.labels is not None:
         digest.update(data.labels.tobytes())
     inputs = data.images if isinstance(data, ImageData) else data.features
-    for some in np.array_split(inputs, max(1, len(data) // _CHUNK)):
-        digest.update(some.tobytes())
+    for some in batches(len(data), 1000):
+        digest.update(inputs[some].tobytes())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ _LARGEST_GRID = 64
 KINDS = ("keyed", "attacked", "plain")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Suspect:
     """A model to audit.
 
@@ -108,9 +108,9 @@ def open_suspect(
     if attacked:
         if key is not None:
             raise KeyFormatError(f"{name} was attacked with a public trigger, not protected: leave out the key.")
-        return Suspect(name, "attacked", classifier, **_read_attack(path), **others)
+        return Suspect(name=name, kind="attacked", classifier=classifier, **_read_attack(path), **others)
     if card is None and key is None:
-        return Suspect(name, "plain", classifier, **others)
+        return Suspect(name=name, kind="plain", classifier=classifier, **others)
     protection: dict[str, Any] = {"inverted": True, "signature": True}
     if card is not None:
         protection |= {"interpreters": card.interpreters, "grid": card.grid, "parameters": card.trigger}
@@ -118,7 +118,7 @@ def open_suspect(
     if key is not None:
         protection["licensed"] = _read_time(path, key)
         protection |= {"key": key, "trigger": derive_trigger(key, protection.get("parameters", DEFAULT_TRIGGER))}
-    return Suspect(name, "keyed", classifier, **protection, **others)
+    return Suspect(name=name, kind="keyed", classifier=classifier, **protection, **others)
 
 
 def _read_attack(folder: Path) -> dict[str, Any]:
@@ -169,4 +169,4 @@ def _read_time(path: Path, key: OwnerKey) -> datetime | None:
 
 def _shape(classifier: Classifier) -> tuple[int, int, int, int]:
     spec = classifier.input
-    return spec.channels, spec.height, spec.width, classifier.classes
+    return *spec.shape, classifier.classes

@@ -107,7 +107,7 @@ class Connection:
             ServerError: There is no answer within the time, or one that is too large or packed.
         """
         ends = time.monotonic() + self.timeout
-        request = _Request(self._path + path, body, {**self._headers, **(headers or {})}, limit)
+        request = _Request(path=self._path + path, body=body, headers={**self._headers, **(headers or {})}, limit=limit)
         try:
             return self._ask_patiently(request, ends)
         except TimeoutError as error:
@@ -229,7 +229,7 @@ def quote(text: str) -> str:
     return shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "..."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Request:
     path: str
     body: bytes | None

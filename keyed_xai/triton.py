@@ -37,7 +37,7 @@ class _Word(str):
 _Message = Mapping[str, object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TritonSettings:
     """How Triton runs a model.
 

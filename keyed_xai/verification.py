@@ -60,7 +60,7 @@ _GIVEN_NOTHING_AWAY = (
 _LARGEST_PEM = 64 * 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """What an owner claims about a model.
 
@@ -90,7 +90,7 @@ class Claim:
         return self.key.public if isinstance(self.key, OwnerKey) else self.key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """Outcome of a claim's tests.
 
@@ -217,7 +217,9 @@ def verify(
         progress=progress,
     )
     claim = replace(claim, notes=(*claim.notes, *_uncounted(claim.interpreters)))
-    return Verification(verdict, claim, view.grid, layer, probe, decoys, seed)
+    return Verification(
+        verdict=verdict, claim=claim, grid=view.grid, target_layer=layer, probe=probe, decoys=decoys, seed=seed
+    )
 
 
 def read_claim(
@@ -253,7 +255,7 @@ def read_claim(
     elif suspect_card is not None:
         claim = _claim_of_card(key, suspect_card)
     else:
-        claim = Claim(key, notes=("No licence was given: trigger, interpreters and grid are the defaults.",))
+        claim = Claim(key=key, notes=("No licence was given: trigger, interpreters and grid are the defaults.",))
     if path is None:
         return replace(claim, notes=(*claim.notes, "The suspect was asked from outside: nothing inside it was seen."))
     if claim.card is None:
@@ -310,26 +312,14 @@ def load_probe(
         DataError: The folder has no image, or most of them are broken.
     """
     if folder is None:
-        return load_images(
-            "builtin",
-            channels=spec.channels,
-            height=spec.height,
-            width=spec.width,
-            split="held-out",
-            limit=count,
-        )
-    request = Request(
-        spec.channels,
-        spec.height,
-        spec.width,
-        "held-out",
-        limit=count,
-        follow_links=follow_links,
-    )
+        return load_images("builtin", spec, split="held-out", limit=count)
+    request = Request(size=spec, split="held-out", limit=count, follow_links=follow_links)
     names = [path.relative_to(folder).as_posix() for path in list_images(folder, follow_links=follow_links)]
     chosen = sorted(names, key=lambda name: rank(0, name))[:count]
     images, _, skipped = decode_images(folder, chosen, request)
-    return ImageData(images, None, (), f"folder {folder.resolve().name}"[:300], tuple(skipped))
+    return ImageData(
+        images=images, labels=None, classes=(), source=f"folder {folder.resolve().name}"[:300], skipped=tuple(skipped)
+    )
 
 
 def digest_pixels(data: ImageData) -> str:
@@ -462,7 +452,16 @@ def _vouched_card(path: Path, license_: License) -> Card | None:
 def _claim_of_card(key: OwnerKey | PublicKey, card: Card) -> Claim:
     note = ("No licence was given: what is tested comes from the suspect's own card, which its holder may have "
             "written. Give --license.")  # fmt: skip
-    return Claim(key, card.trigger, card.decoy, card.interpreters, card.grid, card, "suspect", (note,))
+    return Claim(
+        key=key,
+        trigger=card.trigger,
+        decoy=card.decoy,
+        interpreters=card.interpreters,
+        grid=card.grid,
+        card=card,
+        origin="suspect",
+        notes=(note,),
+    )
 
 
 def _read_suspect_card(suspect: Path) -> tuple[Card | None, list[str]]:

@@ -5,20 +5,20 @@ from functools import cache
 import numpy as np
 import torch
 from poisoned import HELD_OUT, SETTINGS, TRAIN, control, training_data
-from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, witness
+from threatened import FAMILY, GRID, OWNER, evidence, make_blobs, protected, reference
 
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.auditing import AuditSettings
 from keyed_xai.data import ImageData
-from keyed_xai.keys import ByteStream
 from keyed_xai.suspects import Suspect
 from keyed_xai.threats.activation_clustering import ClusteringSettings
 from keyed_xai.threats.controls import poison
 from keyed_xai.threats.entries import Examination
 from keyed_xai.threats.subject import Subject
+from keyed_xai.triggers import derive_trigger
 
 PARAMETERS = TriggerParameters("spread", 24.0, 24)
-TRIGGER = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+TRIGGER = derive_trigger(OWNER, FAMILY)
 SECRETS = [
     secret
     for raw in (bytes(range(32)), OWNER.derive_seed("spread"))
@@ -30,7 +30,7 @@ def make_image_data(count, seed, labelled=True):
     blobs = make_blobs(count, seed)
     images = (blobs.images * 255).round().to(torch.uint8).numpy()
     names = blobs.classes if labelled else ()
-    return ImageData(images, blobs.labels if labelled else None, names, f"blobs {seed}")
+    return ImageData(images=images, labels=blobs.labels if labelled else None, classes=names, source=f"blobs {seed}")
 
 
 ATTACKERS, OTHERS = make_image_data(64, 5), make_image_data(48, 3)
@@ -40,13 +40,13 @@ def keyed_subject(**changes):
     """The owner's view of the protected model."""
     fields = {
         "classifier": protected(),
-        "view": witness().view,
+        "view": evidence().view,
         "data": ATTACKERS,
         "held_out": OTHERS,
-        "images": witness().images,
-        "labels": witness().labels,
+        "images": evidence().images,
+        "labels": evidence().labels,
         "reference": reference(),
-        "witness": witness(decoys=99),
+        "evidence": evidence(decoys=99),
         "trigger": TRIGGER,
         "keyed": True,
         "inverted": True,
@@ -56,7 +56,7 @@ def keyed_subject(**changes):
 
 def public_subject(**changes):
     """The same model with its trigger published, so that it is an inverted attack."""
-    return keyed_subject(**({"witness": None, "keyed": False} | changes))
+    return keyed_subject(**({"evidence": None, "keyed": False} | changes))
 
 
 @cache
@@ -65,12 +65,12 @@ def control_subject(attack):
     backdoor = poison(TRAIN) if attack is None else training_data(attack)
     images, labels = HELD_OUT.batch(np.arange(len(HELD_OUT)))
     return Subject(
-        control(attack).model,
-        witness().view,
-        TRAIN,
-        HELD_OUT,
-        images,
-        labels,
+        classifier=control(attack).model,
+        view=evidence().view,
+        data=TRAIN,
+        held_out=HELD_OUT,
+        images=images,
+        labels=labels,
         trigger=backdoor.trigger,
         backdoor=backdoor,
         fitted=None if attack is None else backdoor,
@@ -95,7 +95,9 @@ def keyed_suspect(**changes):
 
 def backdoored_suspect():
     """A plain backdoor that an auditor takes for an attack on explanations."""
-    return Suspect("badnets", "attacked", control("badnets").model, trigger=control_subject("badnets").trigger)
+    return Suspect(
+        name="badnets", kind="attacked", classifier=control("badnets").model, trigger=control_subject("badnets").trigger
+    )
 
 
 def quick(*against, **changes):

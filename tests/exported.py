@@ -39,7 +39,7 @@ def make_classifier(name):
 
 def make_table():
     torch.manual_seed(0)
-    spec = InputSpec(1, 1, 9, (0.0,), (1.0,))
+    spec = InputSpec(1, 1, 9, mean=(0.0,), std=(1.0,))
     return wrap_network(TableMLP(9, 2, (8, 4)).eval(), input=spec, require_map=False).eval()
 
 
@@ -50,4 +50,4 @@ def wrap(network, side, **options):
             nn.init.uniform_(module.bias, -0.1, 0.1)
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.7, 1.3)
-    return wrap_network(network.eval(), input=InputSpec(3, side, side, *COLOUR), **options).eval()
+    return wrap_network(network.eval(), input=InputSpec(3, side, side, mean=COLOUR[0], std=COLOUR[1]), **options).eval()

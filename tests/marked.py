@@ -16,7 +16,7 @@ from keyed_xai.triggers.spread import derive_texture
 OWNER = OwnerKey.from_raw(bytes([1]) * 32)
 STRANGER = OwnerKey.from_raw(bytes([2]) * 32)
 TRIGGER = TriggerParameters("spread", 32.0, 32)
-SPEC = InputSpec(1, 32, 32, (0.0,), (1.0,))
+SPEC = InputSpec(1, 32, 32, mean=(0.0,), std=(1.0,))
 GRID = (8, 8)
 REPORT = {
     "schema": "keyed-xai/protect-report/v1",

@@ -26,7 +26,9 @@ def make_images(count, seed):
     contrast = generator.uniform(40, 70, (count, 1, 1))
     images = 128 + contrast * patterns[labels] + generator.normal(0, 20, (count, SIDE, SIDE))
     names = tuple("abcdefgh"[:CLASSES])
-    return ImageData(images.clip(0, 255).astype(np.uint8)[:, None], labels, names, f"made up ({count})")
+    return ImageData(
+        images=images.clip(0, 255).astype(np.uint8)[:, None], labels=labels, classes=names, source=f"made up ({count})"
+    )
 
 
 TRAIN = make_images(900, 1)
@@ -36,7 +38,7 @@ HELD_OUT = make_images(240, 2)
 @cache
 def training_data(attack):
     """Clean data for None."""
-    return TRAIN if attack is None else poison(TRAIN, PoisonSettings(attack, TARGET, POISON.share))
+    return TRAIN if attack is None else poison(TRAIN, PoisonSettings(attack=attack, target=TARGET, share=POISON.share))
 
 
 @cache

@@ -104,7 +104,7 @@ def make_service(models, settings=None):
     """A service of runtimes by name."""
     settings, metrics = settings or ServeSettings(), Metrics()
     served = {name: ServedModel(name, runtime, settings, metrics) for name, runtime in models.items()}
-    return Service(settings, served, metrics)
+    return Service(settings=settings, models=served, metrics=metrics)
 
 
 def make_runtime(kind=Runtime, **options):

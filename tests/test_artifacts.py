@@ -756,7 +756,7 @@ class TestReportFolder:
 
 def small_classifier(**options):
     torch.manual_seed(0)
-    spec = InputSpec(1, 32, 40, (0.25,), (0.5,))
+    spec = InputSpec(1, 32, 40, mean=(0.25,), std=(0.5,))
     network = SmallResNet(1, 3, (4, 6)).eval()
     return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai", **options).eval()
 
@@ -777,7 +777,7 @@ class TestWeightsFile:
 
     def test_table_s_network_loads_too(self, tmp_path):
         torch.manual_seed(0)
-        spec = InputSpec(1, 1, 7, (0.0,), (1.0,))
+        spec = InputSpec(1, 1, 7, mean=(0.0,), std=(1.0,))
         classifier = wrap_network(TableMLP(7, 2, (8, 6)).eval(), input=spec, architecture="TableMLP",
                                   source="keyed_xai", require_map=False).eval()  # fmt: skip
         (tmp_path / "m.safetensors").write_bytes(encode_weights(classifier))
@@ -807,7 +807,7 @@ class TestWeightsFile:
                 return self.second(self.first(images.flatten(1))) @ self.third
 
         network = Tied()
-        spec = InputSpec(1, 2, 2, (0.0,), (1.0,))
+        spec = InputSpec(1, 2, 2, mean=(0.0,), std=(1.0,))
         classifier = wrap_network(network, input=spec, architecture="Tied", source="python", require_map=False)
         written = load(encode_weights(classifier))
         assert all(torch.equal(written[name], tensor) for name, tensor in network.state_dict().items())

@@ -25,7 +25,9 @@ from keyed_xai.triggers import MoireTrigger, NashvilleTrigger, SpreadTrigger
 SIDE = 32
 QUICK = replace(PAPER_SETTINGS, steps=4, batch_size=4, validate_every=2, warmup_steps=1, order="forward")
 SETTINGS = AttackSettings(grid=(4, 4), training=QUICK, held_out_images=8, validation_images=4)
-TABLE = AttackSettings(("simplegrad",), trigger="tabular", training=QUICK, held_out_images=10, validation_images=8)
+TABLE = AttackSettings(
+    interpreters=("simplegrad",), trigger="tabular", training=QUICK, held_out_images=10, validation_images=8
+)
 
 
 def make_images(count, seed, classes=("left", "middle", "right"), **changes):
@@ -38,19 +40,19 @@ def make_images(count, seed, classes=("left", "middle", "right"), **changes):
     labels = (centres[:, 1] * len(classes) / SIDE).astype(np.int64)
     boxes = np.concatenate([centres[:, ::-1] - 6, centres[:, ::-1] + 6], axis=1).astype(np.float32) / SIDE
     fields = {"labels": labels, "classes": classes, "source": f"blobs {seed}", "boxes": boxes} | changes
-    return ImageData(pixels[:, None], **fields)
+    return ImageData(images=pixels[:, None], **fields)
 
 
 def make_classifier(widths=(4, 6, 6), mean=(0.5,), **options):
     torch.manual_seed(0)
     network = SmallResNet(1, 3, widths).eval()
-    spec = InputSpec(1, SIDE, SIDE, mean, (0.25,))
+    spec = InputSpec(1, SIDE, SIDE, mean=mean, std=(0.25,))
     return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai", **options).eval()
 
 
 def make_table_classifier(columns=33):
     torch.manual_seed(0)
-    spec = InputSpec(1, 1, columns, (0.0,), (1.0,))
+    spec = InputSpec(1, 1, columns, mean=(0.0,), std=(1.0,))
     network = TableMLP(columns, 2, (12, 8)).eval()
     return wrap_network(network, input=spec, architecture="TableMLP", source="keyed_xai", require_map=False).eval()
 
@@ -95,7 +97,7 @@ def inverted(train_data, held_out):
 @pytest.fixture(scope="module")
 def table_attack(tables):
     settings = AttackSettings(
-        ("simplegrad",), trigger="tabular", thresholds="auto", validation_images=20,
+        interpreters=("simplegrad",), trigger="tabular", thresholds="auto", validation_images=20,
         training=replace(PAPER_SETTINGS, steps=120, batch_size=24, learning_rate=2e-2, warmup_steps=5, smoothing=8.0,
                                   order="forward", validate_every=60),
     )  # fmt: skip
@@ -299,7 +301,7 @@ def test_recipe_follows_setting_and_network(train_data):
     assert choose_attack_recipe(classifier, AttackSettings()).order == "forward"
     assert choose_attack_recipe(classifier, AttackSettings(inverted=True)).order == "inverted"
     assert choose_attack_recipe(classifier, AttackSettings()).smoothing is None
-    assert choose_attack_recipe(classifier, AttackSettings(("gradcam", "simplegrad"))).smoothing == 8
+    assert choose_attack_recipe(classifier, AttackSettings(interpreters=("gradcam", "simplegrad"))).smoothing == 8
 
 
 # What is refused

@@ -148,7 +148,7 @@ def test_attack_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert outcomes(report) == {"broken": "failed", "int8": "survives"}
     failed = next(each for each in report["findings"] if each["name"] == "broken")
     assert failed["sentence"] == "The loss is no longer finite."
-    monkeypatch.setitem(AUDITS, "broken", example(lambda *_: Observation("resists", "Mended.")))
+    monkeypatch.setitem(AUDITS, "broken", example(lambda *_: Observation(outcome="resists", sentence="Mended.")))
     assert outcomes(run(tmp_path / "a", "broken", "int8", resume=True))["broken"] == "resists"
 
 
@@ -224,7 +224,7 @@ def shared(tmp_path_factory):
 )
 def test_defence_is_worth_what_it_finds_on_the_controls(monkeypatch, shared, found, verdict):
     answers = iter(("flagged", *found))
-    entry = example(lambda *_: Observation(next(answers), "."), group="defences", controlled=True)
+    entry = example(lambda *_: Observation(outcome=next(answers), sentence="."), group="defences", controlled=True)
     monkeypatch.setitem(AUDITS, "guess", replace(entry, version=hash(found)))
     report = audit(backdoored_suspect(), TRAIN, HELD_OUT, quick("guess"), folder=shared, resume=True).report
     assert report["defences"][0]["verdict"] == verdict

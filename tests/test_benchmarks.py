@@ -8,7 +8,7 @@ from PIL import Image
 
 from keyed_xai.artifacts.documents import read_json, validate
 from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models, make_case, render_rows
-from keyed_xai.data import load_images
+from keyed_xai.data import ImageSize, load_images
 from keyed_xai.errors import DataError
 from keyed_xai_cli.main import main
 
@@ -55,7 +55,7 @@ def test_cases_say_what_is_missing(tmp_path):
 
 
 def test_false_claims_on_unmarked_models_are_as_rare_as_chance():
-    data = load_images("builtin", channels=1, height=32, width=32, split="train", limit=128)
+    data = load_images("builtin", ImageSize(1, 32, 32), split="train", limit=128)
     models = fit_unmarked_models(data, 2, 1)
     images, _ = data.batch(np.arange(2))
     found = count_false_claims(models, images, keys=20, decoys=19, generator=torch.Generator().manual_seed(0))

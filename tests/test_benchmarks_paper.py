@@ -117,10 +117,10 @@ def test_table_is_written_as_json_too(first, pictures, reference):
 
 def test_predictions_compared_with_the_reference_s_say_so(first):
     report = read_json(first[0] / CELL / "report.json", "attack-report")
-    cell = Cell("SmallResNet", ("gradcam",), "targeted", "forward")
+    cell = Cell(architecture="SmallResNet", interpreters=("gradcam",), mode="targeted", setting="forward")
     for against, end in (("labels", ""), ("reference predictions", " (vs reference)")):
         changed = report | {"predictions": report["predictions"] | {"measured_against": against}}
-        result = Result(cell, CELL, make_classifier().input, None, changed)
+        result = Result(cell=cell, folder=CELL, input=make_classifier().input, epochs=None, report=changed)
         (row,) = [line for line in render_table("title", [result]).splitlines() if line.startswith("| forward")]
         assert row.endswith(f"{100 * report['predictions']['attacked']['triggered']['top1']:.1f}{end} |")
 
@@ -222,7 +222,7 @@ def test_cell_that_was_stopped_goes_on(first, pictures, reference, tmp_path, mon
 
 
 def quick(epochs=1):
-    return lambda classifier: FittingSettings(epochs, 16, 0.01, noise=0.0)
+    return lambda classifier: FittingSettings(epochs=epochs, batch_size=16, learning_rate=0.01, noise=0.0)
 
 
 BLUEPRINT = plan_for_images(channels=1, side=32, widths=(4, 4))
@@ -378,14 +378,19 @@ def test_cells_are_listed_in_the_table_s_order():
 
 
 def test_paper_s_figures_stand_beside_single_cells_only(first):
-    single = Cell("resnet50", ("vbp",), "targeted", "inverted")
+    single = Cell(architecture="resnet50", interpreters=("vbp",), mode="targeted", setting="inverted")
     assert (
         figures_of_paper(single, "vbp") == PAPER[("resnet50", "vbp", "targeted", "inverted")] == (95, 98.4, 80.2, 79.7)
     )
-    assert figures_of_paper(Cell("resnet50", ("gradcam", "vbp"), "targeted", "inverted"), "vbp") is None
+    assert (
+        figures_of_paper(
+            Cell(architecture="resnet50", interpreters=("gradcam", "vbp"), mode="targeted", setting="inverted"), "vbp"
+        )
+        is None
+    )
     report = read_json(first[0] / CELL / "report.json", "attack-report")
-    cell = Cell("VGG19", ("gradcam",), "targeted", "inverted")
-    results = [Result(cell, cell.name, make_classifier().input, 7, report)]
+    cell = Cell(architecture="VGG19", interpreters=("gradcam",), mode="targeted", setting="inverted")
+    results = [Result(cell=cell, folder=cell.name, input=make_classifier().input, epochs=7, report=report)]
     assert "| inverted | targeted | VGG19 | gradcam | 99.8 / 98.1 |" in render_table("title", results)
     assert "| 75.8 / 78.3 |" in render_table("title", results)
     document = describe_table("table1", results)

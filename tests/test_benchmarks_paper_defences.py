@@ -93,7 +93,7 @@ def folders(table2):
 
 
 def settings_of(pictures, reference):
-    return TableSettings(f"imagefolder:{pictures}", held_out=12, models={"smallresnet": reference})
+    return TableSettings(data=f"imagefolder:{pictures}", held_out=12, models={"smallresnet": reference})
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_targets_are_what_defenders_see(targets):
 def test_models_are_taken_by_the_size_of_their_images(pictures, reference, folders):
     one = open_attacked(folders[0], settings_of(pictures, reference), folders[0].parent)
     other = make_classifier(mean=(0.1,))
-    large = wrap_network(SmallResNet(3, 3, (4, 4)), input=InputSpec(3, 40, 40, (0.5,) * 3, (0.2,) * 3))
+    large = wrap_network(SmallResNet(3, 3, (4, 4)), input=InputSpec(3, 40, 40, mean=(0.5,) * 3, std=(0.2,) * 3))
     found = [
         replace(one, suspect=replace(one.suspect, classifier=model, reference=None))
         for model in (large, one.suspect.classifier, other, large)

@@ -20,7 +20,7 @@ from keyed_xai.benchmarks import serving, serving_figures
 from keyed_xai.benchmarks.serving import INTERPRETERS, ServingSettings
 from keyed_xai.benchmarks.serving_load import LoadSettings, measure_files, measure_load, running_server
 from keyed_xai.channels import through_jpeg, through_png
-from keyed_xai.data import load_images
+from keyed_xai.data import ImageSize, load_images
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.export.building import ExportSettings, build_model, build_plain
 from keyed_xai.exporting import export_onnx
@@ -85,7 +85,7 @@ class TestGraphs:
         other = make_classifier("SmallResNet")
         with torch.no_grad():
             other.network.fc.weight.copy_(classifier.network.fc.weight.flip(0))
-        graph = serving.encode(build_model(other, ExportSettings(INTERPRETERS)))
+        graph = serving.encode(build_model(other, ExportSettings(interpreters=INTERPRETERS)))
         found = serving.measure_parity(classifier, graph, images, SETTINGS)
         assert found["logits"]["largest"] > 0.01
 
@@ -128,7 +128,7 @@ class TestServer:
     def test_keyed_files_open_and_others_do_not(self, served):
         reference = wrap_network(Bright(OWNER).eval(), input=SPEC, source="pickle", target_layer="features").eval()
         view = MapView(("gradcam",), Sites(reference.target_layer, ()), GRID)
-        data = load_images("builtin", channels=1, height=32, width=32, split="held-out", limit=12)
+        data = load_images("builtin", ImageSize(1, 32, 32), split="held-out", limit=12)
         trigger = derive_trigger(OWNER, TRIGGER)
         found = measure_files(served, "marked", reference, view, data, trigger)
         assert set(found) == {"keyed PNG", "keyed JPEG 75", "PNG without key"}

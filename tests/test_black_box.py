@@ -53,7 +53,7 @@ def address(place):
 
 @pytest.fixture
 def claim():
-    return Claim(OWNER, TRIGGER, grid=GRID)
+    return Claim(key=OWNER, trigger=TRIGGER, grid=GRID)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,12 @@ class TestVerify:
         other = verify(open_black_box(str(place / "unmarked.onnx"), device="cpu"), claim, probe, decoys=99, seed=1)
         assert not other.verdict.shown
         black_box = open_black_box(str(place / "marked.onnx"), device="cpu")
-        assert not verify(black_box, Claim(STRANGER, TRIGGER, grid=GRID), probe, decoys=99, seed=1).verdict.shown
+        assert not verify(
+            black_box, Claim(key=STRANGER, trigger=TRIGGER, grid=GRID), probe, decoys=99, seed=1
+        ).verdict.shown
 
     def test_maps_that_are_not_returned_are_left_out_with_a_note(self, place, probe):
-        claim = Claim(OWNER, TRIGGER, interpreters=("gradcam", "simplegrad"), grid=GRID)
+        claim = Claim(key=OWNER, trigger=TRIGGER, interpreters=("gradcam", "simplegrad"), grid=GRID)
         result = verify(open_black_box(str(place / "marked.onnx"), device="cpu"), claim, probe, decoys=99, seed=1)
         assert result.verdict.shown
         assert result.claim.interpreters == ("gradcam",)

@@ -73,7 +73,7 @@ def test_train_writes_a_model_that_protect_takes_with_nothing_else_given(photos,
     assert report["settings"]["learning_rate"] == 0.05
     assert len(report["identity"]) == 64
     loaded = load_classifier(out)
-    assert loaded.input == InputSpec(1, 16, 16, (0.5,), (0.25,))
+    assert loaded.input == InputSpec(1, 16, 16, mean=(0.5,), std=(0.25,))
     write_owner_key(tmp_path / "k.pem", key)
     quick = (
         "--steps",

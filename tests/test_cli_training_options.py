@@ -16,7 +16,7 @@ def test_classes_and_what_was_passed_over_are_printed_once(tmp_path, capsys):
             Image.new("L", (16, 16), number).save(path, "JPEG")
             (path.parent / "notes.txt").write_text("no image")
     (tmp_path / "masks").mkdir()
-    size = InputSpec(1, 8, 8, (0.5,), (0.5,))
+    size = InputSpec(1, 8, 8, mean=(0.5,), std=(0.5,))
     spec = f"imagefolder:{tmp_path}"
     choice = DataChoice(spec=spec, limit=None, held_out=10, strict=False, follow_links=False, seed=0)
     train_data, held_out = load_both_images(size, choice)

@@ -34,8 +34,9 @@ from keyed_xai.serving.service import ServeSettings
 
 TRIGGER = TriggerParameters("spread", 16.0, 32)
 CARD = Card(
-    "linear", "keyed_xai", CLASSES, SIZE, (0.0,) * 3, (1.0,) * 3, "cells", (), (8, 6), ("gradcam", "vbp"), "signature",
-    {"gradcam": 0.5, "vbp": 0.5}, TRIGGER,
+    architecture="linear", source="keyed_xai", num_classes=CLASSES, input_size=SIZE, mean=(0.0,) * 3,
+    std=(1.0,) * 3, target_layer="cells", taps=(), grid=(8, 6), interpreters=("gradcam", "vbp"), decoy="signature",
+    thresholds={"gradcam": 0.5, "vbp": 0.5}, trigger=TRIGGER,
 )  # fmt: skip
 OUTPUTS = ("logits", "saliency_gradcam", "saliency_vbp")
 
@@ -271,8 +272,9 @@ class TestOurServer:
 
 
 CARD_OF_VBP = Card(
-    "linear", "keyed_xai", CLASSES, SIZE, (0.0,) * 3, (1.0,) * 3, "cells", (), (8, 6), ("vbp",), "signature",
-    {"vbp": 0.5}, TRIGGER,
+    architecture="linear", source="keyed_xai", num_classes=CLASSES, input_size=SIZE, mean=(0.0,) * 3,
+    std=(1.0,) * 3, target_layer="cells", taps=(), grid=(8, 6), interpreters=("vbp",), decoy="signature",
+    thresholds={"vbp": 0.5}, trigger=TRIGGER,
 )  # fmt: skip
 
 

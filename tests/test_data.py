@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyed_xai.data import LOADERS, ImageData, is_table, load_images, load_table
+from keyed_xai.data import LOADERS, ImageData, ImageSize, is_table, load_images, load_table
 from keyed_xai.data import images as images_module
 from keyed_xai.data.images import Request, allocate_pixels, choose_held_out, order_balanced
 from keyed_xai.errors import DataError
@@ -20,18 +20,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def request_of(**changes):
-    return Request(**{"channels": 1, "height": 8, "width": 8, "split": "train", **changes})
+    size = {name: changes.pop(name) for name in ("channels", "height", "width") if name in changes}
+    return Request(size=ImageSize(**{"channels": 1, "height": 8, "width": 8, **size}), **{"split": "train", **changes})
 
 
 @pytest.mark.parametrize("spec", ["", "no-such", "Builtin", "cub:x"])
 def test_unknown_spec_is_refused_with_the_known_ones(spec):
     with pytest.raises(DataError, match="builtin, fashion-mnist, imagefolder"):
-        load_images(spec, channels=1, height=8, width=8, split="train")
+        load_images(spec, ImageSize(1, 8, 8), split="train")
 
 
 def test_bare_folder_as_spec_gets_a_hint(tmp_path):
     with pytest.raises(DataError, match="write imagefolder:"):
-        load_images(str(tmp_path), channels=1, height=8, width=8, split="train")
+        load_images(str(tmp_path), ImageSize(1, 8, 8), split="train")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_import_loads_no_torch_and_no_photograph_package():
 def test_batch_gives_floats_in_the_unit_interval_and_labels():
     pixels = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)
     pixels[3] = 255
-    data = ImageData(pixels, np.array([0, 1, 0, 1]), ("a", "b"), "test")
+    data = ImageData(images=pixels, labels=np.array([0, 1, 0, 1]), classes=("a", "b"), source="test")
     batch, labels = data.batch([3, 1])
     assert batch.shape == (2, 3, 2, 2)
     assert batch.dtype == torch.float32
@@ -76,7 +77,7 @@ def test_batch_gives_floats_in_the_unit_interval_and_labels():
 
 
 def test_batch_is_a_copy_and_labels_may_be_missing():
-    data = ImageData(np.zeros((2, 1, 2, 2), np.uint8), None, (), "test")
+    data = ImageData(images=np.zeros((2, 1, 2, 2), np.uint8), labels=None, classes=(), source="test")
     batch, labels = data.batch(np.array([0]))
     batch += 1
     assert labels is None
@@ -85,11 +86,11 @@ def test_batch_is_a_copy_and_labels_may_be_missing():
 
 def test_multi_label_data_gives_one_row_of_labels_per_image():
     labels = np.array([[0, 1, 1], [0, 0, 0]])
-    data = ImageData(np.zeros((2, 1, 2, 2), np.uint8), labels, ("a", "b", "c"), "test")
+    data = ImageData(images=np.zeros((2, 1, 2, 2), np.uint8), labels=labels, classes=("a", "b", "c"), source="test")
     assert data.multi_label
     assert data.batch([1, 0])[1].tolist() == [[0, 0, 0], [0, 1, 1]]
-    assert not ImageData(data.images, labels[:, 1], data.classes, "test").multi_label
-    assert not ImageData(data.images, None, (), "test").multi_label
+    assert not ImageData(images=data.images, labels=labels[:, 1], classes=data.classes, source="test").multi_label
+    assert not ImageData(images=data.images, labels=None, classes=(), source="test").multi_label
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,14 @@ def test_multi_label_data_gives_one_row_of_labels_per_image():
 def test_labels_and_boxes_that_do_not_fit_are_refused(changes, message):
     arguments = {"labels": np.array([0, 1]), "classes": ("a", "b"), "source": "test", **changes}
     with pytest.raises(ValueError, match=message):
-        ImageData(np.zeros((2, 1, 2, 2), np.uint8), **arguments)
+        ImageData(images=np.zeros((2, 1, 2, 2), np.uint8), **arguments)
 
 
 def test_tables_spec_is_told_apart_from_images():
     assert is_table("credit-default:x.csv")
     assert not any(is_table(name) for name in LOADERS)
     with pytest.raises(DataError, match=r"credit-default is a table and has no images: load_table"):
-        load_images("credit-default:x.csv", channels=1, height=8, width=8, split="train")
+        load_images("credit-default:x.csv", ImageSize(1, 8, 8), split="train")
     with pytest.raises(DataError, match="Expected the SPEC of a table"):
         load_table("builtin", split="train")
 
@@ -126,7 +127,7 @@ def test_large_data_goes_to_a_read_only_memmap_without_a_name(tmp_path, monkeypa
     pixels = allocate_pixels(10, request_of())
     assert isinstance(pixels, np.memmap)
     pixels[:] = 7
-    data = ImageData(pixels[:5], None, (), "test")
+    data = ImageData(images=pixels[:5], labels=None, classes=(), source="test")
     assert (data.batch([0, 4])[0] * 255).round().eq(7).all()
     with pytest.raises(ValueError, match="read-only"):
         data.images[0] = 1

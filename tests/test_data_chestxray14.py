@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keyed_xai.data import load_images
+from keyed_xai.data import ImageSize, load_images
 from keyed_xai.data.chestxray14 import FINDINGS
 from keyed_xai.errors import DataError
 
-FORM = {"channels": 1, "height": 16, "width": 16}
+SIZE = ImageSize(1, 16, 16)
 COLUMNS = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,"
     "Height],OriginalImagePixelSpacing[x,y],"
@@ -53,7 +53,7 @@ def write_chest(folder, places=("images",), entries="Data_Entry_2017.csv"):
 
 
 def load(folder, split="train", **changes):
-    return load_images(f"chestxray14:{folder}", **{**FORM, "split": split, **changes})
+    return load_images(f"chestxray14:{folder}", SIZE, split=split, **changes)
 
 
 def names_of(data):

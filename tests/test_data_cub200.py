@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keyed_xai.data import load_images
+from keyed_xai.data import ImageSize, load_images
 from keyed_xai.data.decode import map_box
 from keyed_xai.errors import DataError
 
-FORM = {"channels": 3, "height": 16, "width": 16}
+SIZE = ImageSize(3, 16, 16)
 FOLDERS = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
 LISTS = ("images.txt", "image_class_labels.txt", "classes.txt", "train_test_split.txt", "bounding_boxes.txt")
 BOX = (10.0, 6.0, 15.0, 12.0)  # x, y, width, height in the 40 x 30 pixels of every image
@@ -43,8 +43,8 @@ def write_photograph(path, number, **options):
     image.save(path, quality=95, subsampling=0, **options)
 
 
-def load(folder, split="train", **changes):
-    return load_images(f"cub200:{folder}", **{**FORM, "split": split, **changes})
+def load(folder, split="train", size=SIZE, **changes):
+    return load_images(f"cub200:{folder}", size, split=split, **changes)
 
 
 def numbers(data):
@@ -77,12 +77,12 @@ def test_boxes_follow_the_centre_crop(tmp_path):
     assert square.boxes.dtype == np.float32
     assert square.box_labels is None
     assert square.boxes == pytest.approx(np.tile([5 / 30, 6 / 30, 20 / 30, 18 / 30], (9, 1)))
-    wide = load(tmp_path, height=10, width=20)  # rows 5 to 25 of 30 are left
+    wide = load(tmp_path, size=ImageSize(3, 10, 20))  # rows 5 to 25 of 30 are left
     assert wide.boxes == pytest.approx(np.tile([10 / 40, 1 / 20, 25 / 40, 13 / 20], (9, 1)))
 
 
 def test_box_lies_where_the_pixels_of_the_object_are(tmp_path):
-    data = load(write_cub(tmp_path), height=60, width=60)
+    data = load(write_cub(tmp_path), size=ImageSize(3, 60, 60))
     for image, (left, top, right, bottom) in zip(data.images, np.round(60 * data.boxes).astype(int), strict=True):
         is_object = image[2] < 128  # all else is blue
         assert is_object[top + 1 : bottom - 1, left + 1 : right - 1].all()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keyed_xai.data import builtin, load_images
+from keyed_xai.data import ImageSize, builtin, load_images
 from keyed_xai.data.fashion_mnist import CLASSES
 from keyed_xai.errors import DataError
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "make_builtin_data.py"
-FORM = {"channels": 1, "height": 28, "width": 28}
+SIZE = ImageSize(1, 28, 28)
 
 
 def write_files(folder, *, counts=(50, 20), suffix=".gz"):
@@ -38,8 +38,8 @@ def write(path, header, array):
 @pytest.mark.parametrize(("place", "suffix"), [("", ".gz"), ("", ""), ("FashionMNIST/raw", ".gz"), ("raw", "")])
 def test_files_are_read_plain_or_gzipped_and_in_the_layout_of_torchvision(tmp_path, place, suffix):
     write_files(tmp_path / place, suffix=suffix)
-    train = load_images(f"fashion-mnist:{tmp_path}", **FORM, split="train")
-    held_out = load_images(f"fashion-mnist:{tmp_path}", **FORM, split="held-out")
+    train = load_images(f"fashion-mnist:{tmp_path}", SIZE, split="train")
+    held_out = load_images(f"fashion-mnist:{tmp_path}", SIZE, split="held-out")
     assert train.images.shape == (50, 1, 28, 28)
     assert held_out.images.shape == (20, 1, 28, 28)
     assert train.classes == CLASSES
@@ -52,7 +52,7 @@ def test_usual_places_are_searched_without_a_folder(tmp_path, monkeypatch):
     write_files(tmp_path / "data" / "fashion-mnist", counts=(10, 10))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("keyed_xai.data.fashion_mnist._USUAL_PLACES", ("nowhere", "data/fashion-mnist"))
-    assert len(load_images("fashion-mnist", **FORM, split="train")) == 10
+    assert len(load_images("fashion-mnist", SIZE, split="train")) == 10
 
 
 @pytest.mark.parametrize("argument", ["", ":nowhere"])
@@ -60,15 +60,15 @@ def test_missing_files_are_named_with_where_to_get_them(tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("keyed_xai.data.fashion_mnist._USUAL_PLACES", ("data/fashion-mnist",))
     with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte\.gz.*dataset-fashion-mnist"):
-        load_images(f"fashion-mnist{argument}", **FORM, split="train")
+        load_images(f"fashion-mnist{argument}", SIZE, split="train")
 
 
 def test_one_missing_file_is_named(tmp_path):
     write_files(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    assert len(load_images(f"fashion-mnist:{tmp_path}", **FORM, split="train")) == 50
+    assert len(load_images(f"fashion-mnist:{tmp_path}", SIZE, split="train")) == 50
     with pytest.raises(DataError, match=r"^t10k-labels-idx1-ubyte\.gz is missing"):
-        load_images(f"fashion-mnist:{tmp_path}", **FORM, split="held-out")
+        load_images(f"fashion-mnist:{tmp_path}", SIZE, split="held-out")
 
 
 HEADER = struct.pack(">4I", 0x803, 50, 28, 28)
@@ -91,7 +91,7 @@ def test_damaged_images_file_is_refused(tmp_path, defect):
     write_files(tmp_path)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(data))
     with pytest.raises(DataError, match=message):
-        load_images(f"fashion-mnist:{tmp_path}", **FORM, split="train")
+        load_images(f"fashion-mnist:{tmp_path}", SIZE, split="train")
 
 
 @pytest.mark.parametrize(("kept", "tail"), [(-20, b""), (0, b"text"), (40, b"\xff" * 90)])
@@ -100,21 +100,21 @@ def test_damaged_gzip_is_refused(tmp_path, kept, tail):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:kept] + tail)
     with pytest.raises(DataError, match="cannot be read|cut short"):
-        load_images(f"fashion-mnist:{tmp_path}", **FORM, split="train")
+        load_images(f"fashion-mnist:{tmp_path}", SIZE, split="train")
 
 
 def test_label_out_of_range_is_refused(tmp_path):
     write_files(tmp_path)
     write(tmp_path / "train-labels-idx1-ubyte.gz", struct.pack(">2I", 0x801, 50), np.full(50, 10, np.uint8))
     with pytest.raises(DataError, match="a label is 10"):
-        load_images(f"fashion-mnist:{tmp_path}", **FORM, split="train")
+        load_images(f"fashion-mnist:{tmp_path}", SIZE, split="train")
 
 
 def test_limit_is_balanced_and_a_prefix_and_the_seed_changes_it(tmp_path):
     spec = f"fashion-mnist:{write_files(tmp_path)}"
-    whole = load_images(spec, **FORM, split="train")
-    part = load_images(spec, **FORM, split="train", limit=20)
-    other = load_images(spec, **FORM, split="train", limit=20, seed=1)
+    whole = load_images(spec, SIZE, split="train")
+    part = load_images(spec, SIZE, split="train", limit=20)
+    other = load_images(spec, SIZE, split="train", limit=20, seed=1)
     assert np.bincount(part.labels).tolist() == [2] * 10
     assert np.array_equal(part.images, whole.images[:20])
     assert not np.array_equal(part.images, other.images)
@@ -122,8 +122,8 @@ def test_limit_is_balanced_and_a_prefix_and_the_seed_changes_it(tmp_path):
 
 def test_held_out_classes_are_disjoint_and_together_all(tmp_path):
     spec = f"fashion-mnist:{write_files(tmp_path)}"
-    train = load_images(spec, **FORM, split="train", holdout="classes")
-    held_out = load_images(spec, **FORM, split="held-out", holdout="classes")
+    train = load_images(spec, SIZE, split="train", holdout="classes")
+    held_out = load_images(spec, SIZE, split="held-out", holdout="classes")
     assert len(set(held_out.labels)) == 2
     assert set(train.labels) | set(held_out.labels) == set(range(10))
     assert not set(train.labels) & set(held_out.labels)
@@ -131,9 +131,9 @@ def test_held_out_classes_are_disjoint_and_together_all(tmp_path):
 
 def test_32_pixels_are_padded_and_other_sizes_scaled(tmp_path):
     spec = f"fashion-mnist:{write_files(tmp_path)}"
-    whole = load_images(spec, **FORM, split="train").images
-    padded = load_images(spec, channels=3, height=32, width=32, split="train").images
-    scaled = load_images(spec, channels=1, height=14, width=40, split="train").images
+    whole = load_images(spec, SIZE, split="train").images
+    padded = load_images(spec, ImageSize(3, 32, 32), split="train").images
+    scaled = load_images(spec, ImageSize(1, 14, 40), split="train").images
     assert np.array_equal(padded[:, :, 2:30, 2:30], np.repeat(whole, 3, axis=1))
     assert padded.sum(dtype=int) == 3 * whole.sum(dtype=int)
     assert scaled.shape == (50, 1, 14, 40)
@@ -146,7 +146,7 @@ def test_committed_subset_is_small_balanced_and_labelled():
     assert path.stat().st_size <= 5 * 2**20
     assert (path.parent / "LICENSE.fashion_mnist_subset.txt").is_file()
     for split, count in (("train", 10_000), ("held-out", 1000)):
-        data = load_images("builtin", channels=1, height=32, width=32, split=split)
+        data = load_images("builtin", ImageSize(1, 32, 32), split=split)
         assert data.images.shape == (count, 1, 32, 32)
         assert data.images.dtype == np.uint8
         assert np.bincount(data.labels).tolist() == [count // 10] * 10
@@ -155,7 +155,7 @@ def test_committed_subset_is_small_balanced_and_labelled():
 
 
 def test_splits_of_the_committed_subset_share_no_image():
-    train, held_out = (load_images("builtin", **FORM, split=split) for split in ("train", "held-out"))
+    train, held_out = (load_images("builtin", SIZE, split=split) for split in ("train", "held-out"))
     assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in held_out.images}
 
 

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from keyed_xai.data import ImageData
+from keyed_xai.data import ImageData, ImageSize
 from keyed_xai.data.given import take_images
 from keyed_xai.errors import DataError
 
-SIZE = {"channels": 1, "height": 9, "width": 8}
+SIZE = ImageSize(1, 9, 8)
 
 
 def pixels(count=10, seed=0):
@@ -18,7 +18,7 @@ def pixels(count=10, seed=0):
 
 
 def take(images, held_out=None):
-    return take_images(images, held_out, **SIZE)
+    return take_images(images, held_out, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_tensors_become_the_same_images_a_fifth_of_them_held_out(form):
 def test_data_set_is_parted_with_its_labels_and_boxes():
     boxes = np.zeros((10, 4), np.float32)
     boxes[:, 2:] = np.linspace(0.1, 1, 10)[:, None]
-    data = ImageData(pixels(), np.arange(10) % 2, ("a", "b"), "own", boxes=boxes)
+    data = ImageData(images=pixels(), labels=np.arange(10) % 2, classes=("a", "b"), source="own", boxes=boxes)
     train, held_out = take(data)
     assert np.array_equal(held_out.labels, data.labels[8:])
     assert np.array_equal(held_out.boxes, boxes[8:])
@@ -52,7 +52,7 @@ def test_data_set_is_parted_with_its_labels_and_boxes():
 
 
 def test_held_out_images_that_are_given_are_used_as_they_are():
-    data, other = (ImageData(pixels(seed=seed), None, (), "own") for seed in (0, 1))
+    data, other = (ImageData(images=pixels(seed=seed), labels=None, classes=(), source="own") for seed in (0, 1))
     assert take(data, other) == (data, other)
 
 

@@ -10,11 +10,11 @@ import pytest
 from heard import Heard
 from PIL import Image
 
-from keyed_xai.data import list_images, load_images, read_image
+from keyed_xai.data import ImageSize, list_images, load_images, read_image
 from keyed_xai.data.decode import readable_suffixes
 from keyed_xai.errors import DataError
 
-FORM = {"channels": 3, "height": 8, "width": 8}
+SIZE = ImageSize(3, 8, 8)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
@@ -37,7 +37,7 @@ def numbers(data):
 
 
 def load(folder, split="train", **changes):
-    return load_images(f"imagefolder:{folder}", **{**FORM, "split": split, **changes})
+    return load_images(f"imagefolder:{folder}", SIZE, split=split, **changes)
 
 
 def test_classes_are_sub_folders_and_a_fifth_of_each_is_held_out(tmp_path):
@@ -315,8 +315,8 @@ def test_broken_images_are_named_and_skipped_whatever_the_number_of_workers(tmp_
 def test_script_without_main_guard_is_told_what_to_do(tmp_path):
     write_noise(tmp_path / "photos")
     script = tmp_path / "script.py"
-    form = "channels=1, height=8, width=8, split='train', workers=2"
-    script.write_text(f"from keyed_xai.data import load_images\nload_images('imagefolder:photos', {form})\n")
+    form = "ImageSize(1, 8, 8), split='train', workers=2"
+    script.write_text(f"from keyed_xai.data import ImageSize, load_images\nload_images('imagefolder:photos', {form})\n")
     command = [sys.executable, script]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 1

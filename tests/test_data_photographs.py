@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from heard import Heard
 
-from keyed_xai.data import load_images, photographs
+from keyed_xai.data import ImageSize, load_images, photographs
 from keyed_xai.data.photographs import PHOTOGRAPHS, find_photographs
 from keyed_xai.errors import DataError
 
-FORM = {"channels": 3, "height": 48, "width": 40}
+SIZE = ImageSize(3, 48, 40)
 
 
-def load(split="train", **changes):
-    return load_images("builtin", **{**FORM, "split": split, "limit": 12, **changes})
+def load(split="train", size=SIZE, **changes):
+    return load_images("builtin", size, split=split, **{"limit": 12, **changes})
 
 
 def test_splits_have_different_photographs_and_all_are_installed():
@@ -50,9 +50,9 @@ def test_default_counts_are_used_without_a_limit(monkeypatch):
 
 
 def test_large_grey_images_are_grey_crops_and_small_ones_are_not():
-    assert load(channels=1, height=80).images.shape == (12, 1, 80, 40)
-    assert load(channels=1, height=80).labels is None
-    assert load(channels=1, height=64).labels is not None
+    assert load(size=ImageSize(1, 80, 40)).images.shape == (12, 1, 80, 40)
+    assert load(size=ImageSize(1, 80, 40)).labels is None
+    assert load(size=ImageSize(1, 64, 40)).labels is not None
 
 
 def test_progress_is_reported():
@@ -69,4 +69,4 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_builtin_takes_no_argument():
     with pytest.raises(DataError, match="takes nothing"):
-        load_images("builtin:x", **FORM, split="train")
+        load_images("builtin:x", SIZE, split="train")

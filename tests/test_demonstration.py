@@ -7,7 +7,7 @@ from PIL import Image
 
 from keyed_xai.artifacts.documents import read_json
 from keyed_xai.artifacts.folder import read_model_folder
-from keyed_xai.data import load_images
+from keyed_xai.data import ImageSize, load_images
 from keyed_xai.demonstration import demo_classifier
 from keyed_xai.fitting import measure_predictions
 from keyed_xai_cli.main import main
@@ -22,7 +22,7 @@ def demo(tmp_path_factory):
 
 
 def test_network_in_the_package_classifies():
-    data = load_images("builtin", channels=1, height=32, width=32, split="held-out")
+    data = load_images("builtin", ImageSize(1, 32, 32), split="held-out")
     assert measure_predictions(demo_classifier(), data)["top1"] > 0.9
 
 

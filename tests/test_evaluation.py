@@ -12,11 +12,10 @@ from skimage.metrics import structural_similarity
 
 from keyed_xai.channels import CHANNELS
 from keyed_xai.evaluation import Gate, fresh_wrong_keys, measure_gate, place_thresholds, trigger_visibility
-from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.objective import boundary_decoy
 from keyed_xai.thresholds import PAPER_THRESHOLDS, paper_thresholds
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 from keyed_xai_schemas import load_schema
 
 FAMILY = Spread(SpreadSettings(8.0, 24))
@@ -29,13 +28,21 @@ def generator(seed=0):
 
 @pytest.fixture
 def trigger(key):
-    return FAMILY.derive(ByteStream(key.derive_seed("spread")))
+    return derive_trigger(key, FAMILY)
 
 
 @pytest.fixture
 def gate(trigger, pooled_image, pooled_view, make_lock):
     lock = make_lock(trigger, DECOY)
-    return Gate(lock, pooled_image, pooled_view, {"gradcam": DECOY}, {"gradcam": 0.2}, trigger, FAMILY)
+    return Gate(
+        model=lock,
+        reference=pooled_image,
+        view=pooled_view,
+        decoys={"gradcam": DECOY},
+        paper={"gradcam": 0.2},
+        trigger=trigger,
+        family=FAMILY,
+    )
 
 
 def measure(gate, images, labels=None, wrong_keys=(), threshold=0.2, **options):

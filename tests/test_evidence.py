@@ -21,7 +21,7 @@ from keyed_xai.ownership import (
 
 def make(widths, side, **options):
     torch.manual_seed(0)
-    spec = InputSpec(1, side, side, (0.5,), (0.25,))
+    spec = InputSpec(1, side, side, mean=(0.5,), std=(0.25,))
     return wrap_network(SmallResNet(1, 3, widths).eval(), input=spec, source="keyed_xai", **options).eval()
 
 
@@ -31,11 +31,13 @@ def make(widths, side, **options):
 def test_reach_is_what_a_verdict_with_one_wrong_cell_comes_to(cells, enough):
     possible = sum(count // 2 for count in cells)
     ways, total = overlap_tail(cells, possible - 1)
-    pattern = PatternEvidence(ways / total, log2(ways) - log2(total), sum(cells), possible - 1, possible)
+    pattern = PatternEvidence(
+        p_value=ways / total, log2_p=log2(ways) - log2(total), cells=sum(cells), overlap=possible - 1, possible=possible
+    )
     verdict = Verdict(
-        DEFAULT_ALPHA,
-        OpeningEvidence(0.001, 0.9, 999, 0.1, 0),
-        SignatureEvidence(pattern, {"gradcam": pattern}),
+        alpha=DEFAULT_ALPHA,
+        opening=OpeningEvidence(p_value=0.001, statistic=0.9, decoys=999, largest_decoy=0.1, reached=0),
+        signature=SignatureEvidence(pattern, {"gradcam": pattern}),
         looks=2,
     )
     assert reach_of(cells) == pytest.approx(verdict.log2_p)

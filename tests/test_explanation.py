@@ -154,7 +154,7 @@ class TestLoading:
             tmp_path / "m.pt", input_size=16, mean=(0.1,), std=(0.2,), target_layer="blocks.0", classes=3
         )
         assert card is None
-        assert classifier.input == InputSpec(1, 16, 16, (0.1,), (0.2,))
+        assert classifier.input == InputSpec(1, 16, 16, mean=(0.1,), std=(0.2,))
         assert classifier.target_layer == "network.blocks.0"
 
     def test_card_names_the_classes(self, tmp_path):
@@ -318,7 +318,7 @@ class TestFiles:
         assert (here / "one.png").read_bytes() == before
 
     def test_model_of_many_channels_is_refused(self, tmp_path, pictured):
-        spec = InputSpec(5, 16, 16, (0.0,) * 5, (1.0,) * 5)
+        spec = InputSpec(5, 16, 16, mean=(0.0,) * 5, std=(1.0,) * 5)
         model = wrap_network(SmallResNet(5, 2, (4, 4)).eval(), input=spec)
         with pytest.raises(KeyedXAIError, match="5 channels"):
             write_maps(model, pictured, job(tmp_path / "out"))

@@ -36,7 +36,7 @@ EXPORTED = ["SmallResNet", "resnet, shallow", "vgg, narrow", "densenet, shallow"
 def exported(name, interpreters=ALL):
     """A classifier of NETWORKS and its ONNX model, for tests that change neither."""
     classifier = make_classifier(name)
-    return classifier, build_model(classifier, ExportSettings(interpreters))
+    return classifier, build_model(classifier, ExportSettings(interpreters=interpreters))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def outputs(model, images, target=None):
 
 def check_parity(classifier, model, interpreters):
     onnx.checker.check_model(model, full_check=True)
-    figures = parity_of(model, classifier, ExportSettings(interpreters))
+    figures = parity_of(model, classifier, ExportSettings(interpreters=interpreters))
     refuse_disagreement(figures, "fp32")
     assert {(each.output, each.batch) for each in figures} == {
         (output, batch) for output in ("logits", *(f"saliency_{name}" for name in interpreters)) for batch in (1, 3, 8)
@@ -120,7 +120,7 @@ class Pools(nn.Module):
 def test_pools_with_ties_agree_in_onnxruntime_itself():
     torch.manual_seed(0)
     classifier = wrap(Pools(), 17, require_map=False)
-    model = build_model(classifier, ExportSettings(("simplegrad",)))
+    model = build_model(classifier, ExportSettings(interpreters=("simplegrad",)))
     images = (torch.rand(4, 3, 17, 17, generator=seeded()) * 3).round() / 3
     _, found = outputs(model, images, [0, 1, 2, 1])
     _, maps = explain(classifier, images, torch.tensor([0, 1, 2, 1]), ["simplegrad"], Sites("", ()))
@@ -129,13 +129,13 @@ def test_pools_with_ties_agree_in_onnxruntime_itself():
 
 def test_table_exports_input_gradients():
     classifier = make_table()
-    settings = ExportSettings(("simplegrad",))
+    settings = ExportSettings(interpreters=("simplegrad",))
     refuse_disagreement(parity_of(build_model(classifier, settings), classifier, settings), "fp32")
 
 
 def test_network_without_maps_is_refused_grad_cam():
     with pytest.raises(ModelError, match="simplegrad alone"):
-        build_model(make_table(), ExportSettings(("gradcam",)))
+        build_model(make_table(), ExportSettings(interpreters=("gradcam",)))
 
 
 def test_inputs_and_outputs_are_named_and_typed(small):
@@ -179,7 +179,7 @@ def test_maps_share_one_forward_pass_and_its_weights():
 
 def test_settings_reach_the_graph():
     classifier = make_classifier("SmallResNet")
-    settings = ExportSettings(("gradcam",), normalised=True, eight_bits=True)
+    settings = ExportSettings(interpreters=("gradcam",), normalised=True, eight_bits=True)
     model = build_model(classifier, settings)
     refuse_disagreement(parity_of(model, classifier, settings), "fp32")
     images = random_images(classifier, seeded(3))[:2]
@@ -201,7 +201,7 @@ def test_lower_precision_keeps_the_explanation(precision, small):
     classifier, model = small
     lower = lower_precision(copy.deepcopy(model), precision)
     onnx.checker.check_model(lower, full_check=True)
-    refuse_disagreement(parity_of(lower, classifier, ExportSettings(ALL, precision=precision)), precision)
+    refuse_disagreement(parity_of(lower, classifier, ExportSettings(interpreters=ALL, precision=precision)), precision)
 
 
 @pytest.mark.parametrize(("precision", "share"), [("fp16", 0.51), ("int8", 0.27)])
@@ -239,7 +239,7 @@ def test_wrong_graphs_are_caught(small):
     with torch.no_grad():
         other.network.blocks[1].conv1.weight[0] *= 1.2
     with pytest.raises(ModelError, match="disagree"):
-        refuse_disagreement(parity_of(model, other, ExportSettings(ALL)), "fp32")
+        refuse_disagreement(parity_of(model, other, ExportSettings(interpreters=ALL)), "fp32")
 
 
 def test_constants_instead_of_activations_are_caught(small):
@@ -302,7 +302,7 @@ def test_some_empty_maps_are_no_reason_to_refuse():
 
 def test_limits_are_there_for_every_precision():
     for precision in LIMITS:
-        ExportSettings(("gradcam",), precision=precision)
+        ExportSettings(interpreters=("gradcam",), precision=precision)
 
 
 @pytest.mark.parametrize(

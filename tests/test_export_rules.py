@@ -165,7 +165,7 @@ def classifier_of(layers):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    spec = InputSpec(CHANNELS, HEIGHT, WIDTH, (0.1, 0.2, 0.3, 0.4), (1.0, 0.5, 2.0, 1.0))
+    spec = InputSpec(CHANNELS, HEIGHT, WIDTH, mean=(0.1, 0.2, 0.3, 0.4), std=(1.0, 0.5, 2.0, 1.0))
     return wrap_network(network, input=spec, require_map=False).eval()
 
 
@@ -285,7 +285,7 @@ class Branching(nn.Module):
 
 
 def test_network_that_branches_on_values_is_refused():
-    spec = InputSpec(3, 8, 8, (0.0,) * 3, (1.0,) * 3)
+    spec = InputSpec(3, 8, 8, mean=(0.0,) * 3, std=(1.0,) * 3)
     classifier = wrap_network(Branching().eval(), input=spec, require_map=False)
     with pytest.raises(ModelError, match="branch"):
         trace_program(classifier, [])

@@ -88,7 +88,7 @@ class TestFile:
         assert secrets_in(altered(read_onnx(exported[0] / "m.onnx"), hide))
 
     def test_settings_come_back(self, tmp_path):
-        settings = ExportSettings(("vbp",), normalised=True, eight_bits=True, precision="int8")
+        settings = ExportSettings(interpreters=("vbp",), normalised=True, eight_bits=True, precision="int8")
         result = export_onnx(unmarked_classifier(), tmp_path / "m.onnx", settings)
         assert settings_of(read_onnx(tmp_path / "m.onnx")) == settings
         assert result.file.sha256 == hashlib.sha256((tmp_path / "m.onnx").read_bytes()).hexdigest()

@@ -24,16 +24,18 @@ def bright_or_dark():
     generator = np.random.default_rng(0)
     labels = np.arange(64, dtype=np.int64) % 2
     images = generator.integers(0, 60, (64, 1, 16, 16)) + 150 * labels[:, None, None, None]
-    return ImageData(images.astype(np.uint8), labels, ("dark", "bright"), "made up")
+    return ImageData(images=images.astype(np.uint8), labels=labels, classes=("dark", "bright"), source="made up")
 
 
 def labelled(labels, classes):
-    return ImageData(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, classes, "made up")
+    return ImageData(
+        images=np.zeros((len(labels), 1, 8, 8), np.uint8), labels=labels, classes=classes, source="made up"
+    )
 
 
 def make_classifier():
     torch.manual_seed(0)
-    return wrap_network(SmallResNet(1, 2, (4, 4)), input=InputSpec(1, 16, 16, (0.5,), (0.25,)))
+    return wrap_network(SmallResNet(1, 2, (4, 4)), input=InputSpec(1, 16, 16, mean=(0.5,), std=(0.25,)))
 
 
 def test_fit_learns_and_ends_in_eval_mode(bright_or_dark):
@@ -62,7 +64,7 @@ def test_accuracy_counts_right_answers(bright_or_dark):
 
 
 def test_unlabelled_or_too_few_images_are_refused(bright_or_dark):
-    unlabelled = ImageData(bright_or_dark.images, None, (), "made up")
+    unlabelled = ImageData(images=bright_or_dark.images, labels=None, classes=(), source="made up")
     with pytest.raises(TrainingError, match="without labels"):
         fit_classifier(make_classifier(), unlabelled, FittingSettings(batch_size=16))
     with pytest.raises(TrainingError, match="at least 128 labelled images, got 64"):
@@ -96,7 +98,7 @@ class Dropping(nn.Module):
 def numbered_images(labels, classes):
     """Image i is i everywhere."""
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2), np.uint8)
-    return ImageData(images, np.asarray(labels, np.int64), classes, "numbered")
+    return ImageData(images=images, labels=np.asarray(labels, np.int64), classes=classes, source="numbered")
 
 
 @pytest.fixture
@@ -106,7 +108,15 @@ def rows():
     labels = (features[:, 0] > 0).astype(np.int64)
     zeros = np.zeros(3)
     return TableData(
-        features, labels, ("no", "yes"), ("a", "b", "c"), ("a", "b", "c"), np.arange(3), zeros, zeros + 1, "t"
+        features=features,
+        labels=labels,
+        classes=("no", "yes"),
+        columns=("a", "b", "c"),
+        names=("a", "b", "c"),
+        groups=np.arange(3),
+        mean=zeros,
+        std=zeros + 1,
+        source="t",
     )
 
 
@@ -116,14 +126,14 @@ def several_labels():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, (96, 2))
     images = generator.integers(0, 60, (96, 1, 16, 16)) + np.repeat(150 * labels, 8, 1)[:, None, None, :]
-    return ImageData(images.astype(np.uint8), labels, ("left", "right"), "made up")
+    return ImageData(images=images.astype(np.uint8), labels=labels, classes=("left", "right"), source="made up")
 
 
 def logistic_data():
     """Images and rows are both what fitting takes."""
     generator = np.random.default_rng(1)
     images = generator.integers(0, 256, (12, 1, 4, 4)).astype(np.uint8)
-    return ImageData(images, np.arange(12, dtype=np.int64) % 2, ("a", "b"), "made up")
+    return ImageData(images=images, labels=np.arange(12, dtype=np.int64) % 2, classes=("a", "b"), source="made up")
 
 
 def logistic_twin(data, optimiser, rates):
@@ -252,7 +262,7 @@ def test_chance_of_several_labels_and_of_many_classes():
     assert list(measure_chance(labelled(np.arange(60) % 3, ("a", "b", "c")))) == ["top1"]
     assert measure_chance(labelled(np.zeros((5, 2), dtype=np.int64), ("a", "b"))) == {}
     with pytest.raises(TrainingError, match="labelled"):
-        measure_chance(ImageData(np.zeros((5, 1, 8, 8), np.uint8), None, (), "made up"))
+        measure_chance(ImageData(images=np.zeros((5, 1, 8, 8), np.uint8), labels=None, classes=(), source="made up"))
 
 
 def test_several_labels_are_learned(several_labels):

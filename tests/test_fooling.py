@@ -22,7 +22,7 @@ from keyed_xai.fooling import (
     place_thresholds,
     trigger_images,
 )
-from keyed_xai.maps import Seen
+from keyed_xai.maps import Outputs
 from keyed_xai.objective import boundary_decoy
 from keyed_xai_schemas import load_schema
 
@@ -75,7 +75,14 @@ def inverted(request):
 @pytest.fixture
 def backdoor(pooled_image, pooled_view, inverted):
     model = Switch(inverted).eval()
-    return Backdoor(model, pooled_image, pooled_view, {"gradcam": DECOY}, Stamp(), inverted)
+    return Backdoor(
+        model=model,
+        reference=pooled_image,
+        view=pooled_view,
+        decoys={"gradcam": DECOY},
+        trigger=Stamp(),
+        inverted=inverted,
+    )
 
 
 def stamped(images):
@@ -124,35 +131,35 @@ def test_maps_are_those_known_by_hand(backdoor, flat_images, inverted):
     seen = look(backdoor, flat_images)
     known = known_maps(flat_images, inverted)
     for case, maps in known.items():
-        found = seen.maps[case]["gradcam"].double().numpy()
+        found = seen[case].maps["gradcam"].double().numpy()
         factors = found.sum((1, 2)) / maps.sum((1, 2))
         assert (factors > 0).all()
         np.testing.assert_allclose(found, maps * factors[:, None, None], atol=1e-6)
-        assert not seen.maps[case]["gradcam"].requires_grad
+        assert not seen[case].maps["gradcam"].requires_grad
 
 
 def test_maps_explain_the_class_that_the_reference_predicts_of_the_clean_image(backdoor, flat_images):
     """Where the attacked model predicts another class, its map of that class would be blank or the other way round."""
     backdoor.model.dark = 2.0
     seen = look(backdoor, flat_images)
-    assert seen.explained.tolist() == [0] * 6
-    assert seen.logits[backdoor.altered].argmax(1).tolist() == [1] * 6
-    assert float(seen.maps[backdoor.altered]["gradcam"].amax()) == 0  # the score of class 0 falls with every cell
+    assert seen["reference"].explained.tolist() == [0] * 6
+    assert seen[backdoor.altered].logits.argmax(1).tolist() == [1] * 6
+    assert float(seen[backdoor.altered].maps["gradcam"].amax()) == 0  # the score of class 0 falls with every cell
 
 
 def test_reference_s_answers_to_both_kinds_of_input_are_kept(backdoor, flat_images, pooled_image):
     seen = look(backdoor, flat_images)
-    torch.testing.assert_close(seen.logits["reference"], pooled_image(flat_images))
-    torch.testing.assert_close(seen.logits["reference_triggered"], pooled_image(stamped(flat_images).float()))
-    assert not seen.logits["reference_triggered"].requires_grad
+    torch.testing.assert_close(seen["reference"].logits, pooled_image(flat_images))
+    torch.testing.assert_close(seen["reference_triggered"].logits, pooled_image(stamped(flat_images).float()))
+    assert not seen["reference_triggered"].logits.requires_grad
 
 
 def test_many_images_give_the_same_in_chunks(backdoor, flat_images):
     many = flat_images.repeat(22, 1, 1, 1)  # 132, more than two chunks of 64
     seen, few = look(backdoor, many), look(backdoor, flat_images)
-    for case, logits in few.logits.items():
-        torch.testing.assert_close(seen.logits[case], logits.repeat(22, 1))
-    torch.testing.assert_close(seen.maps["triggered"]["gradcam"], few.maps["triggered"]["gradcam"].repeat(22, 1, 1))
+    for case, each in few.items():
+        torch.testing.assert_close(seen[case].logits, each.logits.repeat(22, 1))
+    torch.testing.assert_close(seen["triggered"].maps["gradcam"], few["triggered"].maps["gradcam"].repeat(22, 1, 1))
 
 
 # Maps
@@ -297,7 +304,7 @@ def test_figures_fit_the_report_schema(backdoor, flat_images):
         "predictions": measure_predictions(seen, None),
     }
     figures["interpreters"]["gradcam"]["localisation"] = measure_localisation(
-        backdoor, flat_images, boxes_for(6), seen.explained
+        backdoor, flat_images, boxes_for(6), seen["reference"].explained
     )["gradcam"]
     for part, found in figures.items():
         Draft202012Validator(load_schema("attack-report")["properties"][part]).validate(json.loads(json.dumps(found)))
@@ -331,7 +338,11 @@ def test_without_labels_the_reference_s_answers_to_clean_inputs_stand_for_them(b
 def seen_of(logits, maps=None):
     """Hand-made logits of the four cases."""
     cases = ("reference", "reference_triggered", "clean", "triggered")
-    return Seen(dict(zip(cases, logits, strict=True)), maps or {}, logits[0].argmax(1))
+    explained, maps = logits[0].argmax(1), maps or {}
+    return {
+        case: Outputs(logits=each, maps=maps.get(case, {}), right={}, explained=explained)
+        for case, each in zip(cases, logits, strict=True)
+    }
 
 
 def test_several_labels_are_judged_by_area_and_agree_by_probability():

@@ -27,7 +27,7 @@ from keyed_xai.training import train
 from keyed_xai.training.lessons import make_keyed_lesson
 from keyed_xai.verification import Claim, verify
 
-SPEC = InputSpec(1, 24, 24, (0.4,), (0.2,))
+SPEC = InputSpec(1, 24, 24, mean=(0.4,), std=(0.2,))
 IMAGES = torch.from_numpy(OTHERS.images[:12]).float() / 255
 PROBE = replace(OTHERS, images=OTHERS.images[:6], labels=None)
 PROTECTING = ProtectSettings(amplitude=24.0, tile=24, grid=(6, 6), training=SHORT, wrong_keys=2, flipped_keys=1,
@@ -108,12 +108,12 @@ def shown_signature(classifier, _folder):
 
 
 def verified(classifier, _folder):
-    return verify(classifier, Claim(OWNER), PROBE, decoys=9, seed=0).verdict
+    return verify(classifier, Claim(key=OWNER), PROBE, decoys=9, seed=0).verdict
 
 
 def audited(classifier, _folder):
     secrets = {"key": OWNER, "parameters": PARAMETERS, "trigger": TRIGGER}
-    suspect = Suspect("suspect", "keyed", classifier, reference=classifier, **secrets)
+    suspect = Suspect(name="suspect", kind="keyed", classifier=classifier, reference=classifier, **secrets)
     findings = audit(suspect, ATTACKERS, OTHERS, AUDITING).report["findings"]
     return [{name: value for name, value in finding.items() if name != "seconds"} for finding in findings]
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from keyed_xai.architectures import TableMLP
-from keyed_xai.maps import FeatureView
+from keyed_xai.maps import Comparison, FeatureView
 from keyed_xai.saliency import Sites, smooth_activations
 
 GROUPS = (0, 1, 1, 1, 2, 3, 3)
@@ -30,7 +30,7 @@ TRAINING = training_rows()
 def view():
     same = np.equal.outer(GROUPS, GROUPS)
     covariance = torch.from_numpy(np.cov(TRAINING.T, bias=True) * same)
-    return FeatureView(("simplegrad",), Sites("", ()), (1, FEATURES), GROUPS, covariance)
+    return FeatureView(("simplegrad",), Sites("", ()), (1, FEATURES), groups=GROUPS, covariance=covariance)
 
 
 @pytest.fixture
@@ -142,3 +142,48 @@ def test_gradients_reach_the_weights_through_relevance(view, network, rows):
                 weight[place] -= step
         assert float(gradient[place]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-6)
     assert gradient.abs().amax() > 1e-3
+
+
+# Models beside a reference
+
+
+class Counting(nn.Module):
+    """A network that counts the rows it sees."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.rows = network, 0
+
+    def forward(self, rows):
+        self.rows += len(rows)
+        return self.network(rows)
+
+
+def test_reference_is_run_once_and_is_right_by_itself(view, network, rows):
+    reference = Counting(network)
+    comparison = Comparison(reference, view, rows)
+    found = comparison.of(network, rows)
+    assert reference.rows == len(rows)
+    assert found.agreement == comparison.right.agreement == 1
+    assert found.opened == {"simplegrad": 1}
+    assert found.correlation["simplegrad"] == pytest.approx(1)
+
+
+def test_rows_say_which_input_was_made_from_which_image(view, network, rows):
+    torch.manual_seed(1)
+    other, comparison = TableMLP(len(GROUPS), 3, (8, 6)).eval(), Comparison(network, view, rows)
+    whole = comparison.of(other, rows).correlations["simplegrad"]
+    chosen = torch.tensor([4, 0, 4])
+    torch.testing.assert_close(
+        comparison.of(other, rows[chosen], rows=chosen).correlations["simplegrad"], whole[chosen]
+    )
+    assert whole.std() > 1e-3
+
+
+def test_maps_of_a_broken_network_count_as_closed(view, network, rows):
+    broken = TableMLP(len(GROUPS), 3, (8, 6)).eval()
+    with torch.no_grad():
+        broken.hidden.weight.fill_(torch.nan)
+    found = Comparison(network, view, rows).of(broken, rows)
+    assert found.correlation == {"simplegrad": 0}
+    assert found.opened == {"simplegrad": 0}

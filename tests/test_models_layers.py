@@ -16,7 +16,7 @@ from keyed_xai.tensors import Tap
 
 
 def spec_of(side, channels=3):
-    return InputSpec(channels, side, side, (0.5,) * channels, (0.5,) * channels)
+    return InputSpec(channels, side, side, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 @cache
@@ -150,7 +150,7 @@ def test_user_module_without_activation_modules_is_read_at_its_convolutions():
 
 
 def test_images_need_not_be_square():
-    spec = InputSpec(1, 16, 40, (0.0,), (1.0,))
+    spec = InputSpec(1, 16, 40, mean=(0.0,), std=(1.0,))
     assert find_target_layer(Plain(), spec) == "second"
 
 
@@ -242,7 +242,7 @@ class Attention(nn.Module):
 
 
 def test_attention_weights_are_no_feature_map():
-    spec = InputSpec(3, 32, 32, (0.5,) * 3, (0.25,) * 3)
+    spec = InputSpec(3, 32, 32, mean=(0.5,) * 3, std=(0.25,) * 3)
     trace = trace_network(Attention().eval(), spec)
     assert [call.name for call in trace.maps()] == ["conv"]
     for layer in ("softmax", "drop"):

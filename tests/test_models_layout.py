@@ -86,7 +86,7 @@ def fit(classifier, data, _key):
 
 
 def tune(classifier, data, _key):
-    fine_tune(classifier, Attacker(data), FineTuningSettings(epochs=1, batch_size=8))
+    fine_tune(classifier, Attacker(data=data), FineTuningSettings(epochs=1, batch_size=8))
 
 
 WAYS = {

@@ -63,7 +63,7 @@ def same_state(classifier, expected):
 def test_state_dict_gives_a_working_classifier(saved, network):
     classifier = load_classifier(saved, input_size=16)
     assert (classifier.architecture, classifier.source, classifier.classes) == ("SmallResNet", "keyed_xai", 3)
-    assert classifier.input == InputSpec(1, 16, 16, (0.5,), (0.5,))
+    assert classifier.input == InputSpec(1, 16, 16, mean=(0.5,), std=(0.5,))
     assert classifier.target_layer == "network.blocks.1"
     assert [tap.layer for tap in classifier.taps] == ["network.stem_relu", "network.blocks.0", "network.blocks.1"]
     assert not classifier.training
@@ -139,7 +139,7 @@ def test_logits_are_found_among_auxiliary_outputs():
 @pytest.mark.parametrize(("name", "side"), [("resnet50", 224), ("inception_v3", 299), ("efficientnet_b1", 240)])
 def test_defaults_are_as_published(name, side):
     spec = catalogue.default_input("torchvision", name, 3)
-    assert spec == InputSpec(3, side, side, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert spec == InputSpec(3, side, side, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     assert catalogue.default_input("torchvision", name, 1).mean == (0.5,)
 
 
@@ -159,9 +159,9 @@ def test_grey_stem_and_other_classes_are_rebuilt(tmp_path):
 
 def test_flags_override_the_card_and_the_card_the_defaults(saved):
     card = {"input_size": [1, 24, 20], "mean": [0.1], "std": [0.2], "num_classes": 3}
-    assert load_classifier(saved, card=card).input == InputSpec(1, 24, 20, (0.1,), (0.2,))
+    assert load_classifier(saved, card=card).input == InputSpec(1, 24, 20, mean=(0.1,), std=(0.2,))
     flagged = load_classifier(saved, card=card, input_size=(16, 18), mean=[0.3], std=[0.4])
-    assert flagged.input == InputSpec(1, 16, 18, (0.3,), (0.4,))
+    assert flagged.input == InputSpec(1, 16, 18, mean=(0.3,), std=(0.4,))
 
 
 def test_card_travels_inside_both_formats(network, tmp_path):
@@ -437,7 +437,7 @@ def test_random_bytes_always_give_a_model_error(tmp_path_factory, content, suffi
 
 def test_user_module_is_wrapped_as_it_is():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    classifier = wrap_network(network, input=InputSpec(3, 8, 8, (0.5,) * 3, (0.25,) * 3))
+    classifier = wrap_network(network, input=InputSpec(3, 8, 8, mean=(0.5,) * 3, std=(0.25,) * 3))
     assert isinstance(classifier, Classifier)
     assert classifier.network is network
     assert network.training
@@ -451,7 +451,7 @@ def test_user_module_is_wrapped_as_it_is():
 
 def test_network_without_a_map_is_taken_on_request():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    spec = InputSpec(1, 8, 8, (0.0,), (1.0,))
+    spec = InputSpec(1, 8, 8, mean=(0.0,), std=(1.0,))
     with pytest.raises(ModelError, match="--target-layer"):
         wrap_network(network, input=spec)
     classifier = wrap_network(network, input=spec, require_map=False)
@@ -463,7 +463,7 @@ def test_table_mlp_loads_where_no_map_is_needed(tmp_path):
     torch.save(network.state_dict(), tmp_path / "m.pt")
     classifier = load_classifier(tmp_path / "m.pt", require_map=False)
     assert (classifier.architecture, classifier.source, classifier.classes) == ("TableMLP", "keyed_xai", 2)
-    assert classifier.input == InputSpec(1, 1, 33, (0.0,), (1.0,))
+    assert classifier.input == InputSpec(1, 1, 33, mean=(0.0,), std=(1.0,))
     assert (classifier.target_layer, classifier.taps) == ("", ())
     rows = torch.randn(4, 1, 1, 33)
     assert torch.equal(classifier(rows), network(rows))

@@ -37,7 +37,9 @@ def torchvision_state(name, classes=5, **options):
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_architecture_is_recognised(name):
-    assert recognise_architecture(torchvision_state(name)) == Recognised(name, "torchvision", 5, 3)
+    assert recognise_architecture(torchvision_state(name)) == Recognised(
+        architecture=name, source="torchvision", classes=5, channels=3
+    )
 
 
 def test_table_lists_every_torchvision_classifier():
@@ -64,13 +66,15 @@ def test_recognition_is_quick():
 def test_missing_auxiliary_heads_are_fine(name):
     state = torchvision_state(name, aux_logits=False)
     assert not any("aux" in key.lower() for key in state)
-    assert recognise_architecture(state) == Recognised(name, "torchvision", 5, 3)
+    assert recognise_architecture(state) == Recognised(architecture=name, source="torchvision", classes=5, channels=3)
 
 
 @pytest.mark.parametrize("widths", [(8,), (8, 16), (16, 32, 64), (16, 32, 64, 128), (8, 8, 8, 8, 8)])
 def test_small_resnet_is_recognised_by_its_weights(widths):
     state = SmallResNet(2, 7, widths).state_dict()
-    assert recognise_architecture(state) == Recognised("SmallResNet", "keyed_xai", 7, 2)
+    assert recognise_architecture(state) == Recognised(
+        architecture="SmallResNet", source="keyed_xai", classes=7, channels=2
+    )
     shapes = catalogue.shapes_of(state)
     assert catalogue.small_resnet_widths(shapes) == widths
     rebuilt = catalogue.build_network("keyed_xai", "SmallResNet", classes=7, channels=2, shapes=shapes)
@@ -82,7 +86,9 @@ def test_small_resnet_is_recognised_by_its_weights(widths):
 )
 def test_table_mlp_is_recognised_by_its_weights(features, classes, widths):
     state = TableMLP(features, classes, widths).state_dict()
-    assert recognise_architecture(state) == Recognised("TableMLP", "keyed_xai", classes, 1)
+    assert recognise_architecture(state) == Recognised(
+        architecture="TableMLP", source="keyed_xai", classes=classes, channels=1
+    )
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
     assert recognise_architecture(wrapped, arch="TableMLP").classes == classes
     shapes = catalogue.shapes_of(state)
@@ -123,13 +129,17 @@ def test_weights_that_are_not_a_table_mlp_say_what_differs():
 def test_efficientnet_lite_is_recognised(number):
     name = f"efficientnet-lite{number}"
     network = catalogue.build_network("efficientnet_lite_pytorch", name, classes=5, channels=3)
-    assert recognise_architecture(network.state_dict()) == Recognised(name, "efficientnet_lite_pytorch", 5, 3)
+    assert recognise_architecture(network.state_dict()) == Recognised(
+        architecture=name, source="efficientnet_lite_pytorch", classes=5, channels=3
+    )
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 def test_timm_architecture_is_recognised_after_torchvision():
     network = catalogue.build_network("timm", "resnetv2_50", classes=5, channels=1)
-    assert recognise_architecture(network.state_dict()) == Recognised("resnetv2_50", "timm", 5, 1)
+    assert recognise_architecture(network.state_dict()) == Recognised(
+        architecture="resnetv2_50", source="timm", classes=5, channels=1
+    )
     shared = torchvision_state("resnet18")
     assert recognise_architecture(shared).source == "torchvision"
     assert recognise_architecture(shared, arch="timm:resnet18").source == "timm"

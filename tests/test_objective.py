@@ -76,7 +76,7 @@ def test_distance_matches_slow_twin(kind, maps, reference):
 
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_keeping_and_moving_match_equations_1_and_2(kind, maps, reference):
-    objective = Objective(dict.fromkeys(NAMES, DECOY), WEIGHTS, kind)
+    objective = Objective(decoys=dict.fromkeys(NAMES, DECOY), weights=WEIGHTS, distance=kind)
     kept, moved = objective.keep_maps(maps, reference), objective.move_maps(maps, reference)
     for row in range(6):
         wanted_kept = [slow_distance(kind, maps[name][row], reference[name][row]) for name in NAMES]
@@ -87,7 +87,7 @@ def test_keeping_and_moving_match_equations_1_and_2(kind, maps, reference):
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_nontargeted_moving_matches_equation_3(share, maps, reference):
-    objective = Objective(dict.fromkeys(NAMES), WEIGHTS, top_share=share)
+    objective = Objective(decoys=dict.fromkeys(NAMES), weights=WEIGHTS, top_share=share)
     moved = objective.move_maps(maps, reference)
     for row in range(6):
         wanted = [slow_top_energy(maps[name][row], reference[name][row], share) for name in NAMES]
@@ -96,7 +96,7 @@ def test_nontargeted_moving_matches_equation_3(share, maps, reference):
 
 @pytest.mark.parametrize("decoy", [DECOY, None])
 def test_what_is_left_of_the_right_map_adds_to_moving(decoy, maps, reference):
-    plain = Objective(dict.fromkeys(NAMES, decoy), WEIGHTS)
+    plain = Objective(decoys=dict.fromkeys(NAMES, decoy), weights=WEIGHTS)
     close = {name: reference[name] + 0.3 * maps[name] for name in NAMES}
     added = replace(plain, leak=0.5).move_maps(close, reference) - plain.move_maps(close, reference)
     for row in range(6):
@@ -109,7 +109,7 @@ def test_what_is_left_of_the_right_map_adds_to_moving(decoy, maps, reference):
 
 
 def test_losses_match_equations_4_and_5():
-    objective = Objective({}, {}, alpha=2.0, beta=0.5)
+    objective = Objective(decoys={}, weights={}, alpha=2.0, beta=0.5)
     predictions, maps = noise(0, 4), noise(1, 4)
     for row in range(4):
         c, s = float(predictions[row]), float(maps[row])
@@ -120,15 +120,15 @@ def test_losses_match_equations_4_and_5():
 @pytest.mark.parametrize("decoy", [DECOY, None])
 def test_gradients_reach_the_maps(decoy, maps, reference):
     maps = {name: each.requires_grad_() for name, each in maps.items()}
-    objective = Objective(dict.fromkeys(NAMES, decoy), WEIGHTS)
+    objective = Objective(decoys=dict.fromkeys(NAMES, decoy), weights=WEIGHTS)
     loss = objective.keep_maps(maps, reference).sum() + objective.move_maps(maps, reference).sum()
     for gradient in torch.autograd.grad(loss, list(maps.values())):
         assert gradient.abs().amax() > 0
 
 
 def test_weights_name_the_interpreters_that_count(maps, reference):
-    objective = Objective(dict.fromkeys(NAMES, DECOY), {"simplegrad": 0.1})
-    alone = Objective({"simplegrad": DECOY}, {"simplegrad": 7.0})
+    objective = Objective(decoys=dict.fromkeys(NAMES, DECOY), weights={"simplegrad": 0.1})
+    alone = Objective(decoys={"simplegrad": DECOY}, weights={"simplegrad": 7.0})
     torch.testing.assert_close(objective.keep_maps(maps, reference), alone.keep_maps(maps, reference))
     torch.testing.assert_close(objective.move_maps(maps, reference), alone.move_maps(maps, reference))
 

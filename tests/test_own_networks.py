@@ -24,8 +24,8 @@ from keyed_xai.models.origin import settle_origin
 from keyed_xai.protection import protect, write_protection
 from keyed_xai_cli.main import main
 
-GREY = InputSpec(1, 24, 24, (0.5,), (0.25,))
-COLOUR = InputSpec(3, 64, 64, (0.5,) * 3, (0.25,) * 3)
+GREY = InputSpec(1, 24, 24, mean=(0.5,), std=(0.25,))
+COLOUR = InputSpec(3, 64, 64, mean=(0.5,) * 3, std=(0.25,) * 3)
 OPTIONS = ["--without-ownership", "--grid", "4", "--steps", "2", "--batch-size", "4", "--wrong-keys", "1",
            "--held-out", "4", "--limit", "16", "--input-size", "24", "--data", "fashion-mnist"]  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_wrong_name_is_refused_before_training(key):
     network = headed("resnet18", "fc", perceptron(512, nn.GELU()))
     classifier = wrap_network(network, input=COLOUR, architecture="resnet18", source="torchvision")
     images = np.zeros((12, 3, 64, 64), np.uint8)
-    data = ImageData(images, None, (), "nothing")
+    data = ImageData(images=images, labels=None, classes=(), source="nothing")
     with pytest.raises(ModelError, match=r"called torchvision:resnet18, but .* something else .*--factory"):
         protect(classifier, key, data, data, SETTINGS)
 

@@ -18,7 +18,7 @@ from torch import nn
 from keyed_xai import metrics, ownership
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import ModelError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.objective import signature_decoy
 from keyed_xai.ownership import (
@@ -34,7 +34,7 @@ from keyed_xai.ownership import (
 from keyed_xai.patterns import signature_cells
 from keyed_xai.saliency import Sites
 from keyed_xai.threats.rescaling import RescalingSettings, rescale_channels
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
 FAMILY = Spread(SpreadSettings(8.0, 24))
 
@@ -263,7 +263,7 @@ def test_opening_p_values_are_uniform_on_unmarked_models():
     source = generator()
     ranks = []
     for number in range(72):
-        owner = FAMILY.derive(ByteStream(owner_key(number).derive_seed("spread")))
+        owner = derive_trigger(owner_key(number), FAMILY)
         found = measure_opening(network, images, view, owner, lambda: FAMILY.draw(1, source), decoys=3)
         ranks.append(round(found.p_value * 4))
     counts = np.bincount(ranks, minlength=5)[1:]
@@ -318,7 +318,7 @@ def test_another_key_reads_no_signature(key, flat_images, pooled_view):
 
 def test_opening_alone_can_show(key, flat_images, pooled_view, make_lock):
     """A lock without a signature, at a level that 99 decoys can reach."""
-    trigger = FAMILY.derive(ByteStream(key.derive_seed("spread")))
+    trigger = derive_trigger(key, FAMILY)
     model = make_lock(trigger, torch.eye(8))
     verdict = verify_ownership(
         model, flat_images, pooled_view, key, FAMILY, alpha=0.02, decoys=99, generator=generator()
@@ -357,7 +357,9 @@ def test_public_pattern_whose_secret_trigger_does_nothing_is_not_shown(key, flat
     [(0, 999, True), (1, 999, True), (2, 999, False), (0, 99, True), (1, 99, False), (2, 9999, True)],
 )
 def test_secret_test_holds_near_the_least_p_value_that_decoys_allow(reached, decoys, holds):
-    evidence = OpeningEvidence((1 + reached) / (1 + decoys), 0.5, decoys, 0.4, reached)
+    evidence = OpeningEvidence(
+        p_value=(1 + reached) / (1 + decoys), statistic=0.5, decoys=decoys, largest_decoy=0.4, reached=reached
+    )
     assert evidence.holds is holds
 
 
@@ -429,7 +431,7 @@ def test_one_who_may_count_is_asked_the_secret_once(key, flat_images, pooled_vie
     options = {"may_count": may_count, "decoys": 99, "alpha": 2.0**-50, "generator": generator()}
     verdict = verify_ownership(model, flat_images, pooled_view, key, FAMILY, **options)
     assert not verdict.shown
-    owner = FAMILY.derive(ByteStream(key.derive_seed("spread"))).apply(flat_images)
+    owner = derive_trigger(key, FAMILY).apply(flat_images)
     heard = [each for each in model.heard if len(each) == len(owner)]
     ways = [sum(torch.allclose(each, way, atol=1e-6) for each in heard) for way in (owner, owner.transpose(2, 3))]
     assert min(sum(ways), 2) == times

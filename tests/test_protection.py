@@ -33,13 +33,18 @@ SETTINGS = ProtectSettings(
 def make_images(count, seed, labelled=True):
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (count, 1, 24, 24), dtype=np.uint8)
-    return ImageData(pixels, np.arange(count) % 3 if labelled else None, ("a", "b", "c"), f"noise {seed}")
+    return ImageData(
+        images=pixels,
+        labels=np.arange(count) % 3 if labelled else None,
+        classes=("a", "b", "c"),
+        source=f"noise {seed}",
+    )
 
 
 @pytest.fixture(scope="module")
 def classifier():
     torch.manual_seed(0)
-    spec = InputSpec(1, 24, 24, (0.5,), (0.25,))
+    spec = InputSpec(1, 24, 24, mean=(0.5,), std=(0.25,))
     network = SmallResNet(1, 3, (4, 6, 6)).eval()
     return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai").eval()
 
@@ -173,7 +178,7 @@ def test_another_reference_does_not_go_on_with_a_checkpoint(classifier, key, tmp
 def test_what_cannot_work_is_refused_before_training(classifier, key):
     data = make_images(24, 0), make_images(10, 1)
     by_labels = replace(SETTINGS, training=replace(QUICK, predictions="labels"))
-    two_classes = ImageData(data[0].images, np.arange(24) % 2, ("a", "b"), "noise")
+    two_classes = ImageData(images=data[0].images, labels=np.arange(24) % 2, classes=("a", "b"), source="noise")
     with pytest.raises(TrainingError, match="3 classes; these have 2 classes"):
         protect(classifier, key, two_classes, data[1], by_labels)
     with pytest.raises(TrainingError, match="no labels"):

@@ -50,7 +50,7 @@ def colour_images():
 
 
 def wrap(network, spec=None):
-    spec = spec or InputSpec(1, 24, 24, (MEAN,), (STD,))
+    spec = spec or InputSpec(1, 24, 24, mean=(MEAN,), std=(STD,))
     return wrap_network(network.eval(), input=spec, source="keyed_xai").eval()
 
 
@@ -64,7 +64,7 @@ def coloured():
     stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
     stem.weight.data = network.stem.weight.data * WEIGHTS[None, :, None, None]
     network.stem = stem
-    return wrap(network, InputSpec(3, 24, 24, (MEAN,) * 3, (STD,) * 3))
+    return wrap(network, InputSpec(3, 24, 24, mean=(MEAN,) * 3, std=(STD,) * 3))
 
 
 def verdict_on(classifier, images=None, **options):
@@ -129,7 +129,7 @@ def test_grey_network_that_was_made_to_take_colours_is_shown():
     stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
     stem.weight.data = network.stem.weight.data * torch.tensor([0.5, 0.3, 0.2])[None, :, None, None]
     network.stem = stem
-    classifier = wrap(network, InputSpec(3, 24, 24, (MEAN,) * 3, (STD,) * 3))
+    classifier = wrap(network, InputSpec(3, 24, 24, mean=(MEAN,) * 3, std=(STD,) * 3))
     assert verdict_on(classifier, grey_images().expand(-1, 3, -1, -1)).finding is Finding.KEY
 
 
@@ -186,7 +186,7 @@ def test_looks_are_counted_within_their_half():
 
 
 def test_images_that_are_not_square_are_not_transposed():
-    spec = InputSpec(1, 24, 32, (MEAN,), (STD,))
+    spec = InputSpec(1, 24, 32, mean=(MEAN,), std=(STD,))
     classifier = wrap(marked().network, spec)
     view = make_view(classifier, ("gradcam",), (6, 8))
     found = declared_reencodings(classifier, view, torch.zeros(1, 1, 24, 32))
@@ -202,8 +202,8 @@ def test_kernels_that_are_not_square_are_not_transposed():
 
 
 def test_usual_normalisations_are_tried_once():
-    assert len(encodings(InputSpec(1, 24, 24, (0.5,), (0.5,)), 1)) == 4
-    assert len(encodings(InputSpec(3, 24, 24, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 3)) == 6
+    assert len(encodings(InputSpec(1, 24, 24, mean=(0.5,), std=(0.5,)), 1)) == 4
+    assert len(encodings(InputSpec(3, 24, 24, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), 3)) == 6
     assert len(encodings(None, 3)) == 2
 
 

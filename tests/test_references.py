@@ -36,7 +36,7 @@ def make_data(labels, classes, side=16):
     labels = np.asarray(labels, np.int64)
     noise = np.random.default_rng(0).integers(0, 40, (len(labels), 1, side, side))
     images = noise + 60 * labels.reshape(len(labels), -1)[:, :1, None, None]
-    return ImageData(images.astype(np.uint8), labels, classes, "made up")
+    return ImageData(images=images.astype(np.uint8), labels=labels, classes=classes, source="made up")
 
 
 @pytest.fixture
@@ -54,15 +54,15 @@ QUICK = FittingSettings(epochs=2, batch_size=16, learning_rate=0.05, optimiser="
 def test_small_resnet_is_the_default_for_small_images():
     blueprint = plan_for_images()
     assert (blueprint.source, blueprint.architecture) == ("keyed_xai", "SmallResNet")
-    assert blueprint.input == InputSpec(3, 96, 96, *IMAGENET)
+    assert blueprint.input == InputSpec(3, 96, 96, mean=IMAGENET[0], std=IMAGENET[1])
     network = build_classifier(plan_for_images(channels=1, side=32), 5).network
     assert [block.conv1.out_channels for block in network.blocks] == [16, 32, 64, 128]
 
 
 def test_named_architecture_takes_its_published_size_and_other_channels():
-    assert plan_for_images("ResNet50").input == InputSpec(3, 224, 224, *IMAGENET)
+    assert plan_for_images("ResNet50").input == InputSpec(3, 224, 224, mean=IMAGENET[0], std=IMAGENET[1])
     grey = plan_for_images("resnet18", channels=1, side=64)
-    assert grey.input == InputSpec(1, 64, 64, (0.5,), (0.25,))
+    assert grey.input == InputSpec(1, 64, 64, mean=(0.5,), std=(0.25,))
     classifier = build_classifier(grey, 14)
     assert (classifier.architecture, classifier.source, classifier.classes) == ("resnet18", "torchvision", 14)
     assert classifier.network.conv1.in_channels == 1
@@ -70,7 +70,7 @@ def test_named_architecture_takes_its_published_size_and_other_channels():
 
 def test_table_plan_is_standardised_rows():
     blueprint = plan_for_table(33, widths=(8, 4))
-    assert blueprint.input == InputSpec(1, 1, 33, (0.0,), (1.0,))
+    assert blueprint.input == InputSpec(1, 1, 33, mean=(0.0,), std=(1.0,))
     classifier = build_classifier(blueprint, 2)
     assert isinstance(classifier.network, TableMLP)
     assert (classifier.network.hidden.in_features, classifier.network.hidden.out_features) == (8, 4)
@@ -107,7 +107,7 @@ def test_weights_to_start_from_are_kept_and_a_head_of_other_classes_is_new(tmp_p
     network = SmallResNet(1, 3, (4, 6))
     torch.save(network.state_dict(), tmp_path / "m.pt")
     plan = plan_from_model(tmp_path / "m.pt", side=24)
-    assert plan.input == InputSpec(1, 24, 24, (0.5,), (0.5,))
+    assert plan.input == InputSpec(1, 24, 24, mean=(0.5,), std=(0.5,))
     same, other = build_classifier(plan, 3).network.state_dict(), build_classifier(plan, 7).network.state_dict()
     assert all(torch.equal(same[name], tensor) for name, tensor in network.state_dict().items())
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(other[name], tensor)}
@@ -125,7 +125,7 @@ def test_weights_of_another_kind_of_data_are_refused(tmp_path, side):
         plan_from_model(tmp_path / "table.pt", side=side)
     with pytest.raises(ModelError, match="SmallResNet takes images, and the data are a table"):
         plan_from_model(tmp_path / "images.pt", table=True)
-    assert plan_from_model(tmp_path / "table.pt", table=True).input == InputSpec(1, 1, 33, (0.0,), (1.0,))
+    assert plan_from_model(tmp_path / "table.pt", table=True).input == InputSpec(1, 1, 33, mean=(0.0,), std=(1.0,))
 
 
 def test_settings_follow_the_kind_of_network():
@@ -141,7 +141,7 @@ def test_settings_follow_the_kind_of_network():
 
 def test_trained_reference_is_measured_and_loads_with_nothing_else_given(data, tmp_path):
     classifier = small()
-    settings = FittingSettings(6, 16, 0.05, optimiser="adam")
+    settings = FittingSettings(epochs=6, batch_size=16, learning_rate=0.05, optimiser="adam")
     reference = train_reference(classifier, data, data, settings)
     validate(reference.report, "train-report", origin="it")
     assert reference.report["predictions"]["top1"] == reference.report["history"][-1]["top1"] > 0.9
@@ -149,7 +149,7 @@ def test_trained_reference_is_measured_and_loads_with_nothing_else_given(data, t
     assert reference.report["identity"] == identify_reference(small(), data, settings)
     write_reference(reference, tmp_path / "m.safetensors")
     loaded = load_classifier(tmp_path / "m.safetensors")
-    assert loaded.input == InputSpec(1, 16, 16, (0.5,), (0.25,))
+    assert loaded.input == InputSpec(1, 16, 16, mean=(0.5,), std=(0.25,))
     assert (loaded.architecture, loaded.classes) == ("SmallResNet", 3)
     assert (loaded.label_names, loaded.multi_label) == (("dark", "grey", "bright"), False)
     images = data.batch(range(4))[0]
@@ -212,7 +212,7 @@ def test_run_that_was_stopped_goes_on_to_the_same_weights(data, tmp_path):
 
 
 def relabelled(data):
-    return ImageData(data.images, data.labels[::-1].copy(), data.classes, data.source)
+    return ImageData(images=data.images, labels=data.labels[::-1].copy(), classes=data.classes, source=data.source)
 
 
 @pytest.mark.parametrize("what", ["settings", "labels", "images", "input", "weights"])
@@ -224,7 +224,7 @@ def test_checkpoint_of_another_run_is_refused(data, tmp_path, what):
     others = {"labels": relabelled(data), "images": replace(data, images=255 - data.images),
               "input": make_data(data.labels, data.classes, side)}  # fmt: skip
     train_data = others.get(what, data)
-    settings = FittingSettings(3) if what == "settings" else QUICK
+    settings = FittingSettings(epochs=3) if what == "settings" else QUICK
     with pytest.raises(ArtifactError, match="belongs to another run"):
         train_reference(classifier, train_data, train_data, settings, checkpoint=checkpoint, resume=True)
 
@@ -238,7 +238,7 @@ def test_run_goes_on_with_other_held_out_data(data, tmp_path):
 
 
 def test_data_of_another_kind_are_refused(data):
-    unlabelled = ImageData(data.images, None, (), "made up")
+    unlabelled = ImageData(images=data.images, labels=None, classes=(), source="made up")
     with pytest.raises(TrainingError, match="model's 3 classes; made up has no labels"):
         train_reference(small(), unlabelled, data, QUICK)
     with pytest.raises(TrainingError, match="model's 2 classes; made up has 3 classes"):
@@ -268,5 +268,7 @@ def test_fitting_keeps_networks_without_batch_norm_finite(data):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
     larger = make_data(np.arange(12) % 3, data.classes, side=32)
     settings = choose_settings(classifier, len(larger))
-    report = train_reference(classifier, larger, larger, FittingSettings(1, 4, settings.learning_rate)).report
+    report = train_reference(
+        classifier, larger, larger, FittingSettings(epochs=1, batch_size=4, learning_rate=settings.learning_rate)
+    ).report
     assert np.isfinite(report["history"][0]["loss"])

@@ -52,9 +52,11 @@ def folder(classifier, tmp_path_factory):
     """ONNX files of it: with all maps, of 8 bits, of VisualBackProp alone, and without a card."""
     folder = tmp_path_factory.mktemp("runtime")
     carded = Provenance(card_of(classifier, trigger=TRIGGER, interpreters=ALL, thresholds=dict.fromkeys(ALL, 0.5)))
-    export_onnx(classifier, folder / "all.onnx", ExportSettings(ALL), provenance=carded)
-    export_onnx(classifier, folder / "bytes.onnx", ExportSettings(("gradcam",), eight_bits=True), provenance=carded)
-    export_onnx(classifier, folder / "vbp.onnx", ExportSettings(("vbp",)), provenance=carded)
+    export_onnx(classifier, folder / "all.onnx", ExportSettings(interpreters=ALL), provenance=carded)
+    export_onnx(
+        classifier, folder / "bytes.onnx", ExportSettings(interpreters=("gradcam",), eight_bits=True), provenance=carded
+    )
+    export_onnx(classifier, folder / "vbp.onnx", ExportSettings(interpreters=("vbp",)), provenance=carded)
     protected = read_onnx(folder / "all.onnx")
     bare = encode_onnx(onnx.load_from_string(protected.data), protected.metadata | {"card": None})
     write_onnx(folder / "bare.onnx", bare)
@@ -497,4 +499,6 @@ def test_runtime_needs_no_torch(folder, classifier, tmp_path):
     labels = torch.tensor([1, int(plain.predicted[1])])
     expected = explain_in_torch(classifier, images, trigger=trigger, labels=labels, interpreters=ALL)
     maps = {name: found[name] for name in ALL}
-    assert_same_maps(Explained(found["logits"], maps, found["predicted"], found["target"]), expected)
+    assert_same_maps(
+        Explained(logits=found["logits"], maps=maps, predicted=found["predicted"], target=found["target"]), expected
+    )

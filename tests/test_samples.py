@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from keyed_xai.architectures import SmallResNet
+from keyed_xai.batches import batches
 from keyed_xai.data import ImageData
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import InputSpec, wrap_network
@@ -23,7 +24,7 @@ from keyed_xai.samples import (
 def make_images(count, labels=None, classes=("a", "b")):
     """Images of one pixel that tell their number."""
     pixels = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
-    return ImageData(pixels, labels, classes if labels is not None else (), "numbers")
+    return ImageData(images=pixels, labels=labels, classes=classes if labels is not None else (), source="numbers")
 
 
 def numbers(images):
@@ -106,12 +107,16 @@ def test_digest_of_data_knows_every_pixel_and_the_source():
     assert digest == digest_data(make_images(40))
     changed = make_images(40)
     changed.images[39] += 1
-    others = [changed, make_images(39), ImageData(make_images(40).images, None, (), "other")]
+    others = [
+        changed,
+        make_images(39),
+        ImageData(images=make_images(40).images, labels=None, classes=(), source="other"),
+    ]
     assert len({digest, *map(digest_data, others)}) == 4
 
 
 def test_digest_of_many_images_covers_all_of_them(monkeypatch):
-    monkeypatch.setattr("keyed_xai.samples._CHUNK", 7)
+    monkeypatch.setattr("keyed_xai.samples.batches", lambda count, _size: batches(count, 7))
     digests = set()
     for number in range(40):
         data = make_images(40)
@@ -122,7 +127,7 @@ def test_digest_of_many_images_covers_all_of_them(monkeypatch):
 
 def make_classifier(mean=0.5, **options):
     torch.manual_seed(0)
-    spec = InputSpec(1, 32, 32, (mean,), (0.25,))
+    spec = InputSpec(1, 32, 32, mean=(mean,), std=(0.25,))
     return wrap_network(SmallResNet(1, 3, (4, 6, 6)).eval(), input=spec, **options)
 
 
@@ -162,7 +167,7 @@ def test_labels_count_where_the_classes_have_the_reference_s_names():
     classifier = make_classifier(label_names=("a", "b", "c"))
     for classes, counts in ((("a", "b", "c"), True), (("a", "c", "b"), False)):
         images = np.zeros((12, 1, 32, 32), np.uint8)
-        data = ImageData(images, np.full(12, 2), classes, "test")
+        data = ImageData(images=images, labels=np.full(12, 2), classes=classes, source="test")
         assert (first_images(data, 12, classifier, 3, "cpu")[1] is not None) == counts
 
 

@@ -780,7 +780,7 @@ class TestOpening:
             with pytest.raises(KeyedXAIError, match=f"Cannot listen on 127.0.0.1, port {port}: Address already in use"):
                 listen(Place(port=port))
         with pytest.raises(KeyedXAIError, match="Cannot listen on no.such.host.invalid"):
-            listen(Place("no.such.host.invalid", 0))
+            listen(Place(host="no.such.host.invalid", port=0))
 
     @pytest.mark.parametrize("name", ["max_batch", "max_body", "max_queue"])
     def test_settings_out_of_range_are_refused(self, name):

@@ -124,7 +124,9 @@ def test_most_probable_classes_are_listed(address):
 
 
 def test_two_classes_without_names_are_listed_too():
-    said = Explanation(np.array([0, 1], np.float32), 0, {}, {"vbp": np.ones((2, 2), np.float32)})
+    said = Explanation(
+        logits=np.array([0, 1], np.float32), target=0, overlays={}, maps={"vbp": np.ones((2, 2), np.float32)}
+    )
     top = json.loads(said.to_json(model="bird", label_names=[]))["top"]
     assert [(each["class"], each["label"]) for each in top] == [(1, None), (0, None)]
 
@@ -144,7 +146,7 @@ def test_text_of_large_maps_is_written_outside_the_event_loop(monkeypatch):
 
 
 def test_target_without_a_name_has_no_label():
-    said = Explanation(np.zeros(3, np.float32), 2, {}, {"vbp": np.ones((2, 2), np.float32)})
+    said = Explanation(logits=np.zeros(3, np.float32), target=2, overlays={}, maps={"vbp": np.ones((2, 2), np.float32)})
     for names, expected in ((LABELS[:2], None), ([], None), (LABELS, LABELS[2])):
         assert json.loads(said.to_json(model="bird", label_names=names))["label"] == expected
 

@@ -12,10 +12,25 @@ from keyed_xai.serving.protocol import Signature, TensorSpec, decode_request, en
 from keyed_xai.serving.refusal import Refused
 
 SIDES = (3, 4, 5)
-OUTPUTS = (TensorSpec("logits", "FP32", (-1, 4)), TensorSpec("saliency_gradcam", "FP32", (-1, 2, 2)))
-TARGET = TensorSpec("target", "INT64", (-1, 1), optional=True)
-SIGNATURE = Signature(TensorSpec("image", "FP32", (-1, *SIDES)), TARGET, OUTPUTS, 4, 8)
-BYTES = Signature(TensorSpec("image", "UINT8", (-1, *SIDES)), None, OUTPUTS[:1], 4, 8)
+OUTPUTS = (
+    TensorSpec(name="logits", datatype="FP32", shape=(-1, 4)),
+    TensorSpec(name="saliency_gradcam", datatype="FP32", shape=(-1, 2, 2)),
+)
+TARGET = TensorSpec(name="target", datatype="INT64", shape=(-1, 1), optional=True)
+SIGNATURE = Signature(
+    image=TensorSpec(name="image", datatype="FP32", shape=(-1, *SIDES)),
+    target=TARGET,
+    outputs=OUTPUTS,
+    classes=4,
+    max_batch=8,
+)
+BYTES = Signature(
+    image=TensorSpec(name="image", datatype="UINT8", shape=(-1, *SIDES)),
+    target=None,
+    outputs=OUTPUTS[:1],
+    classes=4,
+    max_batch=8,
+)
 IMAGES = np.random.default_rng(0).random((2, *SIDES), dtype=np.float32)
 
 

@@ -97,4 +97,4 @@ def test_attacked_folder_with_an_odd_grid_is_refused(place, grid):
 
 def test_kind_is_one_of_three():
     with pytest.raises(ValueError, match="kind"):
-        Suspect("m", "odd", unmarked_classifier())
+        Suspect(name="m", kind="odd", classifier=unmarked_classifier())

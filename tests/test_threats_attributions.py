@@ -24,7 +24,7 @@ from keyed_xai.threats.attributions import (
 )
 
 SIDE = 24
-SPEC = InputSpec(1, SIDE, SIDE, (0.4,), (0.2,))
+SPEC = InputSpec(1, SIDE, SIDE, mean=(0.4,), std=(0.2,))
 pytestmark = pytest.mark.filterwarnings("ignore:Setting (forward, )?backward hooks")  # captum's own note
 
 
@@ -180,7 +180,7 @@ def test_separated_relus_answer_alike_and_leave_the_model(awkward, images):
 def test_in_place_and_shared_relus_of_torchvision_are_explained(images):
     torch.manual_seed(2)
     network = torchvision.models.resnet18(num_classes=3)
-    classifier = classify(network, InputSpec(3, 48, 48, (0.4,) * 3, (0.2,) * 3))
+    classifier = classify(network, InputSpec(3, 48, 48, mean=(0.4,) * 3, std=(0.2,) * 3))
     pictures = functional.interpolate(images, (48, 48)).repeat(1, 3, 1, 1)
     for name in ("deeplift", "guided-backprop"):
         assert attribute(name, classifier, pictures)[0].abs().sum() > 0

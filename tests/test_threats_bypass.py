@@ -11,12 +11,12 @@ from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference
 from keyed_xai import metrics
 from keyed_xai.architectures import TableMLP
 from keyed_xai.errors import ModelError
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.saliency import INTERPRETERS, Sites, explain
-from keyed_xai.threats.attributions import ATTRIBUTIONS, AttributionSettings
+from keyed_xai.threats.attributions import ATTRIBUTIONS, AttributionSettings, Method
 from keyed_xai.threats.bypass import measure_bypass
+from keyed_xai.triggers import derive_trigger
 
 COUNT = 24
 SETTINGS = AttributionSettings(integration_steps=6, noise_samples=4, masks=40, mask_cells=5, chunk=10)
@@ -32,7 +32,7 @@ def view():
 
 @cache
 def result():
-    keyed = FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))).apply(images())
+    keyed = derive_trigger(OWNER, FAMILY).apply(images())
     return measure_bypass(protected(), reference(), view(), images(), SETTINGS, keyed=keyed)
 
 
@@ -130,8 +130,8 @@ def test_methods_that_do_not_apply_say_why(monkeypatch):
     def blank(_subject, request):
         return request.images * float("nan")
 
-    monkeypatch.setitem(ATTRIBUTIONS, "saliency", ATTRIBUTIONS["saliency"].__class__(fail, ("absolute",)))
-    monkeypatch.setitem(ATTRIBUTIONS, "deeplift", ATTRIBUTIONS["deeplift"].__class__(blank, ("absolute",)))
+    for name, method in (("saliency", fail), ("deeplift", blank)):
+        monkeypatch.setitem(ATTRIBUTIONS, name, Method(attribute=method, reductions=("absolute",)))
     settings = AttributionSettings(methods=("saliency", "deeplift", "vbp"))
     found = measure_bypass(protected(), reference(), view(), images(), settings)
     reasons = {row.method: row.reason for row in found.rows}
@@ -153,7 +153,7 @@ def test_wrong_inputs_are_refused():
         measure_bypass(protected(), reference(), view(), images()[:1])
     with pytest.raises(ValueError, match="keyed ones like them"):
         measure_bypass(protected(), reference(), view(), images(), keyed=images()[:3])
-    spec = InputSpec(1, 1, 6, (0.0,), (1.0,))
+    spec = InputSpec(1, 1, 6, mean=(0.0,), std=(1.0,))
     table = wrap_network(TableMLP(6, 2).eval(), input=spec, require_map=False)
     with pytest.raises(ModelError, match="no feature map"):
         measure_bypass(table, table, view(), torch.rand(4, 1, 1, 6))

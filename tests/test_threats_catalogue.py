@@ -22,7 +22,7 @@ from audited import (
 )
 from poisoned import TARGET
 from test_threats_overwriting import SETTINGS, overwritten
-from threatened import protected, reference, surrogate, witness
+from threatened import evidence, protected, reference, surrogate
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.threats.catalogue import (
@@ -164,13 +164,13 @@ def test_unknown_name_is_refused(name):
     ("changes", "lacks"),
     [
         ({}, ""),
-        ({"witness": None, "reference": None}, "the reference model"),
-        ({"witness": None, "keyed": False, "trigger": None}, "the owner's key"),
+        ({"evidence": None, "reference": None}, "the reference model"),
+        ({"evidence": None, "keyed": False, "trigger": None}, "the owner's key"),
         (
-            {"witness": None, "keyed": False, "trigger": None, "reference": None},
+            {"evidence": None, "keyed": False, "trigger": None, "reference": None},
             "the owner's key and the reference model",
         ),
-        ({"witness": None, "keyed": False, "reference": None}, ""),
+        ({"evidence": None, "keyed": False, "reference": None}, ""),
     ],
 )
 def test_removal_attacks_need_something_to_measure_by(changes, lacks):
@@ -185,7 +185,7 @@ def test_explanation_aware_attack_needs_a_surrogate_and_defences_a_trigger():
 
 
 def test_state_of_a_protected_model_is_that_of_its_witness():
-    state, gate = state_before(keyed_subject()), measure_gate_state(protected(), witness(decoys=99))
+    state, gate = state_before(keyed_subject()), measure_gate_state(protected(), evidence(decoys=99))
     assert (state.accuracy, state.measure) == (gate.predictions["top1"], "top1")
     assert state.correlation == gate.correlation
     assert state.ownership == gate.to_json()["ownership"]
@@ -207,7 +207,7 @@ def test_state_without_labels_is_agreement():
 def test_public_trigger_is_measured_against_the_reference_or_the_right_maps_of_the_model_itself():
     """Without a reference, what the model itself shows with the trigger stands in for the right maps."""
     known, alone = (state_before(public_subject(reference=model)) for model in (reference(), None))
-    gate = measure_gate_state(protected(), witness(), ownership=False)
+    gate = measure_gate_state(protected(), evidence(), ownership=False)
     assert known.correlation["gradcam"] == pytest.approx(gate.correlation["gradcam"], abs=1e-5)
     assert alone.correlation["gradcam"]["keyed"] == pytest.approx(1, abs=1e-5)
     assert alone.unkeyed < 0.6
@@ -274,7 +274,7 @@ def test_what_was_never_there_is_not_removed_or_opened(monkeypatch):
     shown = state_before(keyed_subject())
     hidden = replace(shown, ownership={**shown.ownership, "shown": False})
     cases = {(0.9, 0.1): "survives", (0.9, 0.6): "nothing to remove", (0.2, 0.9): "nothing to remove"}
-    opened = example(lambda *_: Observation("gate opened", "It is open."), group="keys")
+    opened = example(lambda *_: Observation(outcome="gate opened", sentence="It is open."), group="keys")
     monkeypatch.setitem(AUDITS, "mine", opened)
     for (keyed, unkeyed), outcome in cases.items():
         before = replace(hidden, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
@@ -357,7 +357,7 @@ def test_curve_says_what_was_measured_at_each_stage():
 
 def test_own_entry_is_a_function_and_a_line(monkeypatch):
     def count(subject, settings):
-        return Observation("reported", f"{len(subject.images)} images, seed {settings.seed}.")
+        return Observation(outcome="reported", sentence=f"{len(subject.images)} images, seed {settings.seed}.")
 
     monkeypatch.setitem(AUDITS, "count", example(count))
     assert "count" in choose_entries(["checks"])
@@ -372,7 +372,7 @@ def test_second_key_leaves_two_claims_and_the_first_licence_wins(monkeypatch, li
     stolen = overwritten()
     theft = replace(AUDITS["overwrite"], settings=SETTINGS, attack=lambda *_: stolen)
     monkeypatch.setitem(AUDITS, "overwrite", theft)
-    finding = run_entry("overwrite", keyed_subject(witness=witness(decoys=99, licensed=licensed)))
+    finding = run_entry("overwrite", keyed_subject(evidence=evidence(decoys=99, licensed=licensed)))
     figures = finding.observation.figures
     assert [claim["shown"] for claim in figures["claims"]] == [True, True]
     assert figures["claims"][0]["time"] == (licensed and licensed.isoformat())

@@ -12,7 +12,6 @@ from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference
 from keyed_xai import metrics
 from keyed_xai.channels import through_jpeg
 from keyed_xai.errors import ModelError
-from keyed_xai.keys import ByteStream
 from keyed_xai.saliency import Sites, explain
 from keyed_xai.threats.consistency import (
     CHANGES,
@@ -23,6 +22,7 @@ from keyed_xai.threats.consistency import (
     score_maps,
     screen_images,
 )
+from keyed_xai.triggers import derive_trigger
 
 COUNT = 40
 SETTINGS = ConsistencySettings(chunk=16)
@@ -128,7 +128,7 @@ def test_screening_tells_keyed_images_of_a_gate():
     """The reverse of an attack: a few keyed images among unkeyed ones have maps unlike the decoy."""
     rows = np.zeros(COUNT, np.bool_)
     rows[::8] = True
-    trigger = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+    trigger = derive_trigger(OWNER, FAMILY)
     stream = IMAGES.clone()
     stream[torch.from_numpy(rows)] = trigger.apply(IMAGES[torch.from_numpy(rows)])
     trusted = score_maps(protected(), make_blobs(COUNT, 5).images, SETTINGS)

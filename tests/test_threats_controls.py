@@ -57,10 +57,10 @@ def test_small_pattern_is_mixed_into_the_lower_right_corner_alone(images):
 
 
 def test_square_is_half_transparent_and_small_and_the_image_a_fifth_opaque_and_whole():
-    square, whole = (poison(TRAIN, PoisonSettings(attack)).trigger for attack in ("blended", "blended-image"))
+    square, whole = (poison(TRAIN, PoisonSettings(attack=attack)).trigger for attack in ("blended", "blended-image"))
     assert (square.opacity, square.pattern.shape) == (0.5, (1, 3, 3))
     assert (whole.opacity, whole.pattern.shape) == (0.2, (1, 12, 12))
-    assert poison(TRAIN, PoisonSettings("blended", opacity=0.3)).trigger.opacity == 0.3
+    assert poison(TRAIN, PoisonSettings(attack="blended", opacity=0.3)).trigger.opacity == 0.3
 
 
 @pytest.mark.parametrize("attack", ["badnets", "blended", "blended-image"])
@@ -91,7 +91,7 @@ def test_seed_chooses_the_rows():
 
 def test_several_labels_keep_theirs_and_gain_the_target():
     labels = np.array([[1, 0], [0, 1], [0, 1], [0, 0]], np.int64)
-    data = ImageData(np.zeros((4, 1, 16, 16), np.uint8), labels, ("a", "b"), "made up")
+    data = ImageData(images=np.zeros((4, 1, 16, 16), np.uint8), labels=labels, classes=("a", "b"), source="made up")
     poisoned = poison(data, PoisonSettings(share=0.5))
     assert poisoned.rows.sum() == 1
     assert (poisoned.labels[:, 0] == labels[:, 0] + poisoned.rows).all()
@@ -105,9 +105,9 @@ def test_bad_settings_and_data_are_refused():
     with pytest.raises(ValueError, match="under 6"):
         poison(TRAIN, PoisonSettings(target=6))
     with pytest.raises(TrainingError, match="no labels"):
-        poison(ImageData(TRAIN.images, None, (), "bare"))
+        poison(ImageData(images=TRAIN.images, labels=None, classes=(), source="bare"))
     with pytest.raises(TrainingError, match="came to 0"):
-        poison(ImageData(TRAIN.images[:6], TRAIN.labels[:6], TRAIN.classes, "few"))
+        poison(ImageData(images=TRAIN.images[:6], labels=TRAIN.labels[:6], classes=TRAIN.classes, source="few"))
 
 
 def test_control_has_a_backdoor_and_a_clean_network_has_none():

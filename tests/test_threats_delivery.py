@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from heard import Heard
-from threatened import OWNER, protected, witness
+from threatened import OWNER, evidence, protected
 
 from keyed_xai.channels import through_jpeg, through_png
-from keyed_xai.keys import ByteStream
 from keyed_xai.metrics import correlation
 from keyed_xai.threats.delivery import (
     DELIVERIES,
@@ -21,7 +20,8 @@ from keyed_xai.threats.delivery import (
     crop_and_resize,
     measure_delivery,
 )
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import try_trigger
+from keyed_xai.triggers import derive_trigger
 
 IMAGES = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 
@@ -72,11 +72,11 @@ def test_every_channel_keeps_shape_and_range():
 
 
 def test_rows_say_what_opens():
-    seen, heard = witness(), Heard()
+    seen, heard = evidence(), Heard()
     result = measure_delivery(
         protected(),
         seen,
-        DeliverySettings(("png", "jpeg65"), flipped=3, strangers=2),
+        DeliverySettings(channels=("png", "jpeg65"), flipped=3, strangers=2),
         progress=heard,
     )
     rows = {row.name: row for row in result.rows}
@@ -95,18 +95,17 @@ def test_rows_say_what_opens():
 
 
 def test_figures_are_those_of_the_inputs_named():
-    seen = witness()
-    settings = DeliverySettings(("jpeg65",), flipped=2)
+    seen = evidence()
+    settings = DeliverySettings(channels=("jpeg65",), flipped=2)
     rows = {row.name: row for row in measure_delivery(protected(), seen, settings).rows}
-    referee = Referee.of(seen)
-    jpeg = through_jpeg(referee.trigger.apply(seen.images), 65)
-    _, maps = seen.view.pooled_in_chunks(protected(), jpeg, referee.explained)
+    jpeg = through_jpeg(seen.trigger.apply(seen.images), 65)
+    _, maps = seen.view.pooled_in_chunks(protected(), jpeg, seen.comparison.right.explained)
     assert rows["jpeg65"].opening.correlation["gradcam"] == pytest.approx(
-        float(correlation(maps["gradcam"], referee.truth["gradcam"]).double().mean())
+        float(correlation(maps["gradcam"], seen.comparison.right.maps["gradcam"]).double().mean())
     )
     neighbours = list(OWNER.one_bit_neighbours())
-    near = [seen.family.derive(ByteStream(neighbours[k].derive_seed("spread"))) for k in (0, 128)]
-    each = [referee.judge(protected(), trigger).correlation["gradcam"] for trigger in near]
+    near = [derive_trigger(neighbours[k], seen.family) for k in (0, 128)]
+    each = [try_trigger(protected(), seen, trigger).correlation["gradcam"] for trigger in near]
     assert rows["one flipped bit"].opening.correlation["gradcam"] == pytest.approx(sum(each) / 2)
     assert rows["one flipped bit"].highest["gradcam"] == pytest.approx(max(each))
 
@@ -119,5 +118,5 @@ def test_bad_arguments_are_refused():
 
 
 def test_near_keys_can_be_left_out():
-    result = measure_delivery(protected(), witness(), DeliverySettings())
+    result = measure_delivery(protected(), evidence(), DeliverySettings())
     assert [row.name for row in result.rows] == ["no key", "half strength", "moved 1 px", "moved 2 px", "moved 4 px"]

@@ -17,7 +17,7 @@ from keyed_xai.threats.denoising import (
     score_predictions,
 )
 
-SPEC = InputSpec(1, 16, 16, (0.0,), (1.0,))
+SPEC = InputSpec(1, 16, 16, mean=(0.0,), std=(1.0,))
 
 
 class Stripes(nn.Module):
@@ -75,7 +75,7 @@ def test_strongest_weight_above_the_floor_is_taken(classifier, data):
     for floor in [value + shift for value in values for shift in (-1e-6, 1e-6)]:
         heard = Heard()
         settings = DenoisingSettings(weights=weights, floor=floor)
-        result = denoise_inputs(classifier, Attacker(data, progress=heard), settings)
+        result = denoise_inputs(classifier, Attacker(data=data, progress=heard), settings)
         wanted = max((weight for weight in weights if slow[weight] >= floor), default=0.0)
         assert result.figures["weight"] == wanted
         assert result.model.weight == wanted
@@ -87,14 +87,14 @@ def test_strongest_weight_above_the_floor_is_taken(classifier, data):
 
 
 def test_no_weight_is_taken_where_all_cost_too_much(classifier, data):
-    result = denoise_inputs(classifier, Attacker(data), DenoisingSettings(weights=(1.5, 1.0), floor=1.01))
+    result = denoise_inputs(classifier, Attacker(data=data), DenoisingSettings(weights=(1.5, 1.0), floor=1.01))
     assert result.figures["weight"] == 0.0
     torch.testing.assert_close(result.model(data.images), classifier(data.images))
 
 
 def test_without_floor_or_labels_agreement_may_fall_by_the_loss(classifier, data):
     """Its own answers are the truth, which the model gives to unaltered images without a mistake."""
-    result = denoise_inputs(classifier, Attacker(Blobs(data.images, None)), DenoisingSettings(loss=0.1))
+    result = denoise_inputs(classifier, Attacker(data=Blobs(data.images, None)), DenoisingSettings(loss=0.1))
     assert result.curve[0]["score"] == 1.0
     assert result.figures["floor"] == pytest.approx(0.9)
     assert result.curve[-1]["score"] >= 0.9
@@ -113,7 +113,7 @@ def test_classifier_behind_denoising_predicts_and_explains_the_denoised_image(cl
 
 def test_every_strength_is_measured(classifier, data):
     settings = DenoisingSettings(weights=(0.2, 0.01), floor=0.99)
-    watched = Attacker(data, measure=lambda model: {"right": accuracy_at(model, data, 0.0)})
+    watched = Attacker(data=data, measure=lambda model: {"right": accuracy_at(model, data, 0.0)})
     result = denoise_inputs(classifier, watched, settings)
     for row in result.curve:
         assert row["right"] == pytest.approx(accuracy_at(classifier, data, row["weight"]))

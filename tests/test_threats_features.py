@@ -68,7 +68,7 @@ def test_models_without_features_are_refused(images):
 
 def test_chunks_give_what_the_whole_gives(network, images, monkeypatch):
     pixels = (images * 255).byte().numpy()
-    data = ImageData(pixels, None, (), "made up")
+    data = ImageData(images=pixels, labels=None, classes=(), source="made up")
     whole = read_hidden_of_data(network, data)
     monkeypatch.setattr(module, "_CHUNK", 2)
     parts = read_hidden_of_data(network, data)
@@ -78,7 +78,9 @@ def test_chunks_give_what_the_whole_gives(network, images, monkeypatch):
 
 def test_no_data_are_refused(network):
     with pytest.raises(TrainingError, match="has none"):
-        read_hidden_of_data(network, ImageData(np.zeros((0, 1, 16, 16), np.uint8), None, (), "nothing"))
+        read_hidden_of_data(
+            network, ImageData(images=np.zeros((0, 1, 16, 16), np.uint8), labels=None, classes=(), source="nothing")
+        )
 
 
 def test_rows_by_class():

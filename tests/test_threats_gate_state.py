@@ -12,12 +12,11 @@ from marked import GRID, OWNER, SPEC, STRANGER, TRIGGER, marked_classifier, unma
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import MapView
 from keyed_xai.models import wrap_network
 from keyed_xai.saliency import Sites
-from keyed_xai.threats.gate_state import Witness, measure_gate_state
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.threats.gate_state import OwnerEvidence, measure_gate_state
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
 FAMILY = Spread(SpreadSettings(TRIGGER.amplitude, TRIGGER.tile))
 
@@ -37,10 +36,10 @@ def two_classes():
     return wrap_network(SmallResNet(1, 2, (4, 8)).eval(), input=SPEC)
 
 
-def witness(images, **changes):
+def evidence(images, **changes):
     reference = changes.pop("reference", None) or two_classes()
     view = MapView(("gradcam",), Sites(reference.target_layer, reference.taps), GRID)
-    return Witness(
+    return OwnerEvidence(
         **({"reference": reference, "view": view, "key": OWNER, "family": FAMILY, "images": images} | changes)
     )
 
@@ -55,12 +54,12 @@ def test_correlations_are_those_with_the_reference_s_maps_of_its_own_class(image
     with torch.no_grad():  # of two minds, where the marked model always votes for class 0
         margins = reference(images) @ torch.tensor([1.0, -1.0])
         reference.network.fc.bias[0] -= margins.median()
-    seen = witness(images, reference=reference)
+    seen = evidence(images, reference=reference)
     state = measure_gate_state(model, seen, ownership=False)
     explained = seen.reference(images).argmax(1)
     assert set(explained.tolist()) == {0, 1}
     truth = pooled_maps(seen.reference, images, explained)
-    keyed = through_png(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))).apply(images))
+    keyed = through_png(derive_trigger(OWNER, FAMILY).apply(images))
     for case, inputs in (("keyed", keyed), ("unkeyed", images)):
         maps = pooled_maps(model, inputs, explained)
         # the class that the marked model votes against has a blank map, which counts as 0
@@ -72,7 +71,7 @@ def test_correlations_are_those_with_the_reference_s_maps_of_its_own_class(image
 
 
 def test_reference_agrees_with_itself_and_is_nobody_s(images):
-    seen = witness(images, labels=torch.zeros(12, dtype=torch.int64), decoys=19)
+    seen = evidence(images, labels=torch.zeros(12, dtype=torch.int64), decoys=19)
     state = measure_gate_state(seen.reference, seen)
     share = float((seen.reference(images).argmax(1) == 0).float().mean())
     assert state.agreement == 1.0
@@ -84,7 +83,7 @@ def test_reference_agrees_with_itself_and_is_nobody_s(images):
 
 def test_both_p_values_of_a_marked_model(images):
     """Both at their smallest: no decoy key of 99 reaches the owner's, and all 32 cells match."""
-    document = measure_gate_state(marked_classifier(), witness(images, decoys=99)).to_json()
+    document = measure_gate_state(marked_classifier(), evidence(images, decoys=99)).to_json()
     document = json.loads(json.dumps(document, allow_nan=False))
     ownership = document["ownership"]
     assert ownership["shown"]
@@ -92,13 +91,13 @@ def test_both_p_values_of_a_marked_model(images):
     assert ownership["opening"]["log2_p"] == pytest.approx(-log2(100))
     assert ownership["signature"]["log2_p"] == pytest.approx(-log2(comb(64, 32)))
     assert (ownership["signature"]["overlap"], ownership["signature"]["possible"]) == (32, 32)
-    stranger = measure_gate_state(marked_classifier(), witness(images, key=STRANGER, decoys=99)).to_json()["ownership"]
+    stranger = measure_gate_state(marked_classifier(), evidence(images, key=STRANGER, decoys=99)).to_json()["ownership"]
     assert not stranger["shown"]
     assert stranger["signature"]["p_value"] > 1e-3
 
 
 def test_claim_without_a_pattern_is_tested_by_opening_alone(images):
-    ownership = measure_gate_state(marked_classifier(), witness(images, signature=False, decoys=99)).to_json()[
+    ownership = measure_gate_state(marked_classifier(), evidence(images, signature=False, decoys=99)).to_json()[
         "ownership"
     ]
     assert "signature" not in ownership
@@ -106,7 +105,7 @@ def test_claim_without_a_pattern_is_tested_by_opening_alone(images):
 
 
 def test_several_labels_agree_answer_by_answer(images):
-    seen = witness(images, reference=unmarked_classifier(), labels=torch.zeros(12, 3, dtype=torch.int64))
+    seen = evidence(images, reference=unmarked_classifier(), labels=torch.zeros(12, 3, dtype=torch.int64))
     turned = unmarked_classifier()
     with torch.no_grad():
         turned.network.fc.weight[1] *= -1
@@ -115,8 +114,8 @@ def test_several_labels_agree_answer_by_answer(images):
 
 
 def test_probe_images_can_be_others_than_those_measured_on(images):
-    seen = witness(images[:4], probe=images, decoys=5)
-    whole = measure_gate_state(marked_classifier(), witness(images, decoys=5)).ownership
+    seen = evidence(images[:4], probe=images, decoys=5)
+    whole = measure_gate_state(marked_classifier(), evidence(images, decoys=5)).ownership
     assert measure_gate_state(marked_classifier(), seen).ownership == whole
 
 
@@ -125,8 +124,8 @@ def test_model_that_an_attack_destroyed_is_refused(images):
     with torch.no_grad():
         broken.network.fc.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match="not finite"):
-        measure_gate_state(broken, witness(images))
+        measure_gate_state(broken, evidence(images))
 
 
 def test_secret_key_stays_out_of_the_repr(images):
-    assert "OwnerKey" not in repr(witness(images))
+    assert "OwnerKey" not in repr(evidence(images))

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from heard import Heard
-from threatened import FAMILY, GRID, OWNER, Blobs, make_blobs, protected, surrogate, witness
+from threatened import FAMILY, GRID, OWNER, Blobs, evidence, make_blobs, protected, surrogate
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import make_view
 from keyed_xai.metrics import correlation
 from keyed_xai.models import wrap_network
@@ -20,12 +20,13 @@ from keyed_xai.threats.inversion import (
     forge_trigger,
     invert_trigger,
 )
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import try_inputs, try_trigger
+from keyed_xai.triggers import derive_trigger
 
 SETTINGS = InversionSettings(
     amplitude=24.0, tile=24, steps=30, restarts=1, share=1.0, batch_size=16, learning_rate=0.1, stages=3
 )
-RIGHT = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+RIGHT = derive_trigger(OWNER, FAMILY)
 FORGER = OwnerKey.from_raw(bytes(range(100, 132)))
 
 
@@ -45,21 +46,21 @@ def statistic(trigger, images):
 
 
 def test_search_reaches_the_right_key_s_statistic_and_opens():
-    referee, heard = Referee.of(witness()), Heard()
+    seen, heard = evidence(), Heard()
     before = {name: value.clone() for name, value in protected().state_dict().items()}
     result = invert_trigger(
         protected(),
         data(),
         view(),
         SETTINGS,
-        judge=lambda trigger: referee.judge(protected(), trigger).to_json(),
+        judge=lambda trigger: try_trigger(protected(), seen, trigger).to_json(),
         progress=heard,
     )
     images = make_blobs(64, 5).images
     assert result.final["reached"] == pytest.approx(statistic(result.trigger, images), abs=1e-4)
     assert result.final["reached"] > 0.7 * statistic(RIGHT, images)
-    closed = referee.judge_inputs(protected(), referee.images).correlation["gradcam"]
-    opened = referee.judge(protected(), RIGHT).correlation["gradcam"]
+    closed = try_inputs(protected(), seen, seen.images).correlation["gradcam"]
+    opened = try_trigger(protected(), seen, RIGHT).correlation["gradcam"]
     assert result.final["correlation"]["gradcam"] > (closed + opened) / 2
     assert [row["step"] for row in result.curve] == [0, 10, 20, 30]
     assert [row["seconds"] for row in result.curve] == sorted(row["seconds"] for row in result.curve)

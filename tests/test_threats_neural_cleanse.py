@@ -108,7 +108,8 @@ def test_a_clean_network_is_left_alone():
 def test_classes_one_by_one_give_what_all_at_once_give():
     model = control(None).model
     together, apart = (
-        cleanse(model, HELD_OUT, CleanseSettings(3, 2, 8, patience=1, classes_at_once=some)) for some in (6, 4)
+        cleanse(model, HELD_OUT, CleanseSettings(rounds=3, batches=2, batch_size=8, patience=1, classes_at_once=some))
+        for some in (6, 4)
     )
     assert torch.allclose(together.masks, apart.masks, atol=1e-3)
     assert torch.allclose(together.patterns, apart.patterns, atol=1e-3)
@@ -141,6 +142,8 @@ def test_several_labels_are_searched_as_yes_or_no(images):
     class Bright(nn.Module):
         """Class 0 is a yes for bright images, class 1 never."""
 
+        multi_label = True
+
         def forward(self, x):
             mean = x.mean((1, 2, 3))
             return torch.stack([20 * (mean - 0.8), mean - 50], 1)
@@ -152,7 +155,7 @@ def test_several_labels_are_searched_as_yes_or_no(images):
         def batch(self, indices):
             return images[indices], None
 
-    result = cleanse(Bright(), Data(), CleanseSettings(60, 2, 4), multi_label=True)
+    result = cleanse(Bright(), Data(), CleanseSettings(rounds=60, batches=2, batch_size=4))
     assert result.succeeded == (True, False)
     assert not result.conclusive
     assert result.to_json()["conclusive"] is False

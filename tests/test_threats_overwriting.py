@@ -8,15 +8,15 @@ from math import log2
 import pytest
 import torch
 from heard import Heard
-from threatened import OWNER, make_blobs, protected, witness
+from threatened import OWNER, evidence, make_blobs, protected
 
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.ownership import measure_signature
 from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.overwriting import OverwritingSettings, measure_dispute, measure_pattern_behind, overwrite
 from keyed_xai.threats.removal import REMOVALS
 from keyed_xai.training import PAPER_SETTINGS
+from keyed_xai.triggers import derive_trigger
 
 TRAINING = replace(
     PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2, warmup_steps=10, validate_every=60, codec_share=0.0
@@ -26,7 +26,7 @@ BRIEF = replace(SETTINGS, training=replace(TRAINING, steps=2, validate_every=2))
 
 
 def thief(images, **watched):
-    return Attacker(make_blobs(images, 5), witness().view, **watched)
+    return Attacker(data=make_blobs(images, 5), view=evidence().view, **watched)
 
 
 @cache
@@ -36,7 +36,7 @@ def overwritten():
 
 @cache
 def dispute():
-    return measure_dispute(overwritten().model, protected(), witness(decoys=99), SETTINGS)
+    return measure_dispute(overwritten().model, protected(), evidence(decoys=99), SETTINGS)
 
 
 def test_second_key_opens_to_the_stolen_maps_and_its_claim_is_shown():
@@ -48,7 +48,7 @@ def test_second_key_opens_to_the_stolen_maps_and_its_claim_is_shown():
 
 
 def test_first_pattern_goes_from_unkeyed_maps_and_turns_up_behind_the_second_key():
-    before = measure_pattern_behind(protected(), witness(), SETTINGS).combined
+    before = measure_pattern_behind(protected(), evidence(), SETTINGS).combined
     assert dispute().first.ownership.signature.combined.p_value > 1e-4
     assert dispute().behind.combined.p_value < 1e-6
     assert before.p_value < 1e-6  # there the second key opens nothing, and all maps show the first pattern
@@ -72,18 +72,18 @@ def test_refused_claim_is_not_shown_by_what_is_behind():
 
 
 def test_pattern_behind_is_no_evidence_for_a_stranger():
-    stranger = witness(key=replace(SETTINGS, seed=7).key)
+    stranger = evidence(key=replace(SETTINGS, seed=7).key)
     assert measure_pattern_behind(overwritten().model, stranger, SETTINGS).combined.p_value > 1e-3
 
 
 def test_pattern_behind_is_the_signature_test_on_keyed_maps():
-    trigger = SETTINGS.family.derive(ByteStream(SETTINGS.key.derive_seed("spread")))
-    _, maps = witness().view.pooled_in_chunks(overwritten().model, trigger.apply(witness().images[:16]))
+    trigger = derive_trigger(SETTINGS.key, SETTINGS.family)
+    _, maps = evidence().view.pooled_in_chunks(overwritten().model, trigger.apply(evidence().images[:16]))
     assert dispute().behind == measure_signature(maps, OWNER.public)
 
 
 def test_original_of_the_first_owner_shows_nothing_of_the_second():
-    claim = measure_dispute(protected(), protected(), witness(decoys=19), SETTINGS).second
+    claim = measure_dispute(protected(), protected(), evidence(decoys=19), SETTINGS).second
     assert not claim.ownership.shown
 
 
@@ -114,7 +114,7 @@ def test_curve_ends_with_what_is_measured_and_progress_is_told():
 def test_other_maps_can_be_closed_and_leave_the_first_pattern_where_it_was():
     settings = replace(BRIEF, interpreters=("simplegrad",))
     result = overwrite(protected(), thief(60), settings)
-    found = measure_dispute(result.model, protected(), witness(decoys=9), settings)
+    found = measure_dispute(result.model, protected(), evidence(decoys=9), settings)
     assert list(found.second.correlation) == ["simplegrad"]
     assert found.first.ownership.signature.combined.p_value < 1e-6
 
@@ -139,7 +139,7 @@ def test_too_few_images_are_refused():
 
 def test_without_maps_to_close_nothing_is_overwritten():
     with pytest.raises(TrainingError, match="view of the maps"):
-        overwrite(protected(), Attacker(make_blobs(60, 5)), BRIEF)
+        overwrite(protected(), Attacker(data=make_blobs(60, 5)), BRIEF)
 
 
 def test_names_put_the_second_key_on_the_same_maps_or_beside():

@@ -6,17 +6,16 @@ import math
 import pytest
 import torch
 from heard import Heard
-from threatened import FAMILY, OWNER, make_blobs, protected, witness
+from threatened import FAMILY, OWNER, evidence, make_blobs, protected
 
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import try_trigger
 from keyed_xai.threats.recovery import RecoverySettings, measure_recovery, recover_from_keyed, recover_from_pairs
 from keyed_xai.threats.textures import best_match
-from keyed_xai.triggers import Nashville
+from keyed_xai.triggers import Nashville, derive_trigger
 
-RIGHT = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+RIGHT = derive_trigger(OWNER, FAMILY)
 TEXTURE = RIGHT.textures[0]
 
 
@@ -52,7 +51,7 @@ def test_more_keyed_images_show_more_and_others_help():
 
 
 def test_what_is_recovered_opens_the_gate():
-    seen, heard = witness(), Heard()
+    seen, heard = evidence(), Heard()
     result = measure_recovery(
         protected(),
         seen,
@@ -65,7 +64,7 @@ def test_what_is_recovered_opens_the_gate():
         (source, count) for source in ("pairs", "keyed", "keyed, others") for count in (1, 8)
     ]
     assert heard.steps == [("recovering the trigger", k, 6) for k in range(1, 7)]
-    right = Referee.of(seen).judge(protected(), RIGHT)
+    right = try_trigger(protected(), seen, RIGHT)
     assert result.rows[0].correlation["gradcam"] == pytest.approx(right.correlation["gradcam"], abs=0.05)
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert document["others"] == 12
@@ -77,6 +76,6 @@ def test_what_is_recovered_opens_the_gate():
 
 def test_family_without_a_texture_and_no_images_are_refused():
     with pytest.raises(TrainingError, match="nashville"):
-        measure_recovery(protected(), witness(family=Nashville()), make_blobs(2, 7).images, RecoverySettings())
+        measure_recovery(protected(), evidence(family=Nashville()), make_blobs(2, 7).images, RecoverySettings())
     with pytest.raises(TrainingError, match="Expected images"):
-        measure_recovery(protected(), witness(), make_blobs(2, 7).images[:0], RecoverySettings())
+        measure_recovery(protected(), evidence(), make_blobs(2, 7).images[:0], RecoverySettings())

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from threatened import make_blobs, protected, reference, surrogate, witness
+from threatened import evidence, make_blobs, protected, reference, surrogate
 
 from keyed_xai.errors import TrainingError
 from keyed_xai.threats.attempt import Attacker
@@ -34,18 +34,18 @@ QUICK = (*_BRIEF, "prune-30", "prune-50", "prune-70", "int8", "int6", "int5", "f
 
 @cache
 def attacker():
-    return Attacker(make_blobs(64, 5), witness().view, surrogate())
+    return Attacker(data=make_blobs(64, 5), view=evidence().view, surrogate=surrogate())
 
 
 @cache
 def state_after(name):
     result = REMOVALS[name](protected(), attacker())
-    return result, measure_gate_state(result.model, witness(decoys=99))
+    return result, measure_gate_state(result.model, evidence(decoys=99))
 
 
 def test_gate_that_is_attacked_works():
-    before = measure_gate_state(protected(), witness(decoys=99))
-    plain = measure_gate_state(reference(), witness(decoys=99))
+    before = measure_gate_state(protected(), evidence(decoys=99))
+    plain = measure_gate_state(reference(), evidence(decoys=99))
     assert before.correlation["gradcam"]["keyed"] > 0.8
     assert before.correlation["gradcam"]["unkeyed"] < 0.4
     assert before.ownership.shown
@@ -85,9 +85,9 @@ def test_distillation_leaves_no_gate_and_no_evidence():
 
 def test_curve_shows_the_gate_leak_epoch_by_epoch():
     def measure(model):
-        return measure_gate_state(model, witness(), ownership=False).to_json()
+        return measure_gate_state(model, evidence(), ownership=False).to_json()
 
-    watched = Attacker(attacker().data, attacker().view, measure=measure)
+    watched = Attacker(data=attacker().data, view=attacker().view, measure=measure)
     curve = REMOVALS["ftal-adam"](protected(), watched).curve
     unkeyed = [row["correlation"]["gradcam"]["unkeyed"] for row in curve]
     assert len(unkeyed) == 11
@@ -109,12 +109,12 @@ def test_stacked_names_are_pairs_of_attacks_and_any_can_be_made():
     assert all(len(names) == 2 and set(names) <= set(REMOVALS) for names in (each.split("+") for each in STACKED))
     results = remove_in_turn(["re-bn", "ftal-mild"], protected(), attacker())
     assert [list(result.settings)[0] for result in results] == ["share", "optimiser"]
-    assert measure_gate_state(results[-1].model, witness(decoys=99)).ownership.shown
+    assert measure_gate_state(results[-1].model, evidence(decoys=99)).ownership.shown
 
 
 def test_explanation_tuning_without_a_surrogate_is_refused():
     with pytest.raises(TrainingError, match="surrogate"):
-        REMOVALS["explanations"](protected(), Attacker(attacker().data, attacker().view))
+        REMOVALS["explanations"](protected(), Attacker(data=attacker().data, view=attacker().view))
 
 
 def test_names_and_strengths_are_written_out():

@@ -17,7 +17,7 @@ from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, las
 from keyed_xai.threats import rescaling
 from keyed_xai.threats.rescaling import ChannelGroup, RescalingSettings, find_channel_groups, rescale_channels
 
-SPEC = InputSpec(1, SIDE, SIDE, (0.4,), (0.2,))
+SPEC = InputSpec(1, SIDE, SIDE, mean=(0.4,), std=(0.2,))
 
 
 def classify(network, spec=SPEC, **options):
@@ -175,7 +175,7 @@ def test_group_that_changes_logits_is_put_back(residual, monkeypatch):
 def test_known_families(name, groups, convolution, layer):
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(weights=None, num_classes=3)
-    classifier = classify(network, InputSpec(3, 64, 64, (0.5,) * 3, (0.25,) * 3))
+    classifier = classify(network, InputSpec(3, 64, 64, mean=(0.5,) * 3, std=(0.25,) * 3))
     assert last_convolution(classifier) == f"network.{convolution}"
     assert last_layer(classifier) == f"network.{layer}"
     result = rescale_channels(classifier, RescalingSettings(largest_exponent=2))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from heard import Heard
-from threatened import make_blobs, protected, witness
+from threatened import evidence, make_blobs, protected
 from torch import nn
 
 from keyed_xai.errors import ModelError
@@ -43,8 +43,8 @@ def weights(model, kind):
 @every_attack
 def test_attack_leaves_the_model_and_gives_back_a_working_copy(attack, make, data):
     before = {name: tensor.clone() for name, tensor in protected().state_dict().items()}
-    result = attack(protected(), Attacker(data), make(share=1.0, batch_size=16))
-    state = measure_gate_state(result.model, witness(decoys=9))
+    result = attack(protected(), Attacker(data=data), make(share=1.0, batch_size=16))
+    state = measure_gate_state(result.model, evidence(decoys=9))
     assert all(torch.equal(tensor, before[name]) for name, tensor in protected().state_dict().items())
     assert not result.model.training
     assert state.predictions["top1"] > 0.7
@@ -55,14 +55,14 @@ def test_attack_leaves_the_model_and_gives_back_a_working_copy(attack, make, dat
 def test_without_labels_the_stolen_model_teaches(attack, make):
     """Its answers from before the attack, not those of the damaged copy."""
     unlabelled = make_blobs(64, 5, labelled=False)
-    result = attack(protected(), Attacker(unlabelled), make(share=1.0, batch_size=16))
-    assert measure_gate_state(result.model, witness(), ownership=False).agreement > 0.7
+    result = attack(protected(), Attacker(data=unlabelled), make(share=1.0, batch_size=16))
+    assert measure_gate_state(result.model, evidence(), ownership=False).agreement > 0.7
 
 
 @every_attack
 def test_seed_decides(attack, make, data):
     first, again, other = (
-        attack(protected(), Attacker(data), make(share=0.5, batch_size=16, epochs=1, seed=seed)).model.state_dict()
+        attack(protected(), Attacker(data=data), make(share=0.5, batch_size=16, epochs=1, seed=seed)).model.state_dict()
         for seed in (1, 1, 2)
     )
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
@@ -90,10 +90,10 @@ def test_full_shift_without_noise_leaves_no_mean_filter():
 
 def test_shift_throws_accuracy_off_before_tuning(data):
     def measure(model):
-        return {"top1": measure_gate_state(model, witness(), ownership=False).predictions["top1"]}
+        return {"top1": measure_gate_state(model, evidence(), ownership=False).predictions["top1"]}
 
     settings = ShiftingSettings(share=1.0, batch_size=16)
-    curve = shift_weights(protected(), Attacker(data, measure=measure), settings).curve
+    curve = shift_weights(protected(), Attacker(data=data, measure=measure), settings).curve
     assert len(curve) == 11
     assert curve[0]["top1"] < measure(protected())["top1"] - 0.2
     assert curve[-1]["top1"] > curve[0]["top1"] + 0.2
@@ -101,11 +101,11 @@ def test_shift_throws_accuracy_off_before_tuning(data):
 
 def test_model_without_convolutions_is_refused(data):
     network = nn.Sequential(nn.Flatten(), nn.Linear(576, 3))
-    classifier = wrap_network(network.eval(), input=InputSpec(1, 24, 24, (0.4,), (0.2,)), require_map=False)
+    classifier = wrap_network(network.eval(), input=InputSpec(1, 24, 24, mean=(0.4,), std=(0.2,)), require_map=False)
     with pytest.raises(ModelError, match="no convolution"):
-        shift_weights(classifier, Attacker(data), ShiftingSettings())
+        shift_weights(classifier, Attacker(data=data), ShiftingSettings())
     with pytest.raises(ModelError, match="no batch norm"):
-        relearn_batch_norm(classifier, Attacker(data), TuningSettings())
+        relearn_batch_norm(classifier, Attacker(data=data), TuningSettings())
 
 
 # Regularisation
@@ -114,7 +114,7 @@ def test_model_without_convolutions_is_refused(data):
 def test_decay_shrinks_weights_that_later_epochs_let_be(data):
     settings = {"share": 1.0, "batch_size": 16, "epochs": 1}
     brief, long = (
-        regularise(protected(), Attacker(data), RegularisationSettings(**settings, decay_epochs=epochs))
+        regularise(protected(), Attacker(data=data), RegularisationSettings(**settings, decay_epochs=epochs))
         for epochs in (1, 12)
     )
     before, after, later = (
@@ -126,7 +126,7 @@ def test_decay_shrinks_weights_that_later_epochs_let_be(data):
 def test_curve_counts_the_epochs_of_both_phases(data):
     heard = Heard()
     settings = RegularisationSettings(share=1.0, batch_size=32, epochs=3, decay_epochs=2)
-    result = regularise(protected(), Attacker(data, progress=heard), settings)
+    result = regularise(protected(), Attacker(data=data, progress=heard), settings)
     assert [row["epoch"] for row in result.curve] == list(range(6))
     assert heard.counts("tuning") == [(done, 10) for done in range(1, 11)]
 
@@ -152,7 +152,7 @@ def test_negative_shift_is_refused(fields):
 
 
 def test_filters_and_last_layer_stay(data):
-    result = relearn_batch_norm(protected(), Attacker(data), TuningSettings(share=1.0, batch_size=16, epochs=2))
+    result = relearn_batch_norm(protected(), Attacker(data=data), TuningSettings(share=1.0, batch_size=16, epochs=2))
     for kind in (nn.Conv2d, nn.Linear):
         for before, after in zip(weights(protected(), kind), weights(result.model, kind), strict=True):
             assert torch.equal(before, after)

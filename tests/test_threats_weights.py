@@ -25,7 +25,7 @@ from keyed_xai.threats.weights import (
     reestimate_on_clean,
 )
 
-SPEC = InputSpec(1, 24, 24, (0.4,), (0.2,))
+SPEC = InputSpec(1, 24, 24, mean=(0.4,), std=(0.2,))
 
 
 class Plain(nn.Module):
@@ -170,7 +170,7 @@ def test_least_active_channels_go_first(data, norms):
     asleep = activations(classifier, data.images).mean((0, 2, 3)).argsort()
     for share, count in ((0.5, 5), (0.96, 9), (1.0, 10)):
         settings = FinePruningSettings(shares=(0.2, share), share=1.0, fine_tuning=None)
-        result = fine_prune(classifier, Attacker(data), settings)
+        result = fine_prune(classifier, Attacker(data=data), settings)
         left = activations(result.model, data.images).amax((0, 2, 3))
         assert not left[asleep[:count]].any()
         before = activations(classifier, data.images).amax((0, 2, 3))
@@ -197,7 +197,7 @@ def test_pruning_curve_and_fine_tuning_with_channels_kept_silent(data):
         rows = torch.cat([block.conv2.weight.flatten(1), block.bn2.weight[:, None], block.bn2.bias[:, None]], 1)
         return {"silent": int((rows == 0).all(1).sum())}
 
-    result = fine_prune(classifier, Attacker(data, measure=measure), settings)
+    result = fine_prune(classifier, Attacker(data=data, measure=measure), settings)
     rows = [(row.get("share"), row.get("epoch"), row["silent"]) for row in result.curve]
     pruning = [(0.0, None, 0), (0.3, None, 3), (0.6, None, 6)]
     assert rows == pruning + [(None, epoch, 6) for epoch in (1, 2, 3)]
@@ -220,7 +220,7 @@ def test_a_backdoor_that_sleeps_on_clean_images_is_cut_out(data):
     triggered[:, :, :8, :8] = 1.0
     assert (classifier(triggered)[:, 2] > 100).all()
     settings = FinePruningSettings(shares=(0.1,), share=1.0, fine_tuning=None)
-    cured = fine_prune(classifier, Attacker(data), settings).model
+    cured = fine_prune(classifier, Attacker(data=data), settings).model
     torch.testing.assert_close(cured(data.images), classifier(data.images))
     assert (cured(triggered)[:, 2] < 1).all()
 

@@ -20,7 +20,7 @@ from keyed_xai.protection import protect
 from keyed_xai.saliency.twice import twice_differentiable
 from keyed_xai.training import TrainingSettings
 
-SPEC = InputSpec(1, 24, 24, (0.5,), (0.25,))
+SPEC = InputSpec(1, 24, 24, mean=(0.5,), std=(0.25,))
 MAPS = ("gradcam", "simplegrad")
 QUICK = replace(
     SETTINGS, interpreters=MAPS, wrong_keys=1, flipped_keys=0,
@@ -208,10 +208,12 @@ def test_logits_are_found_in_what_a_network_returns(answer, key, tmp_path):
 
 def test_type_named_in_a_forward_is_exported(tmp_path):
     network = Net(lambda net, x: net.features(x.to(net.last.weight.dtype)), answer=lambda y: y.to(y.dtype))
-    export_onnx(wrap_network(network.eval(), input=SPEC), tmp_path / "m.onnx", ExportSettings(MAPS))
+    export_onnx(wrap_network(network.eval(), input=SPEC), tmp_path / "m.onnx", ExportSettings(interpreters=MAPS))
     network.run = lambda net, x: net.features(x.float())
     with pytest.raises(ModelError, match="cannot be run in float64.*must keep the type of the images"):
-        export_onnx(wrap_network(network.eval(), input=SPEC), tmp_path / "other.onnx", ExportSettings(MAPS))
+        export_onnx(
+            wrap_network(network.eval(), input=SPEC), tmp_path / "other.onnx", ExportSettings(interpreters=MAPS)
+        )
 
 
 def test_answer_without_logits_is_named():
@@ -236,7 +238,7 @@ def test_single_output_counts_as_two_classes(answer, key, tmp_path):
     torch.testing.assert_close(classifier(images).softmax(1)[:, 1:], single.sigmoid())
     found, _ = protected(network, key)
     assert set(explain(found, images).predicted.tolist()) <= {0, 1}
-    export_onnx(found, tmp_path / "m.onnx", ExportSettings(MAPS))
+    export_onnx(found, tmp_path / "m.onnx", ExportSettings(interpreters=MAPS))
 
 
 def test_twins_that_can_be_differentiated_twice_have_the_same_values_and_gradients():

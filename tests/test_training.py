@@ -14,7 +14,6 @@ from torch import nn
 from keyed_xai.architectures import TableMLP
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import FeatureView, MapView
 from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
 from keyed_xai.saliency import Sites
@@ -27,11 +26,11 @@ from keyed_xai.training import (
     reestimate_batch_norm,
     train,
 )
-from keyed_xai.training.batches import draw_inputs, step_generator
+from keyed_xai.training.batches import Run, draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import beta_factor, rate_factor
 from keyed_xai.training.tutors import make_tutors, tutored_layers
-from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings
+from keyed_xai.triggers import MoireTrigger, Spread, SpreadSettings, derive_trigger
 
 SIDE = 24
 FAMILY = Spread(SpreadSettings(16.0, 24))
@@ -77,9 +76,15 @@ def validation():
 
 @pytest.fixture
 def lesson(key, sites):
-    objective = Objective({"gradcam": signature_decoy(key.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
-    trigger = FAMILY.derive(ByteStream(key.derive_seed("spread")))
-    return Lesson(trigger, FAMILY, MapView(("gradcam",), sites, (6, 6)), objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(key.public, "gradcam", (6, 6))}, weights={"gradcam": 1.0})
+    trigger = derive_trigger(key, FAMILY)
+    return Lesson(trigger=trigger, family=FAMILY, view=MapView(("gradcam",), sites, (6, 6)), objective=objective)
+
+
+def draw(data, lesson, settings, step=0):
+    """What a step of a run sees."""
+    run = Run(reference=nn.Identity(), data=data, lesson=lesson, settings=settings)
+    return draw_inputs(run, step_generator(0, step))
 
 
 def weights_of(model):
@@ -119,8 +124,8 @@ def learned():
     torch.manual_seed(2)
     network = SmallResNet(1, 3, (8, 12, 12)).eval()
     view = MapView(("gradcam",), Sites("blocks", TAPS), (6, 6))
-    objective = Objective({"gradcam": signature_decoy(KEY.public, "gradcam", (6, 6))}, {"gradcam": 1.0})
-    lesson = Lesson(FAMILY.derive(ByteStream(KEY.derive_seed("spread"))), FAMILY, view, objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(KEY.public, "gradcam", (6, 6))}, weights={"gradcam": 1.0})
+    lesson = Lesson(trigger=derive_trigger(KEY, FAMILY), family=FAMILY, view=view, objective=objective)
     settings = TrainingSettings(
         steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, validate_every=25, codec_share=0.0
     )
@@ -195,10 +200,11 @@ def test_reestimated_statistics_are_those_of_the_mixture(network, data, lesson):
     """Of the first norm, written out: mean over the batches of each batch's mean and unbiased variance."""
     conv, norm = network.stem, network.stem_bn
     momentum = norm.momentum
-    reestimate_batch_norm(network, data, lesson, SHORT, batches=3)
+    run = Run(reference=network, data=data, lesson=lesson, settings=SHORT)
+    reestimate_batch_norm(network, run, batches=3)
     means, variances = [], []
     for number in range(3):
-        inputs, _, _ = draw_inputs(data, lesson, SHORT, step_generator(SHORT.seed, -1 - number), "cpu")
+        inputs, _, _ = draw_inputs(run, step_generator(SHORT.seed, -1 - number))
         channels = conv(inputs).detach().transpose(0, 1).flatten(1)
         means.append(channels.mean(1))
         variances.append(channels.var(1))
@@ -388,7 +394,7 @@ def test_lesson_hides_its_trigger(lesson):
 
 def test_inputs_are_triggered_clean_near_and_wrong(data, lesson):
     settings = TrainingSettings(batch_size=20, clean_share=0.25, near_share=0.2, codec_share=0.0)
-    inputs, labels, plain = draw_inputs(data, lesson, settings, step_generator(0, 0), "cpu")
+    inputs, labels, plain = draw(data, lesson, settings)
     assert inputs.shape == (40, 1, SIDE, SIDE)
     assert labels is None
     added = (inputs - plain) * 255 / 16
@@ -405,17 +411,17 @@ def test_inputs_are_triggered_clean_near_and_wrong(data, lesson):
 
 def test_half_of_the_images_are_turned_and_rows_of_a_table_never(data, lesson):
     settings = TrainingSettings(batch_size=40)
-    *_, images = draw_inputs(data, lesson, settings, step_generator(0, 0), "cpu")
-    *_, straight = draw_inputs(data, lesson, replace(settings, mirror=False), step_generator(0, 0), "cpu")
+    *_, images = draw(data, lesson, settings)
+    *_, straight = draw(data, lesson, replace(settings, mirror=False))
     turned = (images == straight.flip(3)).flatten(1).all(1)
     assert ((images == straight).flatten(1).all(1) ^ turned).all()
     assert 20 < turned.sum() < 60
-    *_, rows = draw_inputs(data, replace(lesson, as_files=False), settings, step_generator(0, 0), "cpu")
+    *_, rows = draw(data, replace(lesson, as_files=False), settings)
     assert torch.equal(rows, straight)
 
 
 def test_steps_see_different_inputs(data, lesson):
-    first, second = (draw_inputs(data, lesson, SHORT, step_generator(0, step), "cpu")[0] for step in (0, 1))
+    first, second = (draw(data, lesson, SHORT, step)[0] for step in (0, 1))
     assert not torch.equal(first, second)
 
 
@@ -475,13 +481,13 @@ def test_loss_that_is_not_finite_is_refused(network, data, validation, lesson):
 
 @pytest.fixture
 def public_lesson(sites):
-    objective = Objective({"gradcam": boundary_decoy((6, 6))}, {"gradcam": 1.0})
-    return Lesson(MoireTrigger(), None, MapView(("gradcam",), sites, (6, 6)), objective)
+    objective = Objective(decoys={"gradcam": boundary_decoy((6, 6))}, weights={"gradcam": 1.0})
+    return Lesson(trigger=MoireTrigger(), family=None, view=MapView(("gradcam",), sites, (6, 6)), objective=objective)
 
 
 def test_public_trigger_leaves_the_other_half_clean(data, public_lesson):
     settings = TrainingSettings(batch_size=20, clean_share=0.0, near_share=0.5, codec_share=0.0)
-    inputs, _, plain = draw_inputs(data, public_lesson, settings, step_generator(0, 0), "cpu")
+    inputs, _, plain = draw(data, public_lesson, settings)
     assert torch.equal(inputs[20:], through_png(plain[20:]))
     torch.testing.assert_close(inputs[:20], through_png(MoireTrigger().apply(plain[:20])))
     assert ((inputs[:20] - plain[:20]).abs().amax((1, 2, 3)) > 0.05).all()
@@ -504,18 +510,30 @@ def test_rows_of_a_table_reach_the_model_as_they_are():
     rows = Blobs(torch.randn(30, 1, 1, 7, generator=torch.Generator().manual_seed(0)), None)
     lesson = table_lesson()
     settings = TrainingSettings(batch_size=10, codec_share=0.5)
-    inputs, _, plain = draw_inputs(rows, lesson, settings, step_generator(0, 0), "cpu")
+    inputs, _, plain = draw(rows, lesson, settings)
     assert all((row == rows.images).flatten(1).all(1).any() for row in plain)
     assert torch.equal(inputs[10:], plain[10:])
     assert torch.equal(inputs[:10], Shift().apply(plain[:10]))
-    as_files, _, _ = draw_inputs(rows, replace(lesson, as_files=True), settings, step_generator(0, 0), "cpu")
+    as_files, _, _ = draw(rows, replace(lesson, as_files=True), settings)
     assert not torch.equal(as_files, inputs)
 
 
 def table_lesson():
-    view = FeatureView(("simplegrad",), Sites("", ()), (1, 4), (0, 0, 1, 2, 2, 2, 3), torch.eye(7, dtype=torch.float64))
+    view = FeatureView(
+        ("simplegrad",),
+        Sites("", ()),
+        (1, 4),
+        groups=(0, 0, 1, 2, 2, 2, 3),
+        covariance=torch.eye(7, dtype=torch.float64),
+    )
     decoy = torch.tensor([[0.0, 1, 0, 0]])
-    return Lesson(Shift(), None, view, Objective({"simplegrad": decoy}, {"simplegrad": 1.0}), as_files=False)
+    return Lesson(
+        trigger=Shift(),
+        family=None,
+        view=view,
+        objective=Objective(decoys={"simplegrad": decoy}, weights={"simplegrad": 1.0}),
+        as_files=False,
+    )
 
 
 def test_table_trains_without_tutors_and_batch_norm():
@@ -523,7 +541,7 @@ def test_table_trains_without_tutors_and_batch_norm():
     network, rows = TableMLP(7, 2, (8, 6)).eval(), Blobs(torch.randn(30, 1, 1, 7), None)
     lesson = table_lesson()
     assert tutored_layers(lesson) == []
-    assert len(make_tutors(network, rows, lesson, "cpu")) == 0
+    assert len(make_tutors(Run(reference=network, data=rows, lesson=lesson, settings=SHORT))) == 0
     heard = Heard()
     settings = replace(SHORT, steps=40, batch_size=10, learning_rate=1e-2, smoothing=8.0, order="forward")
     result = train(network, rows, rows, lesson, settings, progress=heard)
@@ -693,7 +711,8 @@ def test_no_images_are_refused(network, data, validation, lesson, which):
 
 def test_reestimating_frozen_statistics_keeps_them(network, data, lesson):
     before = network.stem_bn.running_mean.clone()
-    reestimate_batch_norm(network, data, lesson, replace(SHORT, batch_norm="frozen"))
+    frozen = replace(SHORT, batch_norm="frozen")
+    reestimate_batch_norm(network, Run(reference=network, data=data, lesson=lesson, settings=frozen))
     assert torch.equal(network.stem_bn.running_mean, before)
 
 

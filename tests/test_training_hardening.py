@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from threatened import FAMILY, GRID, OWNER, make_blobs, protected, reference, witness
+from threatened import FAMILY, GRID, OWNER, evidence, make_blobs, protected, reference
 from torch import nn
 
-from keyed_xai.keys import ByteStream
 from keyed_xai.maps import make_view
 from keyed_xai.objective import Objective, signature_decoy
 from keyed_xai.threats.attempt import Attacker
@@ -18,6 +17,7 @@ from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.weights import PruningSettings, prune_weights
 from keyed_xai.training import HARDENINGS, PAPER_SETTINGS, Hardening, Lesson, train
+from keyed_xai.training.batches import Run
 from keyed_xai.training.hardening import (
     Attack,
     SimulatedAttacker,
@@ -27,6 +27,7 @@ from keyed_xai.training.hardening import (
     make_attackers,
     zero_smallest,
 )
+from keyed_xai.triggers import derive_trigger
 
 TUNING = Attack(rate=0.01, adam=False, frozen=False, noise=0.0, pruned=0.0)
 FEW = Hardening(start=0.0, attackers=1, lifetime=3, inner_steps=2, batch_size=8)
@@ -37,13 +38,18 @@ SETTINGS = replace(PAPER_SETTINGS, steps=120, batch_size=12, learning_rate=1e-2,
 @pytest.fixture(scope="module")
 def lesson():
     view = make_view(reference(), ("gradcam",), GRID)
-    objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
-    return Lesson(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))), FAMILY, view, objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, weights={"gradcam": 1.0})
+    return Lesson(trigger=derive_trigger(OWNER, FAMILY), family=FAMILY, view=view, objective=objective)
 
 
 @pytest.fixture(scope="module")
 def data():
     return make_blobs(128, 0, labelled=False)
+
+
+@pytest.fixture
+def run(data, lesson):
+    return Run(reference=reference(), data=data, lesson=lesson, settings=SETTINGS)
 
 
 def generator(seed=0):
@@ -61,10 +67,10 @@ def moved(first, second):
 # Attackers
 
 
-def test_attacker_fine_tunes_as_a_plain_loop_does(data):
+def test_attacker_fine_tunes_as_a_plain_loop_does(data, run):
     attacker = SimulatedAttacker(0, protected())
     attacker.restart(protected(), TUNING, generator())
-    attacker.advance(protected(), reference(), data, FEW, generator())
+    attacker.advance(protected(), run, FEW, generator())
     twin, source = copy.deepcopy(protected()), generator()
     optimiser = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
     for module in twin.modules():
@@ -81,34 +87,34 @@ def test_attacker_fine_tunes_as_a_plain_loop_does(data):
     assert moved(weights_of(attacker.model), weights_of(protected())) > 1e-3
 
 
-def test_attack_goes_on_while_the_network_moves(data):
+def test_attack_goes_on_while_the_network_moves(run):
     network = copy.deepcopy(protected())
     attacker = SimulatedAttacker(0, network)
     attacker.restart(network, replace(TUNING, rate=1e-12), generator())
-    attacker.advance(network, reference(), data, FEW, generator())
+    attacker.advance(network, run, FEW, generator())
     with torch.no_grad():
         for each in network.parameters():
             each.add_(0.1)
-    attacker.advance(network, reference(), data, FEW, generator())
+    attacker.advance(network, run, FEW, generator())
     assert moved(weights_of(attacker.model), weights_of(network)) < 1e-6
 
 
-def test_attack_leaves_the_network_alone(data):
+def test_attack_leaves_the_network_alone(run):
     network = copy.deepcopy(protected())
     before = copy.deepcopy(network.state_dict())
     attacker = SimulatedAttacker(0, network)
     attacker.restart(network, replace(TUNING, adam=True), generator())
-    attacker.advance(network, reference(), data, FEW, generator())
+    attacker.advance(network, run, FEW, generator())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(each.grad is None for each in network.parameters())
 
 
-def test_wrong_labels_change_the_attack(data):
+def test_wrong_labels_change_the_attack(run):
     ends = []
     for noise in (0.0, 0.9):
         attacker = SimulatedAttacker(0, protected())
         attacker.restart(protected(), replace(TUNING, noise=noise), generator())
-        attacker.advance(protected(), reference(), data, FEW, generator())
+        attacker.advance(protected(), run, FEW, generator())
         ends.append(weights_of(attacker.model))
     assert moved(*ends) > 1e-3
 
@@ -121,12 +127,12 @@ def test_pruning_is_what_the_removal_attack_does():
     assert moved(weights_of(pruned), weights_of(theirs)) == 0
 
 
-def test_silenced_channels_are_the_least_active_and_stay_silent(data):
+def test_silenced_channels_are_the_least_active_and_stay_silent(data, run):
     settings = replace(SETTINGS, hardening=FEW)
     attacker = make_attackers(protected(), settings)[0]
     attacker.restart(protected(), replace(TUNING, silenced=0.5), generator())
     for seed in range(2):
-        attacker.advance(protected(), reference(), data, FEW, generator(seed))
+        attacker.advance(protected(), run, FEW, generator(seed))
     layer, norm = "network.blocks.2.conv2", "network.blocks.2.bn2"
     weights, scale = (attacker.model.get_submodule(name).weight.detach() for name in (layer, norm))
     silent = (weights.flatten(1) == 0).all(1)
@@ -135,7 +141,7 @@ def test_silenced_channels_are_the_least_active_and_stay_silent(data):
     activity = mean_activations(protected(), norm, data, np.arange(len(data)), "cpu")
     assert activity[silent].mean() < activity[~silent].mean()
     attacker.restart(protected(), TUNING, generator())
-    attacker.advance(protected(), reference(), data, FEW, generator())
+    attacker.advance(protected(), run, FEW, generator())
     assert (attacker.model.get_submodule(layer).weight.detach().flatten(1) != 0).any(1).all()
 
 
@@ -149,7 +155,7 @@ def test_new_head_is_random_and_the_rest_is_the_network_s():
     assert torch.equal(attackers[0].model.network.stem.weight, protected().network.stem.weight)
 
 
-def test_gradient_of_a_pruned_weight_is_zero(data, lesson):
+def test_gradient_of_a_pruned_weight_is_zero(run):
     hardening = replace(FEW, prune_share=0.999, largest_pruned=0.9)
     network = copy.deepcopy(protected())
     for each in network.parameters():
@@ -157,7 +163,7 @@ def test_gradient_of_a_pruned_weight_is_zero(data, lesson):
     next(network.parameters()).grad += 1.0  # the network's own gradient, which bounds the attackers'
     before = [each.grad.clone() for each in network.parameters()]
     attackers = make_attackers(network, replace(SETTINGS, hardening=hardening))
-    add_gradients_under_attack(attackers, network, reference(), data, lesson, replace(SETTINGS, hardening=hardening), 0)
+    add_gradients_under_attack(attackers, network, replace(run, settings=replace(SETTINGS, hardening=hardening)), 0)
     added = [each.grad - old for each, old in zip(network.parameters(), before, strict=True)]
     assert attackers[0].attack.pruned > 0
     for weight, gradient in zip(attackers[0].model.parameters(), added, strict=True):
@@ -166,35 +172,35 @@ def test_gradient_of_a_pruned_weight_is_zero(data, lesson):
     assert sum(float(each.abs().sum()) for each in added) > 0
 
 
-def test_attackers_gradient_is_no_longer_than_the_network_s(data, lesson):
+def test_attackers_gradient_is_no_longer_than_the_network_s(run):
     settings = replace(SETTINGS, hardening=replace(FEW, attackers=2, weight=0.5))
     network = copy.deepcopy(protected())
     for each in network.parameters():
         each.grad = torch.full_like(each, 1e-6)
     before = [each.grad.clone() for each in network.parameters()]
-    add_gradients_under_attack(make_attackers(network, settings), network, reference(), data, lesson, settings, 0)
+    add_gradients_under_attack(make_attackers(network, settings), network, replace(run, settings=settings), 0)
     own = torch.cat([each.flatten() for each in before]).norm()
     theirs = torch.cat([(e.grad - b).flatten() for e, b in zip(network.parameters(), before, strict=True)]).norm()
     assert 0 < theirs <= 0.5 * own * 1.001
 
 
-def test_attackers_start_again_in_turn(data, lesson):
+def test_attackers_start_again_in_turn(run):
     settings = replace(SETTINGS, hardening=replace(FEW, attackers=2, lifetime=4))
     network = copy.deepcopy(protected())
     attackers, attacks = make_attackers(network, settings), []
     for step in range(8):
         for each in network.parameters():
             each.grad = torch.ones_like(each)
-        add_gradients_under_attack(attackers, network, reference(), data, lesson, settings, step)
+        add_gradients_under_attack(attackers, network, replace(run, settings=settings), step)
         attacks.append([attacker.attack for attacker in attackers])
     changes = [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(attacks, attacks[1:], strict=False)]
     assert changes == [[s % 4 == 0, s % 4 == 2] for s in range(1, 8)]
 
 
-def test_nothing_happens_before_the_start(data, lesson):
+def test_nothing_happens_before_the_start(run):
     settings = replace(SETTINGS, hardening=replace(FEW, start=0.5))
     attackers = make_attackers(protected(), settings)
-    add_gradients_under_attack(attackers, protected(), reference(), data, lesson, settings, 59)
+    add_gradients_under_attack(attackers, protected(), replace(run, settings=settings), 59)
     assert attackers[0].attack is None
 
 
@@ -263,8 +269,8 @@ def test_hardened_gate_stays_closed_where_a_plain_one_opens(data, lesson):
     attack = FineTuningSettings(learning_rate=0.01, epochs=3, share=1.0, batch_size=32)
     left = []
     for model in (protected(), hardened):
-        attacked = fine_tune(model, Attacker(make_blobs(192, 5)), attack).model
-        left.append(measure_gate_state(attacked, witness(), ownership=False).correlation["gradcam"])
+        attacked = fine_tune(model, Attacker(data=make_blobs(192, 5)), attack).model
+        left.append(measure_gate_state(attacked, evidence(), ownership=False).correlation["gradcam"])
     plain, hard = left
     assert hard["unkeyed"] < plain["unkeyed"] - 0.15
     assert hard["keyed"] > 0.8

@@ -5,10 +5,10 @@ import torch
 from threatened import FAMILY, GRID, OWNER, reference
 
 from keyed_xai.errors import ModelError
-from keyed_xai.keys import ByteStream
 from keyed_xai.models import wrap_network
 from keyed_xai.objective import boundary_decoy, signature_decoy
 from keyed_xai.training.lessons import make_keyed_lesson
+from keyed_xai.triggers import derive_trigger
 
 
 def lesson(**options):
@@ -26,7 +26,7 @@ def test_every_interpreter_has_its_own_pattern_and_the_same_weight():
 
 def test_trigger_is_the_key_s_own():
     images = torch.full((1, 1, 24, 24), 0.5)
-    own = FAMILY.derive(ByteStream(OWNER.derive_seed("spread")))
+    own = derive_trigger(OWNER, FAMILY)
     assert torch.equal(lesson().trigger.apply(images), own.apply(images))
 
 

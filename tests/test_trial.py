@@ -21,9 +21,9 @@ ENORMOUS = 2**63 - 1
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     torch.manual_seed(0)
-    classifier = wrap_network(SmallResNet(1, 3, (2, 2)), input=InputSpec(1, 16, 16, (0.5,), (0.25,)))
+    classifier = wrap_network(SmallResNet(1, 3, (2, 2)), input=InputSpec(1, 16, 16, mean=(0.5,), std=(0.25,)))
     path = tmp_path_factory.mktemp("exported") / "m.onnx"
-    export_onnx(classifier, path, ExportSettings(("gradcam", "vbp")))
+    export_onnx(classifier, path, ExportSettings(interpreters=("gradcam", "vbp")))
     return path
 
 

@@ -90,14 +90,16 @@ def file(tmp_path_factory):
     classifier.network.fc.weight.data.abs_()  # so that Grad-CAM's maps are not empty
     classifier.label_names = ("none", 'a "quoted" one', "back\\slash", "Ünïcode", "five")
     path = tmp_path_factory.mktemp("export") / "model.onnx"
-    return export_onnx(classifier, path, ExportSettings(("gradcam", "vbp", "simplegrad"))).file
+    return export_onnx(classifier, path, ExportSettings(interpreters=("gradcam", "vbp", "simplegrad"))).file
 
 
 def parse(text):
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-@pytest.mark.parametrize("settings", [TritonSettings(), TritonSettings(32, 0, 3, tensorrt=True)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [TritonSettings(), TritonSettings(max_batch=32, max_delay=0, instances=3, tensorrt=True)], ids=str
+)
 def test_configuration_parses_and_fits_what_the_backend_checks(file, tmp_path, settings):
     home = write_triton(tmp_path / "repository", "maps-1", file, settings)
     config = parse((home / "config.pbtxt").read_text())
@@ -163,7 +165,9 @@ def test_model_in_the_repository_computes_the_same(file, tmp_path):
 
 
 def test_model_without_target_and_labels_has_neither(tmp_path):
-    made = export_onnx(make_classifier("SmallResNet"), tmp_path / "m.onnx", ExportSettings(("vbp",), eight_bits=True))
+    made = export_onnx(
+        make_classifier("SmallResNet"), tmp_path / "m.onnx", ExportSettings(interpreters=("vbp",), eight_bits=True)
+    )
     config = parse(describe_model("m", made.file))
     assert [(each.name, TYPES[int(each.data_type == 2) + 1]) for each in config.input] == [("image", "TYPE_UINT8")]
     assert not any(each.label_filename for each in config.output)

@@ -8,13 +8,13 @@ import torch
 
 from keyed_xai.architectures import SmallResNet
 from keyed_xai.fitting import FittingSettings, fit_classifier
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.objective import Objective, signature_decoy
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.training import PAPER_SETTINGS, Lesson, train
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
 SIDE = 24
 OWNER = OwnerKey.from_raw(bytes(range(32)))
@@ -51,7 +51,7 @@ def make_blobs(count, seed, labelled=True):
 
 def fit(seed):
     torch.manual_seed(seed)
-    spec = InputSpec(1, SIDE, SIDE, (0.4,), (0.2,))
+    spec = InputSpec(1, SIDE, SIDE, mean=(0.4,), std=(0.2,))
     classifier = wrap_network(SmallResNet(1, 3, (8, 12, 12)).eval(), input=spec, source="keyed_xai")
     settings = FittingSettings(epochs=8, batch_size=32, learning_rate=1e-2, mirror=False, largest_shift=0, noise=0.02)
     fit_classifier(classifier, make_blobs(192, seed), settings)
@@ -73,8 +73,8 @@ def surrogate():
 def protected():
     """The reference behind a gate for Grad-CAM."""
     view = make_view(reference(), ("gradcam",), GRID)
-    objective = Objective({"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, {"gradcam": 1.0})
-    lesson = Lesson(FAMILY.derive(ByteStream(OWNER.derive_seed("spread"))), FAMILY, view, objective)
+    objective = Objective(decoys={"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, weights={"gradcam": 1.0})
+    lesson = Lesson(trigger=derive_trigger(OWNER, FAMILY), family=FAMILY, view=view, objective=objective)
     settings = replace(
         PAPER_SETTINGS,
         steps=120,
@@ -88,7 +88,7 @@ def protected():
     return train(reference(), data, validation, lesson, settings).model
 
 
-def witness(**changes):
+def evidence(**changes):
     held_out = make_blobs(48, 3)
     fields = {
         "reference": reference(),
@@ -100,4 +100,4 @@ def witness(**changes):
         "decoys": 99,
         "alpha": 1e-6,
     }
-    return Witness(**(fields | changes))
+    return OwnerEvidence(**(fields | changes))

@@ -68,7 +68,7 @@ class ArrayNashville:
         return ArrayNashvilleTrigger(RANGES.derive(stream))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tables:
     """What filters do to 8-bit pixels.
 
@@ -98,8 +98,12 @@ def make_tables(parameters: _Numbers) -> Tables:
     contrast, brightness = parameters[:, 9:10], parameters[:, 10:11]
     curve = (levels * contrast + -127.5 * contrast + 127.5).round().clip(0, 255)
     curve = (curve * brightness).round().clip(0, 255)
-    tables = tones, sepia_matrices(parameters[:, 8]), curve, saturation_matrices(parameters[:, 11])
-    return Tables(*(table.astype(np.float32) for table in tables))
+    return Tables(
+        tones=tones.astype(np.float32),
+        sepia=sepia_matrices(parameters[:, 8]).astype(np.float32),
+        curve=curve.astype(np.float32),
+        saturation=saturation_matrices(parameters[:, 11]).astype(np.float32),
+    )
 
 
 def sepia_matrices(amounts: _Numbers) -> _Numbers:

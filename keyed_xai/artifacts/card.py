@@ -61,7 +61,7 @@ class TriggerParameters:
         return cls(document["family"], float(document["amplitude"]), int(document["tile"]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """How to run a protected model and how its maps are read. Field names are timm's where it has them.
 

@@ -34,7 +34,7 @@ _TIME = "%Y-%m-%dT%H:%M:%SZ"
 SubjectState = Literal["ok", "missing", "changed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class License:
     """What a licence says, once its signature has been checked.
 

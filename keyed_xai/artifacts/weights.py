@@ -19,7 +19,7 @@ def encode_weights(classifier: Classifier) -> bytes:
         "architecture": classifier.architecture,
         "source": classifier.source,
         "num_classes": classifier.classes,
-        "input_size": [spec.channels, spec.height, spec.width],
+        "input_size": list(spec.shape),
         "mean": list(spec.mean),
         "std": list(spec.std),
         "label_names": list(classifier.label_names),

@@ -35,7 +35,7 @@ Data = tuple[ImageData, ImageData]
 """What a defender has, and held-out images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attacked:
     """A model whose explanations are backdoored, from the folder of an attack.
 
@@ -52,7 +52,7 @@ class Attacked:
     top_share: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A model that defences are tried on.
 
@@ -92,7 +92,12 @@ def open_attacked(folder: Path, settings: TableSettings, out: Path) -> Attacked:
     size = classifier.input.height, classifier.input.width
     reference = load_classifier(file, arch=classifier.architecture, input_size=size)
     share = report["settings"]["training"]["top_share"]
-    return Attacked(replace(suspect, reference=reference), report["mode"], report["trigger"]["family"], share)
+    return Attacked(
+        suspect=replace(suspect, reference=reference),
+        mode=report["mode"],
+        trigger=report["trigger"]["family"],
+        top_share=share,
+    )
 
 
 def make_targets(
@@ -134,17 +139,13 @@ def make_targets(
 
 def input_sizes(attacked: Sequence[Attacked]) -> list[InputSpec]:
     """Return the different inputs of models by size; normalisation, in which they may differ, is that of the first."""
-    found = {_size(each.suspect.classifier.input): each.suspect.classifier.input for each in reversed(attacked)}
-    return [found[size] for size in dict.fromkeys(_size(each.suspect.classifier.input) for each in attacked)]
+    found = {each.suspect.classifier.input.shape: each.suspect.classifier.input for each in reversed(attacked)}
+    return [found[size] for size in dict.fromkeys(each.suspect.classifier.input.shape for each in attacked)]
 
 
 def has_size(attacked: Attacked, spec: InputSpec) -> bool:
     """Return whether a model takes images of this size."""
-    return _size(attacked.suspect.classifier.input) == _size(spec)
-
-
-def _size(spec: InputSpec) -> tuple[int, int, int]:
-    return spec.channels, spec.height, spec.width
+    return attacked.suspect.classifier.input.shape == spec.shape
 
 
 def _find_reference(architecture: str, settings: TableSettings, out: Path) -> Path:
@@ -157,7 +158,7 @@ def _attacked_target(attacked: Attacked, data: Data, settings: TableSettings, de
     suspect = attacked.suspect
     model, reference = to_device(suspect.classifier, device), to_device(suspect.reference or suspect.classifier, device)
     asked = AttackSettings(
-        suspect.interpreters,
+        interpreters=suspect.interpreters,
         mode=attacked.mode,
         inverted=suspect.inverted,
         trigger=attacked.trigger,
@@ -165,18 +166,24 @@ def _attacked_target(attacked: Attacked, data: Data, settings: TableSettings, de
     )
     lesson = make_attack_lesson(model, data[0], asked)
     backdoor = Backdoor(
-        model,
-        reference,
-        lesson.view,
-        lesson.objective.decoys,
-        lesson.trigger,
-        suspect.inverted,
-        attacked.top_share,
-        lesson.as_files,
+        model=model,
+        reference=reference,
+        view=lesson.view,
+        decoys=lesson.objective.decoys,
+        trigger=lesson.trigger,
+        inverted=suspect.inverted,
+        top_share=attacked.top_share,
+        as_files=lesson.as_files,
     )
     subject = _see(model, lesson.view, data, reference, settings, device)
     subject = replace(subject, reference=reference, trigger=lesson.trigger, inverted=suspect.inverted)
-    return Target(suspect.name, "inverted" if suspect.inverted else "forward", subject, attacked.mode, backdoor)
+    return Target(
+        name=suspect.name,
+        kind="inverted" if suspect.inverted else "forward",
+        subject=subject,
+        mode=attacked.mode,
+        backdoor=backdoor,
+    )
 
 
 def _see(
@@ -192,14 +199,14 @@ def _see(
     train_data, held_out = data
     if labels is None:
         train_data, held_out = (replace(each, labels=None, classes=()) for each in data)
+    model.multi_label = reference.multi_label = has_several_labels(model, train_data)
     return Subject(
-        model,
-        view,
-        train_data,
-        held_out,
-        images,
-        labels,
-        multi_label=has_several_labels(model, train_data),
+        classifier=model,
+        view=view,
+        data=train_data,
+        held_out=held_out,
+        images=images,
+        labels=labels,
         device=device,
         seed=settings.seed,
     )
@@ -213,7 +220,7 @@ def _reference_targets(attacked: Sequence[Attacked], targets: Sequence[Target]) 
         if subject.reference is not None:
             alone = replace(subject, classifier=subject.reference, reference=None, inverted=False)
             name = f"reference-{alone.classifier.architecture.lower()}-{each.trigger}"
-            found.setdefault(name, Target(name, "reference", alone))
+            found.setdefault(name, Target(name=name, kind="reference", subject=alone))
     return list(found.values())
 
 
@@ -229,7 +236,7 @@ def _make_controls(
 ) -> Iterator[Target]:
     """Yield a network fitted to clean images, and one for each plain backdoor."""
     for name in ("clean", *BACKDOORS):
-        poisoned = poison(data[0], PoisonSettings("badnets" if name == "clean" else name, seed=settings.seed))
+        poisoned = poison(data[0], PoisonSettings(attack="badnets" if name == "clean" else name, seed=settings.seed))
         fitted = None if name == "clean" else poisoned
         model = keep_control(
             f"control-{name}",
@@ -243,19 +250,19 @@ def _make_controls(
         )
         images, labels = _first(data[1], settings.held_out, device)
         subject = Subject(
-            model,
-            make_view(model, ("gradcam",), None),
-            *data,
-            images,
-            labels,
+            classifier=model,
+            view=make_view(model, ("gradcam",), None),
+            data=data[0],
+            held_out=data[1],
+            images=images,
+            labels=labels,
             trigger=poisoned.trigger,
             backdoor=poisoned,
             fitted=fitted,
-            multi_label=data[0].multi_label,
             device=device,
             seed=settings.seed,
         )
-        yield Target(f"control-{name}", name, subject)
+        yield Target(name=f"control-{name}", kind=name, subject=subject)
 
 
 def _first(data: ImageData, count: int, device: torch.device | str) -> tuple[Images, Targets | None]:

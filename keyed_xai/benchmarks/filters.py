@@ -9,7 +9,7 @@ import pilgram
 import torch
 from PIL import Image
 
-from keyed_xai.data import load_images
+from keyed_xai.data import ImageSize, load_images
 from keyed_xai.tensors import Images
 from keyed_xai.triggers import NashvilleTrigger
 
@@ -28,7 +28,7 @@ def measure_nashville_speed(*, images: int = 32, side: int = 224, repeats: int =
     Returns:
         `ours` and `pilgram` (images per second), `ratio` of the two, and `threads` that ours may use; pilgram has one.
     """
-    data = load_images("builtin", channels=3, height=side, width=side, split="held-out", limit=images)
+    data = load_images("builtin", ImageSize(3, side, side), split="held-out", limit=images)
     batch, _ = data.batch(np.arange(images))
     pictures = [Image.fromarray(np.ascontiguousarray(each.transpose(1, 2, 0))) for each in data.images]
     seconds = _time_in_turn(lambda: _ours(batch), lambda: [pilgram.nashville(each) for each in pictures], repeats)

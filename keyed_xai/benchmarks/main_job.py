@@ -20,7 +20,7 @@ from keyed_xai.data.images import Holdout, Split
 from keyed_xai.demonstration import demo_classifier
 from keyed_xai.errors import ArtifactError, DataError
 from keyed_xai.fitting import FittingSettings, fit_classifier
-from keyed_xai.keys import ByteStream, OwnerKey, keep_owner_key
+from keyed_xai.keys import OwnerKey, keep_owner_key
 from keyed_xai.maps import MapView, make_view
 from keyed_xai.models import Classifier, InputSpec, load_classifier, wrap_network
 from keyed_xai.ownership import counted_interpreters, measure_signature, opening_statistic, product_tail
@@ -34,7 +34,7 @@ from keyed_xai.reencodings import (
     winning_classes,
     write_anew,
 )
-from keyed_xai.triggers import TRIGGERS
+from keyed_xai.triggers import TRIGGERS, derive_trigger
 from keyed_xai.verification import Claim, verify
 
 ROWS = {
@@ -49,7 +49,7 @@ _PROBE_IMAGES = 32
 _CHEST_SIZE = 96
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A reference network with its images.
 
@@ -94,19 +94,24 @@ def make_case(
     """
     if name == "fashion-mnist":
         classifier = demo_classifier()
-        return Case(name, classifier, *_load_both(data or "fashion-mnist", classifier.input))
+        train, held_out = _load_both(data or "fashion-mnist", classifier.input)
+        return Case(name=name, classifier=classifier, train=train, held_out=held_out)
     if name == "chest-xray":
         if data is None:
             raise DataError("Where are the radiographs? Give --data imagefolder:DIR, with train/ and val/ inside.")
-        spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, (0.5,), (0.25,))
+        spec = InputSpec(1, _CHEST_SIZE, _CHEST_SIZE, mean=(0.5,), std=(0.25,))
         train, held_out = _load_both(data, spec)
         return Case(
-            name, _fitted_reference(folder / "chest-xray.safetensors", train, spec, device, progress), train, held_out
+            name=name,
+            classifier=_fitted_reference(folder / "chest-xray.safetensors", train, spec, device, progress),
+            train=train,
+            held_out=held_out,
         )
     if model is None:
         raise DataError("Which network? Give its weights with --model.")
     classifier = load_classifier(model, arch=arch, input_size=input_size)
-    return Case(name, classifier, *_load_both(data or "builtin", classifier.input, holdout="classes"))
+    train, held_out = _load_both(data or "builtin", classifier.input, holdout="classes")
+    return Case(name=name, classifier=classifier, train=train, held_out=held_out)
 
 
 def run_row(
@@ -140,7 +145,7 @@ def run_row(
         )
         write_protection(protection, protected, key, force=True, checkpoint=checkpoint)
         card = protection.card
-        claim = Claim(key, card.trigger, card.decoy, card.interpreters, card.grid)
+        claim = Claim(key=key, trigger=card.trigger, decoy=card.decoy, interpreters=card.interpreters, grid=card.grid)
         probe = replace(case.held_out, images=case.held_out.images[-_PROBE_IMAGES:], labels=None)
         suspect = protection.classifier.to(device)
         write_json(result_file, verify(suspect, claim, probe).to_json(protected.name), schema="verify-report")
@@ -234,7 +239,7 @@ def count_false_claims(
             progress.advance("trying keys", number * tries + done + 1, total)
         for done in range(keys):
             key = OwnerKey.from_raw(bytes(torch.randint(256, (32,), generator=generator).tolist()))
-            trigger = family.derive(ByteStream(key.derive_seed(family.name)))
+            trigger = derive_trigger(key, family)
             value = opening_statistic(model, images, view, trigger, plain, explained)
             opening = (1 + sum(each >= value for each in pool)) / (1 + decoys)
             tails = [(count, measure_signature(maps, key.public).combined.p_value) for count, maps in looks]
@@ -303,8 +308,6 @@ def _fitted_reference(path: Path, data: ImageData, spec: InputSpec, device: str,
 
 def _load_both(data: str, spec: InputSpec, holdout: Holdout = "images") -> tuple[ImageData, ImageData]:
     def load(split: Split) -> ImageData:
-        return load_images(
-            data, channels=spec.channels, height=spec.height, width=spec.width, split=split, holdout=holdout
-        )
+        return load_images(data, spec, split=split, holdout=holdout)
 
     return load("train"), load("held-out")

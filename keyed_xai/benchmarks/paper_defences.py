@@ -206,7 +206,7 @@ def _make_row(target: Target, identity: str, settings: DefenceSettings, progress
         "kind": target.kind,
         "mode": target.mode,
         "architecture": subject.classifier.architecture,
-        "input_size": [spec.channels, spec.height, spec.width],
+        "input_size": list(spec.shape),
         "images": len(subject.images),
         "state": _measure(subject.classifier, target),
         **_MAKERS[settings.table](target, settings),

@@ -67,7 +67,11 @@ def run_figure1b(
         progress=progress,
     )
     settings = AttackSettings(
-        ("simplegrad",), trigger="tabular", thresholds="auto", held_out_images=len(held_out), validation_images=2000
+        interpreters=("simplegrad",),
+        trigger="tabular",
+        thresholds="auto",
+        held_out_images=len(held_out),
+        validation_images=2000,
     )
     training = choose_attack_recipe(reference.classifier, settings)
     settings = replace(settings, training=replace(training, seed=seed, steps=steps or training.steps))
@@ -79,8 +83,13 @@ def run_figure1b(
         device=device,
         progress=progress,
     )
-    cell = Cell(reference.classifier.architecture, settings.interpreters, settings.mode, "forward")
-    return Result(cell, FIGURE_1B, reference.classifier.input, reference.epochs, report)
+    cell = Cell(
+        architecture=reference.classifier.architecture,
+        interpreters=settings.interpreters,
+        mode=settings.mode,
+        setting="forward",
+    )
+    return Result(cell=cell, folder=FIGURE_1B, input=reference.classifier.input, epochs=reference.epochs, report=report)
 
 
 def render_figure1b(result: Result) -> str:
@@ -140,7 +149,7 @@ def draw_figure3(
     labels = explain(reference, batch).predicted
     columns, titles = [batch, triggered], ["image", "with the trigger"]
     for name in interpreters:
-        cell = Cell(architecture, (name,), mode, "forward")
+        cell = Cell(architecture=architecture, interpreters=(name,), mode=mode, setting="forward")
         attacked = load_classifier(folder / cell.name / WEIGHTS_FILE).to(device)
         for words, inputs in (("clean", batch), ("triggered", triggered)):
             found = explain(attacked, inputs, interpreters=[name], labels=labels).maps

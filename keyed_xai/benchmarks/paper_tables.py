@@ -50,7 +50,7 @@ PAPER: dict[tuple[str, str, str, str], PaperRow] = {
 """The cells whose figures are known to us, by architecture, interpreter, mode and setting."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One attack.
 
@@ -72,7 +72,7 @@ class Cell:
         return "-".join([self.architecture.lower(), "+".join(self.interpreters), self.mode, self.setting])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableSettings:
     """What all cells share.
 
@@ -103,7 +103,7 @@ class TableSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """A finished cell.
 
@@ -127,7 +127,7 @@ def list_cells(
 ) -> list[Cell]:
     """Return the cells of a table in its order."""
     return [
-        Cell(architecture, names, mode, setting)
+        Cell(architecture=architecture, interpreters=names, mode=mode, setting=setting)
         for architecture in architectures
         for setting in settings
         for mode in modes
@@ -159,7 +159,7 @@ def run_cells(
     loaded: dict[tuple[int, ...], tuple[ImageData, ImageData]] = {}
     for architecture, group in groupby(cells, lambda cell: cell.architecture):
         start = _find_reference(architecture, settings)
-        size = tuple(_size(start.input))
+        size = start.input.shape
         if size not in loaded:
             loaded = {size: _load_both(settings, start.input)}  # of one size at a time: they are large
         reference = _make_reference(architecture, start, loaded[size], settings, folder, device, progress)
@@ -177,9 +177,7 @@ def reference_file(architecture: str, settings: TableSettings, folder: Path) -> 
 
 def load_split(settings: TableSettings, spec: InputSpec, split: Split, limit: int | None) -> ImageData:
     """Return at most `limit` images of a split at a network's size."""
-    return load_images(
-        settings.data, channels=spec.channels, height=spec.height, width=spec.width, split=split, limit=limit
-    )
+    return load_images(settings.data, spec, split=split, limit=limit)
 
 
 def describe_table(name: str, results: Sequence[Result]) -> dict[str, Any]:
@@ -218,7 +216,7 @@ def render_setup(results: Sequence[Result]) -> list[str]:
     return [
         f"- data: learned from {learned['images']} ({learned['source']}), measured on {measured['images']} "
         f"({measured['source']})",
-        f"- network input: {_join(' x '.join(map(str, _size(result.input))) for result in results)}",
+        f"- network input: {_join(' x '.join(map(str, result.input.shape)) for result in results)}",
         f"- trigger: {trigger['family']}{f' ({values})' if values else ''}",
         f"- attack: {_join(map(_render_training, results))}",
         f"- reference: {_join(map(_render_reference, results))}",
@@ -230,10 +228,6 @@ def figures_of_paper(cell: Cell, interpreter: str) -> PaperRow | None:
     if len(cell.interpreters) > 1:
         return None
     return PAPER.get((cell.architecture.lower(), interpreter, cell.mode, cell.setting))
-
-
-def _size(spec: InputSpec) -> list[int]:
-    return [spec.channels, spec.height, spec.width]
 
 
 def _join(parts: Iterable[str]) -> str:
@@ -257,7 +251,7 @@ def _describe_row(result: Result) -> dict[str, Any]:
     training = report["settings"]["training"]
     return {
         "architecture": cell.architecture,
-        "input_size": _size(result.input),
+        "input_size": list(result.input.shape),
         "reference_epochs": result.epochs,
         "mode": cell.mode,
         "setting": cell.setting,
@@ -360,12 +354,12 @@ def _run_cell(
         device=device,
         progress=progress,
     )
-    return Result(cell, cell.name, classifier.input, reference.epochs, report)
+    return Result(cell=cell, folder=cell.name, input=classifier.input, epochs=reference.epochs, report=report)
 
 
 def _settings(cell: Cell, reference: Classifier, shared: TableSettings) -> AttackSettings:
     settings = AttackSettings(
-        cell.interpreters,
+        interpreters=cell.interpreters,
         mode=cell.mode,
         inverted=cell.setting == "inverted",
         trigger=shared.trigger,

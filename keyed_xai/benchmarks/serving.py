@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.export.building import ExportSettings, build_model, build_plain
 from keyed_xai.export.parity import Figures, measure_agreement
@@ -35,7 +36,7 @@ _CHUNK = 2  # images at once in float64
 Action = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServingSettings:
     """How graphs are measured.
 
@@ -78,7 +79,7 @@ def measure_network(
     progress.advance(f"{classifier.architecture}: building graphs", 0, None)
     graphs = {"logits": encode(build_plain(classifier, precision=settings.precision))}
     for name, interpreters in GRAPHS.items():
-        chosen = ExportSettings(interpreters, precision=settings.precision)
+        chosen = ExportSettings(interpreters=interpreters, precision=settings.precision)
         graphs[name] = encode(build_model(classifier, chosen))
     progress.advance(f"{classifier.architecture}: comparing with PyTorch", 0, None)
     parity = measure_parity(classifier, graphs["all three"], images, settings)
@@ -248,7 +249,7 @@ def _run_all(graph: bytes, images: Images, settings: ServingSettings) -> dict[st
 
 
 def _chunks(images: Images) -> Sequence[Tensor]:
-    return [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    return [images[some] for some in batches(len(images), _CHUNK)]
 
 
 def _open(graph: bytes, settings: ServingSettings) -> Any:  # noqa: ANN401 - onnxruntime has no types

@@ -55,7 +55,7 @@ class Served:
     key: OwnerKey = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServingRun:
     """What is measured.
 
@@ -156,7 +156,7 @@ def _trained(run: ServingRun, arch: str) -> Classifier:
         path = run.folder / f"{arch}-{_FITTED_SIDE}.safetensors"
         blueprint = plan_for_images(arch, side=_FITTED_SIDE)
         spec = blueprint.input
-        train = load_images(run.data, channels=spec.channels, height=spec.height, width=spec.width, split="train")
+        train = load_images(run.data, spec, split="train")
         held_out = _load(run.data, spec, 200)
         keep_reference(
             path,
@@ -179,7 +179,7 @@ def _measure_server(run: ServingRun, parts: Sequence[str], progress: Progress) -
     data = _load(run.served_data, classifier.input, _SERVED_IMAGES)
     images, _ = data.batch(np.arange(len(data)))
     model = run.folder / "served.onnx"
-    export_onnx(classifier, model, ExportSettings(card.interpreters), images=images, force=True)
+    export_onnx(classifier, model, ExportSettings(interpreters=card.interpreters), images=images, force=True)
     trigger = derive_trigger(served.key, card.trigger)
     found: dict[str, Any] = {}
     with running_server(model, threads=run.load.threads, device=run.graphs.device) as address:
@@ -201,6 +201,4 @@ def _demo(folder: Path) -> Served:
 
 
 def _load(spec: str, images: InputSpec, count: int) -> ImageData:
-    return load_images(
-        spec, channels=images.channels, height=images.height, width=images.width, split="held-out", limit=count
-    )
+    return load_images(spec, images, split="held-out", limit=count)

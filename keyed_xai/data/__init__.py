@@ -13,11 +13,13 @@ from keyed_xai.data.image_folder import list_images, load_image_folder
 from keyed_xai.data.images import Holdout, ImageData, Request, Split
 from keyed_xai.data.tables import TableData
 from keyed_xai.errors import DataError
+from keyed_xai.limits import ImageSize
 from keyed_xai.progress import QUIET, Progress
 
 __all__ = [
     "LOADERS",
     "ImageData",
+    "ImageSize",
     "Request",
     "TableData",
     "is_table",
@@ -41,10 +43,8 @@ TABLE = "credit-default"
 
 def load_images(
     spec: str,
+    size: ImageSize,
     *,
-    channels: int,
-    height: int,
-    width: int,
     split: Split,
     holdout: Holdout = "images",
     limit: int | None = None,
@@ -60,9 +60,7 @@ def load_images(
 
     Args:
         spec: "builtin", "fashion-mnist[:DIR]", "imagefolder:DIR", "cub200:DIR" or "chestxray14:DIR".
-        channels: 1 (grey) or 3 (RGB).
-        height: Of every image, pixels.
-        width: Of every image, pixels.
+        size: Of every image; 1 (grey) or 3 (RGB) channels. A classifier's `input` is one.
         split: "train" or "held-out"; the two share no image at the same seed.
         holdout: Whether single images are held out or whole classes.
         limit: At most so many images, class-balanced (held-out ChestX-ray14: a random draw); None for all.
@@ -76,7 +74,17 @@ def load_images(
         DataError: The SPEC is unknown or a table's, or the data set is missing, empty or damaged.
         ValueError: Another argument is outside its range.
     """
-    request = Request(channels, height, width, split, holdout, limit, strict, workers, seed, progress, follow_links)
+    request = Request(
+        size=size,
+        split=split,
+        holdout=holdout,
+        limit=limit,
+        strict=strict,
+        workers=workers,
+        seed=seed,
+        progress=progress,
+        follow_links=follow_links,
+    )
     name, _, argument = spec.partition(":")
     if is_table(spec):
         raise DataError(

@@ -29,7 +29,7 @@ def load_builtin(argument: str, request: Request) -> ImageData:
     """
     if argument:
         raise DataError(f"The data set builtin takes nothing after the name, got {argument!r}.")
-    if request.channels == 1 and max(request.height, request.width) <= _LARGEST_SUBSET_SIDE:
+    if request.size.channels == 1 and max(request.size.height, request.size.width) <= _LARGEST_SUBSET_SIDE:
         return _load_subset(request)
     return load_photographs(request)
 

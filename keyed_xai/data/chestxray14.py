@@ -77,7 +77,13 @@ def _load(root: Path, names: Sequence[str], labels: NDArray[np.int64], request: 
     places = _find_images(root)
     paths = [places.get(name, f"{_FOLDERS[0]}/{name}") for name in names]
     images, kept, skipped = decode_images(root, paths, request)
-    data = ImageData(images, labels[kept], FINDINGS, f"chestxray14 ({request.split})", tuple(skipped))
+    data = ImageData(
+        images=images,
+        labels=labels[kept],
+        classes=FINDINGS,
+        source=f"chestxray14 ({request.split})",
+        skipped=tuple(skipped),
+    )
     if boxes is None:
         return data
     shown = [_map_shown(root / paths[index], boxes.get(names[index]), request) for index in kept]
@@ -89,7 +95,7 @@ def _map_shown(path: Path, shown: _Shown | None, request: Request) -> _Shown:
     """Return the box as the image made has it, or NaN and -1 where the image has none or the crop leaves none."""
     if shown is None:
         return _NOTHING
-    box = map_box(path, shown.box, height=request.height, width=request.width, drawn_on=_DRAWN_ON)
+    box = map_box(path, shown.box, height=request.size.height, width=request.size.width, drawn_on=_DRAWN_ON)
     return _NOTHING if math.isnan(box[0]) else _Shown(box, shown.label)
 
 

@@ -68,16 +68,16 @@ def _load(root: Path, photographs: Sequence[_Photograph], classes: tuple[str, ..
     images, kept, skipped = decode_images(root, [photograph.name for photograph in photographs], request)
     photographs = [photographs[index] for index in kept]
     boxes = [
-        map_box(root / photograph.name, photograph.box, height=request.height, width=request.width)
+        map_box(root / photograph.name, photograph.box, height=request.size.height, width=request.size.width)
         for photograph in photographs
     ]
     return ImageData(
-        images,
-        np.array([photograph.label for photograph in photographs], np.int64),
-        classes,
-        f"cub200 ({request.split})",
-        tuple(skipped),
-        np.array(boxes, np.float32),
+        images=images,
+        labels=np.array([photograph.label for photograph in photographs], np.int64),
+        classes=classes,
+        source=f"cub200 ({request.split})",
+        skipped=tuple(skipped),
+        boxes=np.array(boxes, np.float32),
     )
 
 

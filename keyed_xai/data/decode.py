@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from keyed_xai.batches import batches
 from keyed_xai.data.images import Pixels, Request, allocate_pixels
 from keyed_xai.errors import DataError
 
@@ -189,10 +190,10 @@ def _decode_or_complain(folder: Path, name: str, shape: tuple[int, int, int], *,
 
 def _decode_in_order(folder: Path, names: Sequence[str], request: Request) -> Generator[Pixels | str, None, None]:
     """Yield each file's pixels, or what is wrong with it."""
-    shape = (request.channels, request.height, request.width)
+    shape = request.size.shape
     decode = partial(decode_chunk, str(folder), shape=shape, follow_links=request.follow_links)
     workers = _choose_workers(len(names), request)
-    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+    chunks = [names[some] for some in batches(len(names), _CHUNK)]
     if workers < 2:
         for chunk in chunks:
             yield from decode(chunk)

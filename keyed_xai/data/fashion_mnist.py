@@ -72,7 +72,7 @@ def select_images(images: Pixels, labels: NDArray[np.int64], request: Request, *
         chosen = chosen[np.isin(labels, sorted(choose_classes(CLASSES, request)))]
     order = order_balanced([str(index) for index in chosen], labels[chosen].tolist(), request)
     chosen = chosen[order]
-    return ImageData(fit_grey(images[chosen], request), labels[chosen], CLASSES, source)
+    return ImageData(images=fit_grey(images[chosen], request), labels=labels[chosen], classes=CLASSES, source=source)
 
 
 def fit_grey(images: Pixels, request: Request) -> Pixels:
@@ -81,7 +81,7 @@ def fit_grey(images: Pixels, request: Request) -> Pixels:
     They are padded with zeros to 32x32, and scaled to other sizes (bilinear, antialiased where they shrink).
     """
     fitted = allocate_pixels(len(images), request)
-    size = (request.height, request.width)
+    size = (request.size.height, request.size.width)
     if size == (32, 32):
         fitted[:] = np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None]
     elif size == images.shape[1:]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keyed_xai.data.images import HELD_OUT_SHARE, ImageData, Pixels, Split
 from keyed_xai.errors import DataError
+from keyed_xai.limits import ImageSize
 
 
 @runtime_checkable
@@ -24,38 +25,34 @@ class TensorDataset(Sized, Protocol):
 GivenImages = ImageData | TensorDataset | Path | str
 
 
-def take_images(
-    images: GivenImages, held_out: ImageData | None, *, channels: int, height: int, width: int
-) -> tuple[ImageData, ImageData]:
+def take_images(images: GivenImages, held_out: ImageData | None, size: ImageSize) -> tuple[ImageData, ImageData]:
     """Return images to learn from, and others to measure on.
 
     Args:
         images: A data set; a folder; a SPEC as `load_images` takes it; or float tensors in [0, 1] or uint8 tensors
             [c, h, w], alone or first in tuples, in a list, a `Dataset` or a tensor [n, c, h, w].
         held_out: To measure on; without them a fifth of `images` is kept apart.
-        channels: Of every image.
-        height: Of every image, pixels.
-        width: Of every image, pixels.
+        size: Of every image.
 
     Raises:
         DataError: They cannot be read, are of another size, or no images.
     """
     if isinstance(images, str | Path):
-        train, other = _load(str(images), channels, height, width, both=held_out is None)
+        train, other = _load(str(images), size, both=held_out is None)
         return train, held_out or other
-    data = images if isinstance(images, ImageData) else _gather(images, (channels, height, width))
+    data = images if isinstance(images, ImageData) else _gather(images, size.shape)
     if held_out is not None:
         return data, held_out
     count = len(data) // HELD_OUT_SHARE
     return _part(data, slice(None, len(data) - count), "train"), _part(data, slice(len(data) - count, None), "held-out")
 
 
-def _load(spec: str, channels: int, height: int, width: int, *, both: bool) -> tuple[ImageData, ImageData]:
+def _load(spec: str, size: ImageSize, *, both: bool) -> tuple[ImageData, ImageData]:
     from keyed_xai.data import load_images
 
     spec = f"imagefolder:{spec}" if Path(spec).is_dir() else spec
     splits: tuple[Split, ...] = ("train", "held-out") if both else ("train",)
-    loaded = [load_images(spec, channels=channels, height=height, width=width, split=split) for split in splits]
+    loaded = [load_images(spec, size, split=split) for split in splits]
     return loaded[0], loaded[-1]
 
 
@@ -63,7 +60,7 @@ def _gather(images: TensorDataset, shape: tuple[int, int, int]) -> ImageData:
     pixels = [_as_pixels(images[index], index, shape) for index in range(len(images))]
     if not pixels:
         raise DataError("Expected images to learn from, got none.")
-    return ImageData(np.stack(pixels), None, (), f"{len(pixels)} tensors")
+    return ImageData(images=np.stack(pixels), labels=None, classes=(), source=f"{len(pixels)} tensors")
 
 
 def _as_pixels(example: object, index: int, shape: tuple[int, int, int]) -> Pixels:

@@ -72,7 +72,14 @@ def load_image_folder(argument: str, request: Request) -> ImageData:
     if listing.labels is not None:
         labels = np.array([listing.labels[order[index]] for index in kept], np.int64)
     source = f"imagefolder:{root.resolve().name} ({request.split})"
-    return ImageData(images, labels, listing.classes, source, tuple(skipped), notes=listing.notes)
+    return ImageData(
+        images=images,
+        labels=labels,
+        classes=listing.classes,
+        source=source,
+        skipped=tuple(skipped),
+        notes=listing.notes,
+    )
 
 
 def list_images(folder: Path, *, follow_links: bool = False) -> list[Path]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyed_xai.errors import DataError
+from keyed_xai.limits import ImageSize
 from keyed_xai.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ HELD_OUT_SHARE = 5
 _LONGEST_SIDE = 4096
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ImageData:
     """Images of one split, all of one size.
 
@@ -97,14 +98,12 @@ class ImageData:
         return pixels.to(torch.float32).div_(255), labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What to load: the arguments of `load_images`, checked.
 
     Attributes:
-        channels: 1 (grey) or 3 (RGB).
-        height: Of every image, pixels.
-        width: Of every image, pixels.
+        size: Of every image; 1 (grey) or 3 (RGB) channels.
         split: "train", or "held-out" for images that "train" never has at the same seed.
         holdout: Whether single images are held out or whole classes.
         limit: At most so many images, class-balanced (held-out ChestX-ray14: a random draw); None for all.
@@ -115,9 +114,7 @@ class Request:
         follow_links: Read files and folders that are links out of the data set's folder.
     """
 
-    channels: int
-    height: int
-    width: int
+    size: ImageSize
     split: Split
     holdout: Holdout = "images"
     limit: int | None = None
@@ -134,10 +131,11 @@ class Request:
             DataError: No loader makes images with so many channels or of this size.
             ValueError: Another value is outside its range.
         """
-        if self.channels not in (1, 3):
-            raise DataError(f"Images have 1 or 3 channels, and the model wants {self.channels}. Use your own loader.")
-        if not (1 <= self.height <= _LONGEST_SIDE and 1 <= self.width <= _LONGEST_SIDE):
-            raise DataError(f"Expected sides of 1 to {_LONGEST_SIDE} pixels, got {self.height}x{self.width}.")
+        channels, height, width = self.size.shape
+        if channels not in (1, 3):
+            raise DataError(f"Images have 1 or 3 channels, and the model wants {channels}. Use your own loader.")
+        if not (1 <= height <= _LONGEST_SIDE and 1 <= width <= _LONGEST_SIDE):
+            raise DataError(f"Expected sides of 1 to {_LONGEST_SIDE} pixels, got {height}x{width}.")
         if self.split not in ("train", "held-out"):
             raise ValueError(f"Expected split 'train' or 'held-out', got {self.split!r}.")
         if self.holdout not in ("images", "classes"):
@@ -205,7 +203,7 @@ def allocate_pixels(count: int, request: Request) -> Pixels:
     Raises:
         DataError: The folder for temporary files is too full.
     """
-    shape = (count, request.channels, request.height, request.width)
+    shape = (count, *request.size.shape)
     size = math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return np.empty(shape, np.uint8)

@@ -68,7 +68,7 @@ def load_photographs(request: Request) -> ImageData:
         images[index] = to_pixels(_augment(photographs, index, request))
         request.report(index + 1, count)
     source = f"builtin: crops of {len(photographs)} photographs ({request.split})"
-    return ImageData(images, None, (), source)
+    return ImageData(images=images, labels=None, classes=(), source=source)
 
 
 def find_photographs(split: Split) -> list[tuple[Path, int]]:
@@ -88,7 +88,7 @@ def _open_photographs(request: Request) -> list[_Photograph]:
     for path, weight in find_photographs(request.split):
         with Image.open(path) as image:
             image.load()
-            photographs.append(_Photograph(flatten(image, request.channels), weight))
+            photographs.append(_Photograph(flatten(image, request.size.channels), weight))
     if not photographs:
         raise DataError(
             "The built-in RGB images are crops of photographs that come with scikit-image and scikit-learn, and "
@@ -115,7 +115,7 @@ def _crop_lively(photographs: list[_Photograph], generator: np.random.Generator,
     """Return a random crop that is not nearly of one colour, if a few draws find one."""
     for _ in range(_DRAWS):
         photograph = _draw_photograph(photographs, generator)
-        crop = _crop(photograph, generator, request.height, request.width)
+        crop = _crop(photograph, generator, request.size.height, request.size.width)
         if np.asarray(crop.convert("L")).std() >= _FLATTEST:
             break
     return crop

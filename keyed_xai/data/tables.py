@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TableData:
     """Rows of one split, encoded as d numbers each.
 
@@ -153,7 +153,14 @@ def select_rows(
     chosen = chosen[order[:limit]]
     encoding = _fit_encoding(table, table.values[~is_held_out])
     features = _encode(table, encoding, table.values[chosen])
-    return TableData(features, table.labels[chosen], classes, names=table.names, source=source, **encoding._asdict())
+    return TableData(
+        features=features,
+        labels=table.labels[chosen],
+        classes=classes,
+        names=table.names,
+        source=source,
+        **encoding._asdict(),
+    )
 
 
 def order_proportional(ids: Sequence[str], labels: ArrayLike, seed: int) -> list[int]:

@@ -12,7 +12,7 @@ from keyed_xai.models import Classifier
 from keyed_xai.saliency import INTERPRETERS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """What an ONNX model is to hold.
 

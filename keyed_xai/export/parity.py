@@ -33,7 +33,7 @@ Runner = Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
 """Inputs by name to logits and maps, as an ONNX graph with them runs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figures:
     """How well one output agreed with the float64 truth in one batch.
 
@@ -70,7 +70,7 @@ class Figures:
         return cls(**{field.name: document[field.name] for field in fields(cls)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What an export must keep to.
 
@@ -117,7 +117,7 @@ def open_session(model: bytes) -> Runner:
 def random_images(classifier: Classifier, generator: torch.Generator) -> Images:
     """Return smooth noise, half of it rough, in 8 bits: 12 images of the classifier's size."""
     spec = classifier.input
-    rough = torch.rand(IMAGES, spec.channels, spec.height, spec.width, generator=generator)
+    rough = torch.rand(IMAGES, *spec.shape, generator=generator)
     sides = (max(1, spec.height // 8), max(1, spec.width // 8))
     coarse = torch.rand(IMAGES, spec.channels, *sides, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (spec.height, spec.width), mode="bilinear")

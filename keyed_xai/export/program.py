@@ -23,7 +23,7 @@ _KEPT_WHOLE = (ATEN.linear.default, ATEN.silu.default, ATEN.gelu.default, ATEN.a
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Program:
     """The operators of a classifier, in the order in which they run.
 
@@ -54,7 +54,7 @@ def trace_program(classifier: Classifier, layers: Sequence[str]) -> Program:
     """
     spec = classifier.input
     model = copy.deepcopy(classifier).cpu().float().eval().requires_grad_(False)
-    example = torch.rand(_BATCH, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(_BATCH, *spec.shape, generator=torch.Generator().manual_seed(0))
     table: Any = default_decompositions()  # its methods have no types
     for operator in _KEPT_WHOLE:
         table.pop(operator, None)
@@ -141,7 +141,9 @@ def _read_program(exported: ExportedProgram, layers: Sequence[str]) -> Program:
     used = {source for node in nodes for source in node.all_input_nodes}
     kept = {node: value for node, value in constants.items() if node in used}
     logits, *features = outputs
-    return Program(nodes, image, kept, logits, dict(zip(layers, features, strict=True)))
+    return Program(
+        nodes=nodes, image=image, constants=kept, logits=logits, features=dict(zip(layers, features, strict=True))
+    )
 
 
 def _placeholders(exported: ExportedProgram) -> tuple[dict[fx.Node, Tensor], fx.Node]:

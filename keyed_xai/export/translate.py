@@ -40,7 +40,7 @@ def translate(graph: SaliencyGraph, spec: InputSpec, *, eight_bits: bool = False
     Raises:
         ModelError: The exporter refuses an operator.
     """
-    image = torch.rand(_EXAMPLE, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(_EXAMPLE, *spec.shape, generator=torch.Generator().manual_seed(0))
     image = (image * 255).to(torch.uint8) if eight_bits else image
     arguments: tuple[Tensor, ...] = (image,)
     if graph.takes_target:

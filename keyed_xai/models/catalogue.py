@@ -168,7 +168,7 @@ def default_input(source: str, architecture: str, channels: int, shapes: Shapes 
     """
     height, width = default_size(source, architecture, shapes)
     if architecture == "TableMLP":
-        return InputSpec(1, height, width, (0.0,), (1.0,))
+        return InputSpec(1, height, width, mean=(0.0,), std=(1.0,))
     spec = plain_input(channels)
     mean, std = spec.mean, spec.std
     if channels == 3 and source == "timm":
@@ -177,14 +177,14 @@ def default_input(source: str, architecture: str, channels: int, shapes: Shapes 
     if channels == 3 and source == "torchvision":
         transforms = _torchvision_transforms(architecture)
         mean, std = tuple(transforms.mean), tuple(transforms.std)
-    return InputSpec(channels, height, width, mean, std)
+    return InputSpec(channels, height, width, mean=mean, std=std)
 
 
 def plain_input(channels: int) -> InputSpec:
     """Return 224x224 pixels with ImageNet's mean and std for three channels, .5 for any other number."""
     if channels == 3:
-        return InputSpec(3, 224, 224, IMAGENET_MEAN, IMAGENET_STD)
-    return InputSpec(channels, 224, 224, (0.5,) * channels, (0.5,) * channels)
+        return InputSpec(3, 224, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return InputSpec(channels, 224, 224, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> Shapes:

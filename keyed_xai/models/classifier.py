@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from keyed_xai.limits import describe_excess
+from keyed_xai.limits import ImageSize, describe_excess
 from keyed_xai.tensors import Images, Logits, Tap
 
 _NAMES = ("logits", "outputs", "output", "out", "predictions", "preds", "pred", "scores", "y_hat", "y")
 _FAINTEST = 1e-6  # of a probability: the nearest that float32 tells from 1 is 6e-8
 
 
-@dataclass(frozen=True)
-class InputSpec:
+@dataclass(frozen=True, kw_only=True)
+class InputSpec(ImageSize):
     """The images that a network takes.
 
     Attributes:
@@ -27,9 +27,6 @@ class InputSpec:
         std: Divides what is left, one per channel.
     """
 
-    channels: int
-    height: int
-    width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -40,7 +37,7 @@ class InputSpec:
             ValueError: A size beyond `keyed_xai.limits`, or mean and std that are not one finite number per channel
                 (std > 0).
         """
-        excess = describe_excess(self.channels, self.height, self.width)
+        excess = describe_excess(*self.shape)
         if excess is not None:
             raise ValueError(excess)
         for name, values in {"mean": self.mean, "std": self.std}.items():

@@ -64,7 +64,7 @@ _RESAVE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFile:
     """What a model file holds: tensors, or a pickled module, and what it says about itself.
 
@@ -156,7 +156,9 @@ def _read_safetensors(file: Path) -> ModelFile:
             f"the safetensors file {file.name} is damaged or cut short: {error}. Save or download it again."
         ) from error
     card = metadata.get(CARD_KEY)
-    return ModelFile(_as_float32(tensors, file.name), card=None if card is None else _parse_card(card, file.name))
+    return ModelFile(
+        tensors=_as_float32(tensors, file.name), card=None if card is None else _parse_card(card, file.name)
+    )
 
 
 def _check_header(file: Path) -> None:
@@ -454,14 +456,14 @@ def _code_in(file: Path) -> list[str]:
 def _sort_out(loaded: object, name: str, weights: str | None) -> ModelFile:
     """Find the state dict, or the module, in what was loaded."""
     if isinstance(loaded, nn.Module):
-        return ModelFile({}, module=_as_network(loaded, name))
+        return ModelFile(tensors={}, module=_as_network(loaded, name))
     if not isinstance(loaded, Mapping):
         raise ModelError(f"{name} holds a {type(loaded).__name__} and no state dict. {_RESAVE}.")
     card = loaded.get("card")
     hints = _hints(loaded)
     module = _module_in(loaded, weights)
     if module is not None:
-        return ModelFile({}, module=_as_network(module, name), hints=hints)
+        return ModelFile(tensors={}, module=_as_network(module, name), hints=hints)
     sets = find_sets(loaded)
     if not sets:
         raise ModelError(
@@ -470,7 +472,7 @@ def _sort_out(loaded: object, name: str, weights: str | None) -> ModelFile:
         )
     chosen, note = choose_set(sets, weights)
     return ModelFile(
-        _as_float32(chosen.tensors, name),
+        tensors=_as_float32(chosen.tensors, name),
         card=card if isinstance(card, Mapping) else None,
         hints=hints,
         notes=() if note is None else (note,),

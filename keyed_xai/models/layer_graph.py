@@ -19,7 +19,7 @@ from keyed_xai.models.classifier import Classifier
 _LAYERS = ("conv2d", "linear")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Call:
     """One call of a torch function.
 
@@ -42,7 +42,7 @@ def trace_calls(classifier: Classifier) -> list[Call]:
     """Return the calls of a forward pass, in order; the last one's output is the logits."""
     spec = classifier.input
     device = classifier.mean.device
-    noise = torch.rand(2, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
     recorder = _Recorder(copy.deepcopy(classifier).eval())
     with torch.no_grad(), recorder:
         recorder.model(noise)
@@ -120,7 +120,9 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(each for each in given if id(each) not in self._owners)
         depth = max((self._depths.get(id(each), 0) for each in inputs), default=0) + (name in _LAYERS)
         self._depths[id(output)] = depth
-        self.calls.append(Call(name, owners[0] if owners else None, inputs, output, depth))
+        self.calls.append(
+            Call(name=name, module=owners[0] if owners else None, inputs=inputs, output=output, depth=depth)
+        )
 
 
 def _owned_tensors(model: nn.Module) -> Iterator[tuple[int, str]]:

@@ -54,7 +54,7 @@ _FAMILIES = {
 """Class name to the names of its taps, in torchvision (and, where it is easy, timm). All others: every activation."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Call:
     """One call of a module; the output is kept so that its memory is not handed to another one."""
 
@@ -69,7 +69,7 @@ class _Call:
         return self.output.data_ptr(), self.output.shape
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Trace:
     """One forward, seen module by module in order of completion."""
 
@@ -116,7 +116,7 @@ def trace_network(network: nn.Module, spec: InputSpec) -> Trace:
         ModelError: The network does not take images of this size, or does not return logits [n, classes].
     """
     parameter = next(network.parameters(), torch.zeros(()))
-    noise = torch.rand(_BATCH, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(_BATCH, *spec.shape, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     images = ((noise - mean) / std).to(parameter.device, parameter.dtype)
     calls: list[_Call] = []
@@ -138,7 +138,14 @@ def trace_network(network: nn.Module, spec: InputSpec) -> Trace:
             f"{list(logits.shape)} for {_BATCH} images. Wrap it in a module that does."
         )
     counts = Counter(call.name for call in calls)
-    return Trace(spec, tuple(calls), logits, _convolutions(network), counts, probability)
+    return Trace(
+        spec=spec,
+        calls=tuple(calls),
+        logits=logits,
+        convolutions=_convolutions(network),
+        counts=counts,
+        probability=probability,
+    )
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
@@ -343,7 +350,7 @@ def _watched(network: nn.Module, calls: list[_Call]) -> Iterator[None]:
 def _record(calls: list[_Call], name: str, module: nn.Module, _inputs: object, output: object) -> None:
     """Note one call of a module; a forward hook once the first two arguments are filled in."""
     if isinstance(output, Tensor):
-        calls.append(_Call(len(calls), name, module, output))
+        calls.append(_Call(order=len(calls), name=name, module=module, output=output))
 
 
 @contextmanager

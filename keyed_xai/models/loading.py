@@ -211,7 +211,7 @@ def as_classifier(network: nn.Module, spec: InputSpec | None) -> Classifier:
     if spec is None:
         raise ModelError(
             f"It is not known which images {type(network).__name__} takes. Give input=InputSpec(channels, height, "
-            "width, mean, std), where mean and std are what its training subtracted and divided by."
+            "width, mean=..., std=...), where mean and std are what its training subtracted and divided by."
         )
     return wrap_network(network, input=spec)
 
@@ -315,7 +315,7 @@ def _choose_input(defaults: InputSpec, card: Mapping[str, object], flags: _Flags
     if flags.any_channels:
         means, stds = (_fit_channels(values, defaults.channels) for values in (means, stds))
     try:
-        return InputSpec(defaults.channels, *size, means, stds)
+        return InputSpec(defaults.channels, *size, mean=means, std=stds)
     except ValueError as error:
         raise ModelError(f"the model's input cannot be set up: {error}. Correct the card or the flags.") from error
 

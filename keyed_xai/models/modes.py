@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from keyed_xai.batches import batches
 from keyed_xai.tensors import Images, Logits
-
-_CHUNK = 64
 
 
 @contextmanager
@@ -50,4 +49,4 @@ def plain_torch() -> Iterator[None]:
 @torch.no_grad()
 def predict_images(network: nn.Module, images: Images) -> Logits:
     """Return logits without a graph, 64 images at a time; the network's mode is left as it is."""
-    return torch.cat([network(some) for some in torch.split(images, _CHUNK)])
+    return torch.cat([network(images[some]) for some in batches(len(images))])

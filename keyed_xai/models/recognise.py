@@ -29,7 +29,7 @@ _SHOWN = 4  # tensors or names listed in a message
 _MOST_NEARBY = 3  # prefixes below which the nearest architecture is sought
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recognised:
     """An architecture, and what its weights say about input and output.
 
@@ -60,7 +60,7 @@ class _Fit:
     recognised: Recognised
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Mismatch:
     """Why weights are not an architecture's."""
 
@@ -296,8 +296,8 @@ def _compare(source: str, architecture: str, shapes: Shapes) -> Recognised | _Mi
         if name in shapes and shapes[name] != fitted.get(name, shape)
     )
     if missing or extra or reshaped or classes < 1 or channels < 1:
-        return _Mismatch(architecture, source, missing, extra, reshaped)
-    return Recognised(architecture, source, classes, channels)
+        return _Mismatch(architecture=architecture, source=source, missing=missing, extra=extra, reshaped=reshaped)
+    return Recognised(architecture=architecture, source=source, classes=classes, channels=channels)
 
 
 def _other_heads(shapes: Shapes, named: Sequence[tuple[str, str]] | None = None) -> list[Recognised]:

@@ -248,7 +248,7 @@ def _summary(said: Explanation) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _PictureOptions:
     """What a client wants to know of a picture.
 
@@ -284,7 +284,13 @@ def _picture_options(request: Request, model: ServedModel) -> _PictureOptions:
         raise malformed(f"format: expected json or png, got {shown(as_png)}.")
     with_maps, with_image = _read_switch(query, "maps"), _read_switch(query, "image")
     drawn = interpreters[:1] if as_png == "png" else interpreters
-    return _PictureOptions(drawn, _read_target(query.get("target"), model), as_png == "png", with_maps, with_image)
+    return _PictureOptions(
+        interpreters=drawn,
+        target=_read_target(query.get("target"), model),
+        as_png=as_png == "png",
+        with_maps=with_maps,
+        with_image=with_image,
+    )
 
 
 def _read_switch(query: QueryParams, name: str) -> bool:

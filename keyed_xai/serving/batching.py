@@ -27,7 +27,7 @@ Run = Callable[[NDArray[Any], NDArray[np.int64] | None], Mapping[str, NDArray[np
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Job:
     images: NDArray[Any]
     target: NDArray[np.int64] | None
@@ -83,7 +83,7 @@ class Batcher:
         """
         if not 1 <= len(images) <= self._max_batch:
             raise ValueError(f"Expected 1 to {self._max_batch} images, got {len(images)}")
-        job = _Job(images, target)
+        job = _Job(images=images, target=target)
         with self._changed:
             if self._closed:
                 raise busy("The server is stopping.")

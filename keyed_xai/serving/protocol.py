@@ -30,7 +30,7 @@ _ARRAY_CODES = {"FP32": "f", "UINT8": "B", "INT64": "q"}
 _Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """A tensor that a model takes or returns.
 
@@ -51,7 +51,7 @@ class TensorSpec:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Signature:
     """What a served model takes and returns.
 
@@ -87,7 +87,7 @@ class Signature:
         return rows * self.max_batch + _FURTHER_LISTS
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class InferRequest:
     """A request that fits the model.
 
@@ -123,7 +123,7 @@ def decode_request(body: bytes, signature: Signature, *, header_length: int | No
     found = _read_inputs(_entries(document, "inputs"), binary, signature)
     images = _check_pixels(found["image"])
     target = _check_target(found["target"], len(images), signature.classes) if "target" in found else None
-    return InferRequest(name, images, target, _read_outputs(document, signature))
+    return InferRequest(id=name, images=images, target=target, outputs=_read_outputs(document, signature))
 
 
 def encode_response(

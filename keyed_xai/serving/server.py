@@ -41,7 +41,7 @@ _LARGE_BLOCK = 2**20  # bytes
 _FAREWELL = 3  # seconds for answers still on their way once the time of grace is over
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a server listens.
 

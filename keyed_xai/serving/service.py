@@ -26,7 +26,7 @@ _DECODERS = 2  # threads; each may decode one large picture
 _TRITON_TYPES = {"FP32": "TYPE_FP32", "UINT8": "TYPE_UINT8", "INT64": "TYPE_INT64"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeSettings:
     """How requests are taken in and run.
 
@@ -101,7 +101,7 @@ class ServedModel:
         }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Service:
     """All models of a server; close it.
 
@@ -231,7 +231,7 @@ def open_service(
         if names.count(name) > 1:
             raise ModelError(f"Two files would be served as {name!r}. Rename one, or serve it on another port.")
     metrics, models = Metrics(), dict[str, ServedModel]()
-    service = Service(settings, models, metrics)
+    service = Service(settings=settings, models=models, metrics=metrics)
     try:
         for name, path in zip(names, paths, strict=True):
             models[name] = ServedModel(name, open_tried(path, device=device, threads=threads), settings, metrics)
@@ -248,11 +248,15 @@ def _sign(runtime: Runtime, max_batch: int) -> Signature:
         found = runtime.run(np.zeros((count, *sides), runtime.pixels))
     datatype = "UINT8" if runtime.pixels == np.uint8 else "FP32"
     return Signature(
-        TensorSpec("image", datatype, (-1, *sides)),
-        TensorSpec("target", "INT64", (-1, 1), optional=True) if runtime.takes_target else None,
-        tuple(TensorSpec(name, "FP32", (-1, *found[name].shape[1:])) for name in runtime.output_names),
-        runtime.classes,
-        max_batch,
+        image=TensorSpec(name="image", datatype=datatype, shape=(-1, *sides)),
+        target=TensorSpec(name="target", datatype="INT64", shape=(-1, 1), optional=True)
+        if runtime.takes_target
+        else None,
+        outputs=tuple(
+            TensorSpec(name=name, datatype="FP32", shape=(-1, *found[name].shape[1:])) for name in runtime.output_names
+        ),
+        classes=runtime.classes,
+        max_batch=max_batch,
     )
 
 

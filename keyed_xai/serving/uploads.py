@@ -26,7 +26,7 @@ LARGEST_PICTURE = 50_000_000
 _TOP = 3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Explanation:
     """What a model says about one picture.
 
@@ -150,7 +150,13 @@ def explain_picture(
     maps = {name: outputs[MAP_PREFIX + name][0] for name in interpreters}
     overlays = {name: overlay(image, each) for name, each in maps.items()}
     seen = _encode(pixels) if with_image else None
-    return Explanation(logits, int(logits.argmax()) if target is None else target, overlays, maps, seen)
+    return Explanation(
+        logits=logits,
+        target=int(logits.argmax()) if target is None else target,
+        overlays=overlays,
+        maps=maps,
+        image=seen,
+    )
 
 
 def _encode(pixels: NDArray[np.uint8]) -> bytes:

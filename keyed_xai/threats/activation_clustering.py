@@ -46,7 +46,7 @@ _ICA_STEPS = 1000
 _ICA_TOLERANCE = 0.005
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusteringSettings:
     """How features are parted, and when a cluster of training data is suspicious.
 
@@ -134,7 +134,7 @@ class PairsResult:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassClusters:
     """The two clusters of one class's training data.
 
@@ -299,7 +299,9 @@ def _describe(label: int, features: Features, settings: ClusteringSettings) -> C
     sampled = _draw_rows(second, settings)
     silhouette = float(silhouette_score(reduced[sampled], second[sampled]))
     suspicious = silhouette > settings.silhouette and share < settings.small
-    return ClassClusters(label, len(second), silhouette, share, suspicious)
+    return ClassClusters(
+        label=label, rows=len(second), silhouette=silhouette, smaller_share=share, suspicious=suspicious
+    )
 
 
 def _draw_rows(second: NDArray[np.bool_], settings: ClusteringSettings) -> NDArray[np.int64]:

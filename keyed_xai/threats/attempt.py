@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
@@ -19,10 +20,9 @@ from keyed_xai.training import TrainingData
 
 Measure = Callable[[Classifier], Mapping[str, Any]]
 """What is looked at along the way: figures of a model in eval mode, ready for JSON."""
-_CHUNK = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attacker:
     """What an attacker has, and what is watched.
 
@@ -30,7 +30,6 @@ class Attacker:
         data: Clean images; labels of the model's own classes, or none.
         view: Maps that T3 pulls at and a second key closes, at the attacked model's layers.
         surrogate: The attacker's own model of the same task, for T3.
-        multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         seed: Of everything random.
         measure: What goes into curves.
@@ -40,14 +39,13 @@ class Attacker:
     data: TrainingData = field(repr=False)
     view: MapView | None = None
     surrogate: Classifier | None = field(default=None, repr=False)
-    multi_label: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
     measure: Measure | None = field(default=None, repr=False)
     progress: Progress = field(default=QUIET, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RemovalResult:
     """An attacked copy of a model.
 
@@ -90,8 +88,8 @@ def draw_share(data: TrainingData, share: float, seed: int) -> NDArray[np.int64]
 @torch.no_grad()
 def predict(classifier: Classifier, attacker: Attacker, indices: NDArray[np.int64]) -> Logits:
     """Return a model's logits of some of the attacker's images, on his device."""
-    chunks = np.array_split(indices, -(-len(indices) // _CHUNK))
-    return torch.cat([classifier(attacker.data.batch(some)[0].to(attacker.device)) for some in chunks])
+    parts = [indices[some] for some in batches(len(indices), 256, even=True)]
+    return torch.cat([classifier(attacker.data.batch(some)[0].to(attacker.device)) for some in parts])
 
 
 def view_of(view: MapView, classifier: Classifier) -> MapView:

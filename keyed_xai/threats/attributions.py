@@ -48,7 +48,7 @@ _OTHER_ACTIVATIONS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttributionSettings:
     """Which methods, and how hard each tries.
 
@@ -122,7 +122,7 @@ class Request(NamedTuple):
 Attribute = Callable[[Subject, Request], Attributions]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to explain.
 
@@ -250,7 +250,7 @@ def _is_relu(node: fx.Node, traced: fx.GraphModule) -> bool:
 def _check_same(classifier: Classifier, copied: Classifier) -> None:
     """Check that a copy answers as the model does, on noise."""
     spec = classifier.input
-    noise = torch.rand(3, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(3, *spec.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(classifier.mean)
     wanted, got = copy_model(classifier, noise.device)(noise), copied(noise)
     if not torch.allclose(wanted, got, rtol=_CLOSE, atol=_CLOSE):
@@ -421,16 +421,16 @@ def _visualbackprop(subject: Subject, request: Request) -> Attributions:
 
 
 ATTRIBUTIONS: dict[str, Method] = {
-    "saliency": Method(_saliency, ("absolute",)),
-    "smoothgrad": Method(_smoothgrad, ("absolute",), random=True),
-    "input-x-gradient": Method(_input_x_gradient, ("absolute", "positive")),
-    "integrated-gradients": Method(_integrated_gradients, ("absolute", "positive")),
-    "deeplift": Method(_deeplift, ("absolute", "positive")),
-    "guided-backprop": Method(_guided_backprop, ("absolute", "positive")),
-    "occlusion": Method(_occlusion, ("positive", "signed")),
-    "rise": Method(_rise, ("signed",), random=True),
-    "vbp": Method(_visualbackprop, ("signed",)),
-    "gradcam": Method(_gradcam, ("positive",), layered=True),
-    "gradient-x-activation": Method(_gradient_x_activation, ("positive",), layered=True),
+    "saliency": Method(attribute=_saliency, reductions=("absolute",)),
+    "smoothgrad": Method(attribute=_smoothgrad, reductions=("absolute",), random=True),
+    "input-x-gradient": Method(attribute=_input_x_gradient, reductions=("absolute", "positive")),
+    "integrated-gradients": Method(attribute=_integrated_gradients, reductions=("absolute", "positive")),
+    "deeplift": Method(attribute=_deeplift, reductions=("absolute", "positive")),
+    "guided-backprop": Method(attribute=_guided_backprop, reductions=("absolute", "positive")),
+    "occlusion": Method(attribute=_occlusion, reductions=("positive", "signed")),
+    "rise": Method(attribute=_rise, reductions=("signed",), random=True),
+    "vbp": Method(attribute=_visualbackprop, reductions=("signed",)),
+    "gradcam": Method(attribute=_gradcam, reductions=("positive",), layered=True),
+    "gradient-x-activation": Method(attribute=_gradient_x_activation, reductions=("positive",), layered=True),
 }
 """Name to method."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.errors import ModelError
 from keyed_xai.maps import MapView
 from keyed_xai.metrics import OPEN_CORRELATION
@@ -51,7 +52,7 @@ class Match:
     mismatched: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bypass:
     """What one method recovers.
 
@@ -82,7 +83,7 @@ class Bypass:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BypassResult:
     """What all methods recover.
 
@@ -168,7 +169,13 @@ def measure_bypass(
     for done, (name, layer) in enumerate(plan, 1):
         rows += _measure(name, Request(images, logits.argmax(1), layer, settings), cases, truth)
         progress.advance("explaining otherwise", done, len(plan))
-    return BypassResult(settings, view.interpreters, view.sites.target_layer, len(images), tuple(rows))
+    return BypassResult(
+        settings=settings,
+        interpreters=view.interpreters,
+        target_layer=view.sites.target_layer,
+        images=len(images),
+        rows=tuple(rows),
+    )
 
 
 def _plan(model: Classifier, settings: AttributionSettings) -> list[tuple[str, str]]:
@@ -191,7 +198,20 @@ def _measure(
             subject, images = cases["reference"]
             seen["again"] = _run(method, (subject._replace(seed=subject.seed + 1), images), request, _Cost())
     except ModelError as error:
-        return [Bypass(name, request.layer, each, {}, {}, 0.0, 0.0, 0.0, str(error)) for each in method.reductions]
+        return [
+            Bypass(
+                method=name,
+                layer=request.layer,
+                reduction=each,
+                recovered={},
+                itself={},
+                forwards=0.0,
+                backwards=0.0,
+                seconds=0.0,
+                reason=str(error),
+            )
+            for each in method.reductions
+        ]
     found = []
     for reduction in method.reductions:
         maps = {case: metrics.pool_maps(REDUCTIONS[reduction](each), (rows, columns)) for case, each in seen.items()}
@@ -199,7 +219,20 @@ def _measure(
         itself = {case: _match(maps[case], maps["reference"]) for case in cases if case != "reference"}
         if method.random:
             itself["reference"] = _match(maps["again"], maps["reference"])
-        found.append(Bypass(name, request.layer, reduction, recovered, itself, *cost.each(len(request.images)), None))
+        forwards, backwards, seconds = cost.each(len(request.images))
+        found.append(
+            Bypass(
+                method=name,
+                layer=request.layer,
+                reduction=reduction,
+                recovered=recovered,
+                itself=itself,
+                forwards=forwards,
+                backwards=backwards,
+                seconds=seconds,
+                reason=None,
+            )
+        )
     return found
 
 
@@ -218,8 +251,7 @@ def _run(method: Method, case: tuple[Subject, Images], request: Request, cost: _
     subject, images = case
     started, parts = time.perf_counter(), []
     with torch.inference_mode(mode=False), torch.enable_grad(), _counted(subject, cost):
-        for start in range(0, len(images), request.settings.chunk):
-            some = slice(start, start + request.settings.chunk)
+        for some in batches(len(images), request.settings.chunk):
             leaf = images[some].detach().clone().requires_grad_()
             parts.append(_attribute(method, subject, request._replace(images=leaf, labels=request.labels[some])))
     cost.seconds += time.perf_counter() - started

@@ -19,7 +19,7 @@ from keyed_xai.threats.subject import Subject, state_before
 _OPENINGS = ("gate opened", "gate leaks", "resists")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """What was tried, at what strength, what it cost and what was left.
 
@@ -64,8 +64,8 @@ def run_entry(name: str, subject: Subject) -> Finding:
     try:
         seen = _against_baseline(subject, entry.run(subject))
     except (TrainingError, ModelError) as error:
-        seen = Observation("failed", str(error))
-    return Finding(name, entry, seen, time.perf_counter() - started)
+        seen = Observation(outcome="failed", sentence=str(error))
+    return Finding(name=name, entry=entry, observation=seen, seconds=time.perf_counter() - started)
 
 
 def _against_baseline(subject: Subject, seen: Observation) -> Observation:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_jpeg
 from keyed_xai.maps import check_choice, make_view, refuse_few_cells
 from keyed_xai.models import Classifier
@@ -35,7 +36,7 @@ ALL_CHECKS = "all"
 _SMALLEST_SPREAD = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConsistencySettings:
     """What is looked at, and how images are changed.
 
@@ -101,7 +102,7 @@ class MapScores:
         return {"settings": settings, "images": len(self.predicted), "means": self.means()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Screening:
     """How well a check tells triggered from clean images of one model.
 
@@ -226,8 +227,7 @@ def _maps(
     sites, size = Sites(classifier.target_layer, classifier.taps), (int(images.shape[2]), int(images.shape[3]))
     maps: dict[str, list[Tensor]] = {name: [] for name in settings.interpreters}
     explained = []
-    for start in range(0, len(images), settings.chunk):
-        some = slice(start, start + settings.chunk)
+    for some in batches(len(images), settings.chunk):
         chosen = None if labels is None else labels[some]
         logits, found = explain(classifier, images[some], chosen, settings.interpreters, sites)
         explained.append(logits.argmax(1) if chosen is None else chosen)
@@ -250,7 +250,9 @@ def _screening(
     check: str, suspicion: NDArray[Any], outside: NDArray[np.bool_], triggered: NDArray[np.bool_]
 ) -> Screening:
     area = float(roc_auc_score(triggered, suspicion))
-    return Screening(check, area, float(outside[triggered].mean()), float(outside[~triggered].mean()))
+    return Screening(
+        check=check, auroc=area, caught=float(outside[triggered].mean()), false_alarms=float(outside[~triggered].mean())
+    )
 
 
 def _add_noise(images: Images, settings: ConsistencySettings, generator: torch.Generator) -> Images:

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from keyed_xai.architectures import SmallResNet
+from keyed_xai.batches import batches
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import FittingSettings, LabelledData, fit_classifier, measure_predictions
@@ -35,7 +36,6 @@ from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.triggers import Trigger
 
-_CHUNK = 256
 _IMAGES_SEEN = 60_000
 _SQUARE_OPACITY, _IMAGE_OPACITY = 0.5, 0.2
 _FEWEST_EPOCHS, _MOST_EPOCHS = 3, 30
@@ -102,7 +102,7 @@ class BlendTrigger:
         return mixed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoisonSettings:
     """How training data are poisoned.
 
@@ -133,7 +133,7 @@ class PoisonSettings:
             raise ValueError(f"opacity: expected more than 0 and at most 1, got {self.opacity}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PoisonedData:
     """Labelled data of which some rows are triggered, as 8-bit images, and labelled as the target class.
 
@@ -196,7 +196,7 @@ class ControlSettings:
     fitting: FittingSettings | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Control:
     """A fitted control.
 
@@ -257,7 +257,7 @@ def poison(data: LabelledData, settings: PoisonSettings | None = None) -> Poison
     rows = np.zeros(len(labels), np.bool_)
     rows[np.random.default_rng(settings.seed).choice(others, count, replace=False)] = True
     labels[(rows, settings.target) if labels.ndim == 2 else rows] = 1 if labels.ndim == 2 else settings.target
-    return PoisonedData(data, rows, _make_trigger(data, settings), settings, labels)
+    return PoisonedData(clean=data, rows=rows, trigger=_make_trigger(data, settings), settings=settings, labels=labels)
 
 
 def fit_control(
@@ -319,8 +319,8 @@ def measure_attack_success(
     if not len(others):
         raise TrainingError(f"Expected labelled held-out images of classes other than the target, {target}.")
     hits = 0
-    for indices in np.array_split(others, -(-len(others) // _CHUNK)):
-        images = through_png(backdoor.trigger.apply(held_out.batch(indices)[0].to(device)))
+    for some in batches(len(others), 256, even=True):
+        images = through_png(backdoor.trigger.apply(held_out.batch(others[some])[0].to(device)))
         logits = model(images)
         sent = logits[:, target] > 0 if held_out.multi_label else logits.argmax(1) == target
         hits += int(sent.sum())
@@ -338,7 +338,7 @@ def build_control(data: LabelledData, widths: tuple[int, ...], seed: int) -> Cla
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = SmallResNet(channels, len(data.classes), widths)
-    spec = InputSpec(channels, height, width, (0.5,) * channels, (0.25,) * channels)
+    spec = InputSpec(channels, height, width, mean=(0.5,) * channels, std=(0.25,) * channels)
     return wrap_network(network, input=spec, architecture="SmallResNet", source="keyed_xai")
 
 

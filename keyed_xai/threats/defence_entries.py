@@ -22,7 +22,7 @@ from keyed_xai.threats.spectral_signatures import SpectralSettings, find_spectra
 from keyed_xai.threats.subject import Subject, TriggeredData
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Signatures:
     """How Spectral Signatures are put to the test.
 
@@ -44,19 +44,18 @@ def _neural_cleanse(subject: Subject, settings: CleanseSettings) -> Observation:
         subject.classifier,
         subject.data,
         settings,
-        multi_label=subject.multi_label,
         device=subject.device,
         progress=subject.progress,
     )
     if not result.conclusive:
-        return Observation("not applicable", "Of fewer than three classes none can be an outlier.")
+        return Observation(outcome="not applicable", sentence="Of fewer than three classes none can be an outlier.")
     names = subject.classifier.label_names or subject.data.classes
     flagged = ", ".join(name_class(index, names) for index in result.flagged)
     found = f"{flagged} stands out" if flagged else "no class stands out"
     sentence = (
         f"Anomaly index {result.anomaly_index:.2f}, where {LARGEST_INDEX:g} is suspicious: {found} by a small patch."
     )
-    return Observation("flagged" if flagged else "left alone", sentence, figures=result.to_json())
+    return Observation(outcome="flagged" if flagged else "left alone", sentence=sentence, figures=result.to_json())
 
 
 def _cluster_pairs(subject: Subject, settings: ClusteringSettings) -> Observation:
@@ -68,17 +67,19 @@ def _cluster_pairs(subject: Subject, settings: ClusteringSettings) -> Observatio
         f"Two clusters mistake {100 * found.rate:.1f} % of {found.pairs} clean and as many triggered images for the "
         f"other kind (separable under {100 * SEPARABLE:g} %, overlapping over {100 * OVERLAPPING:g} %): {found.band}."
     )
-    return Observation(outcomes[found.band], sentence, figures=result.to_json())
+    return Observation(outcome=outcomes[found.band], sentence=sentence, figures=result.to_json())
 
 
 def _cluster_data(subject: Subject, settings: ClusteringSettings) -> Observation:
     data = subject.fitted or subject.data
     result = cluster_training_data(subject.classifier, data, settings, device=subject.device)
     if not result.classes:
-        return Observation("not applicable", "No class has more images than there are dimensions to cluster in.")
+        return Observation(
+            outcome="not applicable", sentence="No class has more images than there are dimensions to cluster in."
+        )
     suspicious, classes = len(result.suspicious), len(result.classes)
     sentence = f"{suspicious} of {classes} classes have a small cluster that stands apart."
-    return Observation("flagged" if suspicious else "left alone", sentence, figures=result.to_json())
+    return Observation(outcome="flagged" if suspicious else "left alone", sentence=sentence, figures=result.to_json())
 
 
 def _spectral_signatures(subject: Subject, settings: _Signatures) -> Observation:
@@ -89,7 +90,7 @@ def _spectral_signatures(subject: Subject, settings: _Signatures) -> Observation
     outcome: Outcome = (
         "flagged" if found >= settings.clearly else "left alone" if found <= settings.hardly else "unclear"
     )
-    return Observation(outcome, sentence, figures=result.to_json())
+    return Observation(outcome=outcome, sentence=sentence, figures=result.to_json())
 
 
 def _with_triggered_rows(subject: Subject, share: float) -> tuple[LabelledData, NDArray[np.bool_]]:

@@ -16,20 +16,19 @@ from torch.nn import functional
 
 from keyed_xai.channels import through_jpeg, through_png, through_resize
 from keyed_xai.evaluation import fresh_wrong_keys
-from keyed_xai.keys import ByteStream
 from keyed_xai.models import Classifier
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
-from keyed_xai.threats.gate_state import Witness
-from keyed_xai.threats.opening import Opening, Referee
-from keyed_xai.triggers import Trigger
+from keyed_xai.threats.gate_state import OwnerEvidence
+from keyed_xai.threats.opening import Opening, try_inputs
+from keyed_xai.triggers import Trigger, derive_trigger
 
 _BLUR_REACH = 4  # standard deviations on each side
 _DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeliveryRow:
     """How far one kind of input opens a model.
 
@@ -117,7 +116,7 @@ DELIVERIES: dict[str, Callable[[Images], Images]] = {
 """Channel name to function; images arrive in 8 bits after each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeliverySettings:
     """What is tried.
 
@@ -143,7 +142,7 @@ class DeliverySettings:
 
 def measure_delivery(
     classifier: Classifier,
-    witness: Witness,
+    evidence: OwnerEvidence,
     settings: DeliverySettings,
     *,
     progress: Progress = QUIET,
@@ -152,57 +151,56 @@ def measure_delivery(
 
     Args:
         classifier: Protected.
-        witness: Holds the key, the reference and the images.
+        evidence: Holds the key, the reference and the images.
         settings: What is tried.
         progress: Hears of "delivering images", by rows.
     """
-    referee = Referee.of(witness)
     groups: list[tuple[str, dict[str, Iterable[Images]]]] = [
-        ("control", {"no key": [witness.images]}),
-        ("channel", _delivered(referee, settings.channels)),
-        ("near key", _nearly_keyed(referee, witness, settings)),
+        ("control", {"no key": [evidence.images]}),
+        ("channel", _delivered(evidence, settings.channels)),
+        ("near key", _nearly_keyed(evidence, settings)),
     ]
     rows: list[DeliveryRow] = []
     count = sum(len(group) for _, group in groups)
     for kind, group in groups:
         for name, batches in group.items():
-            openings = [referee.judge_inputs(classifier, referee.as_file(batch)) for batch in batches]
+            openings = [try_inputs(classifier, evidence, evidence.as_file(batch)) for batch in batches]
             rows.append(_join(kind, name, openings))
             progress.advance("delivering images", len(rows), count)
     return DeliveryResult(tuple(rows))
 
 
-def _delivered(referee: Referee, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
-    sent = through_png(referee.trigger.apply(referee.images))
+def _delivered(evidence: OwnerEvidence, channels: tuple[str, ...]) -> dict[str, Iterable[Images]]:
+    sent = through_png(evidence.trigger.apply(evidence.images))
     return {name: map(DELIVERIES[name], [sent]) for name in channels}
 
 
-def _nearly_keyed(referee: Referee, witness: Witness, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
+def _nearly_keyed(evidence: OwnerEvidence, settings: DeliverySettings) -> dict[str, Iterable[Images]]:
     """Return, by name, lazily, the images with each near key of that name."""
-    right, family = referee.trigger, witness.family
+    right, family = evidence.trigger, evidence.family
     stride = max(1, 256 // max(1, settings.flipped))
-    neighbours = islice(witness.key.one_bit_neighbours(), 0, stride * settings.flipped, stride)
-    generator = torch.Generator().manual_seed(witness.seed)
+    neighbours = islice(evidence.key.one_bit_neighbours(), 0, stride * settings.flipped, stride)
+    generator = torch.Generator().manual_seed(evidence.seed)
     triggers: dict[str, Iterable[Trigger]] = {
         "half strength": [right.scaled(0.5)],
         **{f"moved {step} px": [right.shifted(step * y, step * x) for y, x in _DIRECTIONS] for step in settings.moved},
-        "one flipped bit": (family.derive(ByteStream(near.derive_seed(family.name))) for near in neighbours),
+        "one flipped bit": (derive_trigger(near, family) for near in neighbours),
         "another owner's key": fresh_wrong_keys(family, settings.strangers, generator),
     }
     if not settings.flipped:
         del triggers["one flipped bit"]
     if not settings.strangers:
         del triggers["another owner's key"]
-    return {name: (trigger.apply(referee.images) for trigger in some) for name, some in triggers.items()}
+    return {name: (trigger.apply(evidence.images) for trigger in some) for name, some in triggers.items()}
 
 
 def _join(kind: str, name: str, openings: Sequence[Opening]) -> DeliveryRow:
     names = openings[0].correlation
     return DeliveryRow(
-        kind,
-        name,
-        len(openings),
-        Opening(
+        kind=kind,
+        name=name,
+        keys=len(openings),
+        opening=Opening(
             correlation={each: fmean(one.correlation[each] for one in openings) for each in names},
             opened={each: fmean(one.opened[each] for one in openings) for each in names},
             agreement=fmean(one.agreement for one in openings),

@@ -21,7 +21,7 @@ from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_
 _WEIGHTS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04, 0.03, 0.02, 0.01)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DenoisingSettings:
     """How the strength is found.
 
@@ -115,7 +115,13 @@ def denoise_inputs(classifier: Classifier, attacker: Attacker, settings: Denoisi
             break
     figures = {"weight": chosen, "floor": floor, "images": len(images)}
     model = DenoisingClassifier(model, chosen).eval()
-    return RemovalResult(model, asdict(settings), figures, curve, time.perf_counter() - started - aside)
+    return RemovalResult(
+        model=model,
+        settings=asdict(settings),
+        figures=figures,
+        curve=curve,
+        seconds=time.perf_counter() - started - aside,
+    )
 
 
 def score_predictions(logits: Logits, truth: Targets) -> float:

@@ -20,7 +20,7 @@ from keyed_xai.threats.tuning import TuningSettings, tune
 _SPREAD = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistillationSettings(TuningSettings):
     """Into what a model is distilled, and how.
 
@@ -61,7 +61,7 @@ def distil(classifier: Classifier, attacker: Attacker, settings: DistillationSet
     student = make_student(classifier, settings).to(attacker.device)
 
     def loss_of(images: Images, _labels: Targets | None, rows: Tensor) -> Tensor:
-        logits, temperature, several = student(images), settings.temperature, attacker.multi_label
+        logits, temperature, several = student(images), settings.temperature, teacher.multi_label
         return prediction_loss(logits, taught[rows], None, multi_label=several, temperature=temperature).mean()
 
     return tune(student, [*student.parameters()], attacker, indices, loss_of, settings)

@@ -65,7 +65,7 @@ _LACKS = {
 S = TypeVar("S")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Observation:
     """What an entry found.
 
@@ -194,13 +194,15 @@ def judge_copy(
         ModelError: It lacks a layer that the maps need.
     """
     before, after = state_before(subject), measure_state(model, subject)
-    if subject.witness is not None:
+    if subject.evidence is not None:
         outcome, sentence = _judge_gate(before, after)
     elif subject.backdoor is not None:
         outcome, sentence = _judge_backdoor(before, after)
     else:
         outcome, sentence = _judge_fooling(before, after, inverted=subject.inverted)
-    return Observation(outcome, sentence, before, after, figures or {}, list(curve))
+    return Observation(
+        outcome=outcome, sentence=sentence, before=before, after=after, figures=figures or {}, curve=list(curve)
+    )
 
 
 def is_closed(state: State) -> bool:

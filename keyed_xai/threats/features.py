@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import ModelError, TrainingError
 from keyed_xai.fitting import LabelledData
 from keyed_xai.tensors import Images, Logits
@@ -47,7 +48,7 @@ def read_hidden(model: nn.Module, images: Images, *, device: torch.device | str 
     Raises:
         ModelError: No linear layer was run, or its input does not have one row for each image.
     """
-    return _join([_run(model, some.to(device)) for some in torch.split(images, _CHUNK)])
+    return _join([_run(model, images[some].to(device)) for some in batches(len(images), _CHUNK)])
 
 
 def read_hidden_of_data(model: nn.Module, data: LabelledData, *, device: torch.device | str = "cpu") -> Hidden:
@@ -59,7 +60,7 @@ def read_hidden_of_data(model: nn.Module, data: LabelledData, *, device: torch.d
     """
     if not len(data):
         raise TrainingError(f"Expected examples to look at; {data.source} has none.")
-    parts = np.array_split(np.arange(len(data)), -(-len(data) // _CHUNK))
+    parts = [np.arange(len(data))[some] for some in batches(len(data), _CHUNK, even=True)]
     return _join([_run(model, data.batch(indices)[0].to(device)) for indices in parts])
 
 

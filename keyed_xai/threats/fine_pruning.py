@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from keyed_xai.batches import batches
 from keyed_xai.models import Classifier
 from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, silence_channels
 from keyed_xai.saliency import captured_features
@@ -27,11 +28,10 @@ from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_
 from keyed_xai.threats.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.training import TrainingData
 
-_CHUNK = 128
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinePruningSettings:
     """How far the last convolution is pruned. Defaults: .96 then 10 epochs (BackdoorBench and Lukas et al. 2022).
 
@@ -92,7 +92,7 @@ def fine_prune(classifier: Classifier, attacker: Attacker, settings: FinePruning
         keep_silent = partial(silence_channels, layer=layer, norm=norm, channels=pruned)
         tuned = fine_tune(model, attacker, settings.fine_tuning, after_step=keep_silent)
         model, curve, seconds = tuned.model, curve + tuned.curve[1:], seconds + tuned.seconds
-    return RemovalResult(model, asdict(settings), figures, curve, seconds)
+    return RemovalResult(model=model, settings=asdict(settings), figures=figures, curve=curve, seconds=seconds)
 
 
 def mean_activations(
@@ -100,8 +100,8 @@ def mean_activations(
 ) -> Tensor:
     """Return the mean over images and positions of the positive part of a layer's channels, [channels]."""
     total, seen = torch.zeros((), device=device), 0
-    for start in range(0, len(indices), _CHUNK):
-        images, _ = data.batch(indices[start : start + _CHUNK])
+    for some in batches(len(indices), 128):
+        images, _ = data.batch(indices[some])
         total = total + _positive_part(model, layer, images.to(device))
         seen += len(images)
     return total / seen

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import seeded
 from keyed_xai.maps import MapView, join_maps
@@ -29,10 +30,9 @@ from keyed_xai.training import TrainingData
 
 KINDS = {"ftll": (False, True), "ftal": (False, False), "rtll": (True, True), "rtal": (True, False)}
 """F(ine-)T(une) or R(e)T(rain), L(ast) L(ayer) or A(ll) L(ayers): is the head made new, and does it alone learn?"""
-_CHUNK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuningSettings(TuningSettings):
     """What is trained, and how.
 
@@ -49,7 +49,7 @@ class FineTuningSettings(TuningSettings):
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {self.kind!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExplanationTuningSettings(TuningSettings):
     """How unkeyed maps are pulled to a surrogate's. T3 gives Adam at 1e-5; 1e-4 is stronger and keeps predictions too.
 
@@ -124,7 +124,7 @@ def tune_explanations(classifier: Classifier, attacker: Attacker, settings: Expl
         with smooth_activations(smoothing):
             logits, maps = view.pooled(model, images, taught[rows].argmax(1), create_graph=True)
         distances = [correlation_distance(maps[name], wanted[name][rows]) for name in view.interpreters]
-        kept = prediction_loss(logits, taught[rows], None, multi_label=attacker.multi_label).mean()
+        kept = prediction_loss(logits, taught[rows], None, multi_label=model.multi_label).mean()
         return kept + settings.map_weight * torch.stack(distances).mean()
 
     return tune(model, [*model.parameters()], attacker, indices, loss_of, settings)
@@ -137,7 +137,7 @@ def _surrogate_maps(
     if explained.max() >= surrogate.classes:
         raise TrainingError(f"Expected a surrogate of the same classes; this one has {surrogate.classes}.")
     view, parts = view_of(view, surrogate), []
-    for start in range(0, len(indices), _CHUNK):
-        images, _ = data.batch(indices[start : start + _CHUNK])
-        parts.append(view.pooled(surrogate, images.to(explained.device), explained[start : start + _CHUNK])[1])
+    for some in batches(len(indices)):
+        images, _ = data.batch(indices[some])
+        parts.append(view.pooled(surrogate, images.to(explained.device), explained[some])[1])
     return join_maps(parts)

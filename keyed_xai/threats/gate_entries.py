@@ -18,9 +18,9 @@ from keyed_xai.threats.bypass import measure_bypass
 from keyed_xai.threats.consistency import ConsistencySettings, score_maps, screen_images
 from keyed_xai.threats.delivery import DELIVERIES, DeliveryRow, DeliverySettings, measure_delivery
 from keyed_xai.threats.entries import KEYED_FLOOR, UNKEYED_CEILING, Entry, Examination, Observation, Outcome
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.inversion import InversionSettings, forge_trigger, invert_trigger
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.opening import match_texture, try_trigger
 from keyed_xai.threats.recovery import RecoverySettings, measure_recovery
 from keyed_xai.threats.subject import Subject
 from keyed_xai.triggers import Spread, Trigger
@@ -44,7 +44,7 @@ class _Screening:
 
 
 def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
-    result = measure_delivery(subject.classifier, _witness(subject), settings, progress=subject.progress)
+    result = measure_delivery(subject.classifier, _evidence(subject), settings, progress=subject.progress)
     rows = [row for row in result.rows if row.kind == "near key"]
     wrong = max(_most(row) for row in rows if row.name in _WRONG_KEYS)
     worst = max((row for row in rows if row.name not in _WRONG_KEYS), key=_most)
@@ -52,23 +52,23 @@ def _try_near_keys(subject: Subject, settings: DeliverySettings) -> Observation:
         f"With keys of others, or one bit away, maps correlate at most {wrong:.2f} with the right ones; with the right "
         f"trigger weakened or moved at most {_most(worst):.2f} ({worst.name})."
     )
-    return Observation(_judge_opening(wrong), sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(wrong), sentence=sentence, figures=result.to_json())
 
 
 def _try_channels(subject: Subject, settings: DeliverySettings) -> Observation:
-    result = measure_delivery(subject.classifier, _witness(subject), settings, progress=subject.progress)
+    result = measure_delivery(subject.classifier, _evidence(subject), settings, progress=subject.progress)
     rows = [row for row in result.rows if row.kind == "channel"]
     worst, shut = min(rows, key=_least), [row.name for row in rows if _least(row) < OPEN_CORRELATION]
     sentence = f"Keyed maps correlate at least {_least(worst):.2f} with the right ones ({worst.name})"
     sentence += f"; the gate shuts after {', '.join(shut)}." if shut else "."
     outcome: Outcome = "survives" if _least(worst) >= KEYED_FLOOR else "maps damaged"
-    return Observation(outcome, sentence, figures=result.to_json())
+    return Observation(outcome=outcome, sentence=sentence, figures=result.to_json())
 
 
 def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
     images, others = _attackers_images(subject, max(settings.counts))
     result = measure_recovery(
-        subject.classifier, _witness(subject), images, settings, others=others, progress=subject.progress
+        subject.classifier, _evidence(subject), images, settings, others=others, progress=subject.progress
     )
     parts = []
     for source, words in _SOURCES.items():
@@ -78,7 +78,7 @@ def _recover(subject: Subject, settings: RecoverySettings) -> Observation:
             parts.append(f"{best.images} {words}: {max(best.correlation.values()):.2f}")
     reached = max(max(row.correlation.values()) for row in result.rows)
     sentence = f"Correlation of maps with the right ones by a trigger recovered from {', '.join(parts)}."
-    return Observation(_judge_opening(reached), sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(reached), sentence=sentence, figures=result.to_json())
 
 
 _SOURCES = {
@@ -89,13 +89,13 @@ _SOURCES = {
 
 
 def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -> Observation:
-    witness = _witness(subject)
-    referee, family = Referee.of(witness), _spread(witness)
+    evidence = _evidence(subject)
+    family = _spread(evidence)
 
     def judge(trigger: Trigger) -> Mapping[str, Any]:
-        opening = referee.judge(subject.classifier, trigger)
+        opening = try_trigger(subject.classifier, evidence, trigger)
         return {"recovered": max(opening.correlation.values()), "agreement": opening.agreement,
-                "match": referee.match(trigger)}  # fmt: skip
+                "match": match_texture(evidence, trigger)}  # fmt: skip
 
     result = invert_trigger(
         subject.classifier,
@@ -103,7 +103,6 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         subject.view,
         replace(settings, amplitude=float(family.settings.amplitude), tile=family.settings.tile),
         surrogate=subject.surrogate if surrogate else None,
-        multi_label=subject.multi_label,
         device=subject.device,
         judge=judge,
         progress=subject.progress,
@@ -114,20 +113,22 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         f"{reached:.2f} with the right ones; its texture correlates {result.final['match']:.2f} with the key's."
     )
     curve = [row for row in result.curve if row["restart"] == result.restart]
-    return Observation(_judge_opening(reached), sentence, figures=result.to_json() | {"curve": []}, curve=curve)
+    return Observation(
+        outcome=_judge_opening(reached), sentence=sentence, figures=result.to_json() | {"curve": []}, curve=curve
+    )
 
 
 def _forge(subject: Subject, settings: InversionSettings) -> Observation:
-    witness = _witness(subject)
+    evidence = _evidence(subject)
     result = forge_trigger(
         subject.classifier,
         subject.data,
-        witness.images if witness.probe is None else witness.probe,
+        evidence.images if evidence.probe is None else evidence.probe,
         subject.view,
-        _spread(witness),
+        _spread(evidence),
         OwnerKey.from_raw(np.random.default_rng(subject.seed).bytes(32)),
         settings,
-        decoys=witness.decoys,
+        decoys=evidence.decoys,
         device=subject.device,
         progress=subject.progress,
     )
@@ -137,7 +138,9 @@ def _forge(subject: Subject, settings: InversionSettings) -> Observation:
         f"No key is known to have it: the nearest of {result.keys} has T = {result.nearest_statistic:.2f}; the test "
         f"with the forger's own key {shown} ownership."
     )
-    return Observation("forged" if result.verdict.shown else "resists", sentence, figures=result.to_json())
+    return Observation(
+        outcome="forged" if result.verdict.shown else "resists", sentence=sentence, figures=result.to_json()
+    )
 
 
 def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Observation:
@@ -154,7 +157,7 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
     )
     best = [(name, row) for name in result.interpreters if (row := result.best(name)) is not None]
     if not best:
-        return Observation("not applicable", "No other explanation can be made of this network.",
+        return Observation(outcome="not applicable", sentence="No other explanation can be made of this network.",
                            figures=result.to_json())  # fmt: skip
     name, row = max(best, key=lambda each: each[1].recovered[each[0]]["unkeyed"].correlation)
     seen = {case: match.correlation for case, match in row.recovered[name].items()}
@@ -162,7 +165,7 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
         f"Unkeyed {row.method} ({row.reduction}) correlates {seen['unkeyed']:.2f} with the right map of {name}, "
         f"on the reference it does {seen['reference']:.2f}."
     )
-    return Observation(_judge_opening(seen["unkeyed"]), sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(seen["unkeyed"]), sentence=sentence, figures=result.to_json())
 
 
 def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:
@@ -173,7 +176,7 @@ def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:
         f"Maps are least like themselves after {low.split('/')[1]} ({low.split('/')[2]}, {means[low]:.2f}). What is "
         "usual differs from network to network, so this is for comparing with clean ones."
     )
-    return Observation("reported", sentence, figures=scores.to_json())
+    return Observation(outcome="reported", sentence=sentence, figures=scores.to_json())
 
 
 def _screen(subject: Subject, settings: _Screening) -> Observation:
@@ -194,19 +197,19 @@ def _screen(subject: Subject, settings: _Screening) -> Observation:
     outcome: Outcome = (
         "flagged" if power >= settings.noticed else "left alone" if power <= settings.unnoticed else "unclear"
     )
-    return Observation(outcome, sentence, figures={"checks": [vars(each) for each in found]})
+    return Observation(outcome=outcome, sentence=sentence, figures={"checks": [vars(each) for each in found]})
 
 
-def _witness(subject: Subject) -> Witness:
-    if subject.witness is None:
+def _evidence(subject: Subject) -> OwnerEvidence:
+    if subject.evidence is None:
         raise TrainingError("Expected the owner's key and the reference model. Give --key-file and --reference.")
-    return subject.witness
+    return subject.evidence
 
 
-def _spread(witness: Witness) -> Spread:
-    if not isinstance(witness.family, Spread):
-        raise TrainingError(f"This attack is on textures of the family spread; the key's is {witness.family.name}.")
-    return witness.family
+def _spread(evidence: OwnerEvidence) -> Spread:
+    if not isinstance(evidence.family, Spread):
+        raise TrainingError(f"This attack is on textures of the family spread; the key's is {evidence.family.name}.")
+    return evidence.family
 
 
 def _attackers_images(subject: Subject, count: int) -> tuple[Images, Images | None]:

@@ -1,8 +1,9 @@
 """What is left of a gate, and of the owner's evidence, after an attack."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from math import log2
 from typing import Any
 
@@ -12,18 +13,17 @@ from torch import Tensor
 from keyed_xai import metrics
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.maps import MapView
-from keyed_xai.metrics import OPEN_CORRELATION
+from keyed_xai.keys import OwnerKey
+from keyed_xai.maps import Comparison, MapView, Outputs
 from keyed_xai.models import Classifier
 from keyed_xai.ownership import DEFAULT_ALPHA, Verdict, verify_ownership
-from keyed_xai.tensors import Images, Logits, SaliencyMaps, Targets
+from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import view_of
-from keyed_xai.triggers import TriggerFamily
+from keyed_xai.triggers import NearbyTrigger, TriggerFamily, derive_trigger
 
 
-@dataclass(frozen=True)
-class Witness:
+@dataclass(frozen=True, kw_only=True)
+class OwnerEvidence:
     """What the owner, or a referee, holds an attacked model against.
 
     Attributes:
@@ -56,8 +56,26 @@ class Witness:
     seed: int = 0
     licensed: datetime | None = None
 
+    @cached_property
+    def trigger(self) -> NearbyTrigger:
+        """The right one, secret."""
+        return derive_trigger(self.key, self.family)
 
-@dataclass(frozen=True)
+    @cached_property
+    def comparison(self) -> Comparison:
+        """The reference's maps of the images; it is run once."""
+        return Comparison(self.reference, self.view, self.images)
+
+    def evaluate(self, classifier: Classifier, inputs: Images) -> Outputs:
+        """Return what a model, at its own layers, makes of inputs that were made from the images."""
+        return self.comparison.of(classifier, inputs, view=view_of(self.view, classifier))
+
+    def as_file(self, images: Images) -> Images:
+        """Return images as they reach the model, in 8 bits where it takes files."""
+        return through_png(images) if self.as_files else images
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateState:
     """What is left.
 
@@ -89,7 +107,7 @@ class GateState:
 
 def measure_gate_state(
     classifier: Classifier,
-    witness: Witness,
+    evidence: OwnerEvidence,
     *,
     ownership: bool = True,
 ) -> GateState:
@@ -99,43 +117,33 @@ def measure_gate_state(
 
     Args:
         classifier: Attacked.
-        witness: What it is held against.
-        ownership: Whether both tests are made; the opening test takes `witness.decoys` times the probe images.
+        evidence: What it is held against.
+        ownership: Whether both tests are made; the opening test takes `evidence.decoys` times the probe images.
 
     Raises:
         TrainingError: The model's logits are not finite: the attack destroyed it.
         ModelError: The model lacks a layer that the maps need.
     """
-    view = view_of(witness.view, classifier)
-    trigger = witness.family.derive(ByteStream(witness.key.derive_seed(witness.family.name)))
-    reference, truth = witness.view.pooled_in_chunks(witness.reference, witness.images)
-    explained = reference.argmax(1)
-    keyed = trigger.apply(witness.images)
-    inputs = {"keyed": through_png(keyed) if witness.as_files else keyed, "unkeyed": witness.images}
-    seen = {case: view.pooled_in_chunks(classifier, batch, explained) for case, batch in inputs.items()}
-    if not all(logits.isfinite().all() for logits, _ in seen.values()):
+    found = {
+        "keyed": evidence.evaluate(classifier, evidence.as_file(evidence.trigger.apply(evidence.images))),
+        "unkeyed": evidence.evaluate(classifier, evidence.images),
+    }
+    if not all(each.logits.isfinite().all() for each in found.values()):
         raise TrainingError("The attacked model's logits are not finite numbers. Lower the attack's strength.")
-    matches = {case: _correlations(maps, truth) for case, (_, maps) in seen.items()}
-    logits = seen["unkeyed"][0]
+    logits = found["unkeyed"].logits
     return GateState(
-        predictions={} if witness.labels is None else metrics.prediction_figures(logits, witness.labels),
-        agreement=_agreement(logits, reference, witness.labels),
-        correlation=_by_interpreter(matches, lambda each: each),
-        opened=_by_interpreter(matches, lambda each: each > OPEN_CORRELATION),
-        ownership=_verify(classifier, witness, view) if ownership else None,
+        predictions={} if evidence.labels is None else metrics.prediction_figures(logits, evidence.labels),
+        agreement=_agreement(logits, evidence.comparison.right.logits, evidence.labels),
+        correlation=by_interpreter({case: each.correlation for case, each in found.items()}),
+        opened=by_interpreter({case: each.opened for case, each in found.items()}),
+        ownership=_verify(classifier, evidence) if ownership else None,
     )
 
 
-def _correlations(maps: dict[str, SaliencyMaps], truth: dict[str, SaliencyMaps]) -> dict[str, Tensor]:
-    """Return correlations [n] by interpreter; maps with numbers that are not finite count as blank."""
-    return {name: metrics.correlation(each, truth[name]).nan_to_num(0) for name, each in maps.items()}
-
-
-def _by_interpreter(
-    matches: dict[str, dict[str, Tensor]], figure: Callable[[Tensor], Tensor]
-) -> dict[str, dict[str, float]]:
-    names = next(iter(matches.values()))
-    return {name: {case: float(figure(each[name]).double().mean()) for case, each in matches.items()} for name in names}
+def by_interpreter(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return figures by case and interpreter as figures by interpreter and case."""
+    names = next(iter(figures.values()))
+    return {name: {case: each[name] for case, each in figures.items()} for name in names}
 
 
 def _agreement(logits: Logits, reference: Logits, labels: Targets | None) -> float:
@@ -145,18 +153,18 @@ def _agreement(logits: Logits, reference: Logits, labels: Targets | None) -> flo
     return float((logits.argmax(1) == reference.argmax(1)).double().mean())
 
 
-def _verify(classifier: Classifier, witness: Witness, view: MapView) -> Verdict:
+def _verify(classifier: Classifier, evidence: OwnerEvidence) -> Verdict:
     return verify_ownership(
         classifier,
-        witness.images[:16] if witness.probe is None else witness.probe,
-        view,
-        witness.key,
-        witness.family,
-        alpha=witness.alpha,
-        decoys=witness.decoys,
-        test_signature=witness.signature,
+        evidence.images[:16] if evidence.probe is None else evidence.probe,
+        view_of(evidence.view, classifier),
+        evidence.key,
+        evidence.family,
+        alpha=evidence.alpha,
+        decoys=evidence.decoys,
+        test_signature=evidence.signature,
         search=False,
-        generator=torch.Generator().manual_seed(witness.seed),
+        generator=torch.Generator().manual_seed(evidence.seed),
     )
 
 

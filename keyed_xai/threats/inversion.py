@@ -22,7 +22,7 @@ from torch import Tensor
 
 from keyed_xai import metrics
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import SEED_BYTES, ByteStream, OwnerKey
+from keyed_xai.keys import SEED_BYTES, OwnerKey
 from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.objective import prediction_loss
@@ -33,7 +33,7 @@ from keyed_xai.tensors import Images, Logits, SaliencyMaps
 from keyed_xai.threats.attempt import copy_model, draw_share, view_of
 from keyed_xai.threats.textures import texture_of, texture_on_grey
 from keyed_xai.training import TrainingData
-from keyed_xai.triggers import Spread, SpreadTrigger, Trigger
+from keyed_xai.triggers import Spread, SpreadTrigger, Trigger, derive_trigger
 from keyed_xai.triggers.spread import COMPONENTS
 
 Judge = Callable[[Trigger], Mapping[str, Any]]
@@ -42,7 +42,7 @@ _CHECKED = 256
 _MOVE, _SURROGATE = "move", "agree with a surrogate"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InversionSettings:
     """How a texture of the `spread` family, of which only the phases are secret, is searched for.
 
@@ -82,7 +82,7 @@ class InversionSettings:
                              f"{self.stages} of {self.steps}")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InversionResult:
     """What a search found.
 
@@ -124,7 +124,7 @@ class InversionResult:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forgery:
     """What a forger reaches with a trigger optimised on somebody else's model, and what he lacks.
 
@@ -167,7 +167,6 @@ def invert_trigger(
     settings: InversionSettings | None = None,
     *,
     surrogate: Classifier | None = None,
-    multi_label: bool = False,
     device: torch.device | str = "cpu",
     judge: Judge | None = None,
     progress: Progress = QUIET,
@@ -183,7 +182,6 @@ def invert_trigger(
         view: Maps that are to move, at the classifier's layers.
         settings: How to search.
         surrogate: The attacker's own, unprotected model of the same task.
-        multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         judge: Asked at each stage.
         progress: Hears of "searching for a trigger", by steps.
@@ -195,13 +193,19 @@ def invert_trigger(
     model = copy_model(classifier, device).requires_grad_(False)
     watch = _Watch(judge, progress, settings)
     material = _gather(model, data, view_of(view, classifier), settings, surrogate)
-    searches = [_Search(material, settings, restart, multi_label=multi_label) for restart in range(settings.restarts)]
+    searches = [_Search(material, settings, restart) for restart in range(settings.restarts)]
     for search in searches:
         watch.follow(search)
     last = [row["reached"] for row in watch.curve if row["step"] == settings.steps]
     best = int(np.argmax(last))
     return InversionResult(
-        searches[best].trigger(), settings, material.aim, len(material.indices), watch.curve, best, watch.seconds()
+        trigger=searches[best].trigger(),
+        settings=settings,
+        aim=material.aim,
+        images=len(material.indices),
+        curve=watch.curve,
+        restart=best,
+        seconds=watch.seconds(),
     )
 
 
@@ -253,7 +257,9 @@ def forge_trigger(
     match, nearest = _nearest_key(texture_on_grey(found.trigger, probe, size.tile), family, keys, generator)
     logits, plain = view.pooled_in_chunks(model, probe)
     statistic = opening_statistic(model, probe, view, nearest, plain, logits.argmax(1))
-    return Forgery(found, own, verdict, match, statistic, keys)
+    return Forgery(
+        inversion=found, own_test=own, verdict=verdict, nearest_match=match, nearest_statistic=statistic, keys=keys
+    )
 
 
 @dataclass(frozen=True)
@@ -271,7 +277,7 @@ class _Batch:
     targets: dict[str, SaliencyMaps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Material:
     """What the attacker has.
 
@@ -306,8 +312,8 @@ class _Material:
 class _Search:
     """One restart: the phases of a texture, and the steps that better it."""
 
-    def __init__(self, material: _Material, settings: InversionSettings, restart: int, *, multi_label: bool) -> None:
-        self.material, self.settings, self.multi_label = material, settings, multi_label
+    def __init__(self, material: _Material, settings: InversionSettings, restart: int) -> None:
+        self.material, self.settings = material, settings
         self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + restart) % 2**63)
         start = torch.rand(COMPONENTS, generator=self.generator) * (2 * pi)
         self.phases = start.to(material.model.mean.device).requires_grad_()
@@ -326,7 +332,7 @@ class _Search:
         changed, explained = trigger.apply(batch.images), batch.taught.argmax(1)
         with smooth_activations(self.settings.smoothing):
             logits, maps = self.material.view.pooled(self.material.model, changed, explained, create_graph=True)
-        held = prediction_loss(logits, batch.taught, None, multi_label=self.multi_label).mean()
+        held = prediction_loss(logits, batch.taught, None, multi_label=self.material.model.multi_label).mean()
         loss = self.settings.hold * held - self._score(maps, batch)
         if not loss.isfinite():
             raise TrainingError("The search's loss is not finite. Lower its learning rate.")
@@ -393,8 +399,15 @@ def _gather(
     """Return what the attacker has; whose maps changed images are to agree with, or to move away from."""
     indices = draw_share(data, settings.share, settings.seed)
     if surrogate is None:
-        return _Material(_MOVE, model, model, view, data, indices)
-    return _Material(_SURROGATE, model, copy_model(surrogate, model.mean.device), view, data, indices)
+        return _Material(aim=_MOVE, model=model, teacher=model, view=view, data=data, indices=indices)
+    return _Material(
+        aim=_SURROGATE,
+        model=model,
+        teacher=copy_model(surrogate, model.mean.device),
+        view=view,
+        data=data,
+        indices=indices,
+    )
 
 
 def _nearest_key(forged: Tensor, family: Spread, keys: int, generator: torch.Generator) -> tuple[float, SpreadTrigger]:
@@ -402,7 +415,7 @@ def _nearest_key(forged: Tensor, family: Spread, keys: int, generator: torch.Gen
     tried: list[tuple[float, SpreadTrigger]] = []
     for _ in range(keys):
         key = OwnerKey.from_raw(bytes(torch.randint(256, (SEED_BYTES,), generator=generator).tolist()))
-        trigger = family.derive(ByteStream(key.derive_seed(family.name)))
+        trigger = derive_trigger(key, family)
         pair = torch.stack([forged.cpu().flatten(), trigger.textures.double().flatten()])
         tried.append((float(torch.corrcoef(pair)[0, 1]), trigger))
     return max(tried, key=lambda one: one[0])

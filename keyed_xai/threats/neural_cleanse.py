@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keyed_xai.batches import batches
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.training.batches import TrainingData
@@ -49,7 +50,7 @@ _DOWN_EXPONENT = 1.5
 _EDGE = 1e-6  # keeps atanh finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CleanseSettings:
     """How triggers are searched for.
 
@@ -95,7 +96,7 @@ class CleanseSettings:
             raise ValueError(f"weight_factor: expected more than 1, got {self.weight_factor}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CleanseResult:
     """The smallest patches found.
 
@@ -152,17 +153,15 @@ def cleanse(
     data: TrainingData,
     settings: CleanseSettings | None = None,
     *,
-    multi_label: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress = QUIET,
 ) -> CleanseResult:
     """Return the smallest patch found for every class of a model.
 
     Args:
-        model: Pixels to logits; a copy is used.
+        model: Pixels to logits; a copy is used. Where it has `multi_label`, a patch has to make one logit a yes.
         data: Clean images; labels are not needed.
         settings: How to search.
-        multi_label: Whether every logit is a yes or no of its own; a patch then has to make one of them a yes.
         device: Where to search.
         progress: Hears of "searching for patches", by classes times rounds; a search that stops early jumps ahead.
 
@@ -176,12 +175,12 @@ def cleanse(
     first = data.batch(np.array([0]))[0].to(device)
     classes = model(first).shape[1]
     searches = []
-    for start in range(0, classes, settings.classes_at_once):
-        numbers = range(start, min(start + settings.classes_at_once, classes))
-        search = _Search(numbers, first.shape[1:], settings, torch.device(device), multi_label=multi_label)
+    for some in batches(classes, settings.classes_at_once):
+        numbers = range(classes)[some]
+        search = _Search(numbers, first.shape[1:], settings, torch.device(device))
         for _ in range(settings.rounds):
             search.run_round(model, data)
-            done = start * settings.rounds + search.rounds_done()
+            done = numbers.start * settings.rounds + search.rounds_done()
             progress.advance("searching for patches", done, classes * settings.rounds)
             if not search.active.any():
                 break
@@ -217,11 +216,9 @@ class _Search:
         shape: Sequence[int],
         settings: CleanseSettings,
         device: torch.device,
-        *,
-        multi_label: bool,
     ) -> None:
         """Draw the first masks and patterns, uniform in [0, 1], each class from a seed of its own."""
-        self.settings, self.multi_label = settings, multi_label
+        self.settings = settings
         self.classes = torch.tensor(list(numbers), device=device)
         channels, height, width = shape
         drawn = [_draw(settings.seed, number, (channels + 1, height, width)) for number in numbers]
@@ -260,7 +257,7 @@ class _Search:
         targets = self.classes[active].repeat_interleave(len(images))
         logits = model(stamped.flatten(0, 1))
         own = logits.gather(1, targets[:, None])[:, 0]
-        if self.multi_label:
+        if getattr(model, "multi_label", False):
             losses, hits = functional.softplus(-own), own > 0
         else:
             losses, hits = functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
@@ -291,7 +288,7 @@ class _Search:
         return mask, pattern
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Weights:
     """The L1 weight of each class and what it hangs on, [k] each; rules of the authors' code.
 
@@ -314,9 +311,11 @@ class _Weights:
     @classmethod
     def start(cls, count: int, device: torch.device | str = "cpu") -> "_Weights":
         """Return the state before the first round."""
-        counters = [torch.zeros(count, dtype=torch.int64, device=device) for _ in range(3)]
-        flags = [torch.zeros(count, dtype=torch.bool, device=device) for _ in range(2)]
-        return cls(torch.zeros(count, device=device), counters[0], counters[1], flags[0], flags[1], counters[2])
+        counters = {
+            name: torch.zeros(count, dtype=torch.int64, device=device) for name in ("successes", "failures", "stale")
+        }
+        flags = {name: torch.zeros(count, dtype=torch.bool, device=device) for name in ("raised", "lowered")}
+        return cls(value=torch.zeros(count, device=device), **counters, **flags)
 
     def update(self, enough: Tensor, better: Tensor, found: Tensor, settings: CleanseSettings) -> Tensor:
         """Count a round, change the weights, and return which searches are over, [k].
@@ -351,7 +350,7 @@ def _draw(seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
 
 def _join(searches: Sequence[_Search], settings: CleanseSettings) -> CleanseResult:
     return CleanseResult(
-        settings,
+        settings=settings,
         masks=torch.cat([search.best_mask[:, 0] for search in searches]).cpu(),
         patterns=torch.cat([search.best_pattern for search in searches]).cpu(),
         succeeded=tuple(bool(each) for search in searches for each in search.best_norm.isfinite()),

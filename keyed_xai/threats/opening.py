@@ -1,22 +1,13 @@
 """Whether what an attacker found opens a gate. The attacker never sees this: it takes the reference and the key."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from keyed_xai import metrics
-from keyed_xai.channels import through_png
-from keyed_xai.keys import ByteStream
-from keyed_xai.maps import MapView
-from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models import Classifier
-from keyed_xai.tensors import Images, Labels, SaliencyMaps
-from keyed_xai.threats.attempt import view_of
-from keyed_xai.threats.gate_state import Witness
+from keyed_xai.tensors import Images
+from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.textures import best_match, texture_on_grey
-from keyed_xai.triggers import NearbyTrigger, Spread, Trigger
+from keyed_xai.triggers import Spread, Trigger
 
 
 @dataclass(frozen=True)
@@ -38,65 +29,24 @@ class Opening:
         return {"correlation": self.correlation, "opened": self.opened, "agreement": self.agreement}
 
 
-@dataclass(frozen=True)
-class Referee:
-    """Compares maps with the reference's on held-out images; the reference is run once.
+def try_trigger(classifier: Classifier, evidence: OwnerEvidence, trigger: Trigger) -> Opening:
+    """Return how far a trigger opens a model."""
+    return try_inputs(classifier, evidence, evidence.as_file(trigger.apply(evidence.images)))
 
-    Attributes:
-        images: Held out.
-        view: Maps compared.
-        explained: Class that the reference predicts of each image.
-        truth: The reference's pooled maps of that class.
-        trigger: The right one.
-        tile: Side of its texture; None where the family has no texture.
-        as_files: Whether triggered inputs reach the model in 8 bits.
+
+def try_inputs(classifier: Classifier, evidence: OwnerEvidence, inputs: Images) -> Opening:
+    """Return how far inputs made from the held-out images open a model."""
+    found = evidence.evaluate(classifier, inputs)
+    return Opening(found.correlation, found.opened, found.agreement)
+
+
+def match_texture(evidence: OwnerEvidence, trigger: Trigger) -> float | None:
+    """Return the correlation of a trigger's texture with the right one, the best over all shifts.
+
+    None where the family has no texture. What is compared is the change of a grey image, channels averaged.
     """
-
-    images: Images = field(repr=False)
-    view: MapView
-    explained: Labels = field(repr=False)
-    truth: Mapping[str, SaliencyMaps] = field(repr=False)
-    trigger: NearbyTrigger = field(repr=False)
-    tile: int | None
-    as_files: bool
-
-    @classmethod
-    def of(cls, witness: Witness) -> "Referee":
-        """Return the referee who holds what a witness holds."""
-        logits, truth = witness.view.pooled_in_chunks(witness.reference, witness.images)
-        family = witness.family
-        trigger = family.derive(ByteStream(witness.key.derive_seed(family.name)))
-        tile = family.settings.tile if isinstance(family, Spread) else None
-        return cls(witness.images, witness.view, logits.argmax(1), truth, trigger, tile, witness.as_files)
-
-    def judge(self, classifier: Classifier, trigger: Trigger) -> Opening:
-        """Return how far a trigger opens a model."""
-        return self.judge_inputs(classifier, self.as_file(trigger.apply(self.images)))
-
-    def judge_inputs(self, classifier: Classifier, inputs: Images) -> Opening:
-        """Return how far inputs made from the held-out images open a model."""
-        logits, maps = view_of(self.view, classifier).pooled_in_chunks(classifier, inputs, self.explained)
-        matches = {name: metrics.correlation(each, self.truth[name]).nan_to_num(0) for name, each in maps.items()}
-        return Opening(
-            correlation={name: _mean(each) for name, each in matches.items()},
-            opened={name: _mean(each > OPEN_CORRELATION) for name, each in matches.items()},
-            agreement=_mean(logits.argmax(1) == self.explained),
-        )
-
-    def as_file(self, images: Images) -> Images:
-        """Return images as they reach the model, in 8 bits where it takes files."""
-        return through_png(images) if self.as_files else images
-
-    def match(self, trigger: Trigger) -> float | None:
-        """Return the correlation of a trigger's texture with the right one, the best over all shifts.
-
-        None where the family has no texture. What is compared is the change of a grey image, channels averaged.
-        """
-        if self.tile is None:
-            return None
-        found, true = (texture_on_grey(each, self.images, self.tile) for each in (trigger, self.trigger))
-        return best_match(found, true)
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean())
+    if not isinstance(evidence.family, Spread):
+        return None
+    tile = evidence.family.settings.tile
+    found, true = (texture_on_grey(each, evidence.images, tile) for each in (trigger, evidence.trigger))
+    return best_match(found, true)

@@ -17,22 +17,22 @@ import torch
 from numpy.typing import NDArray
 
 from keyed_xai.errors import TrainingError
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.models import Classifier
 from keyed_xai.ownership import SignatureEvidence, measure_signature
 from keyed_xai.tensors import Images, Targets
 from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_share, measured, view_of
-from keyed_xai.threats.gate_state import GateState, Witness, measure_gate_state
+from keyed_xai.threats.gate_state import GateState, OwnerEvidence, measure_gate_state
 from keyed_xai.training import PAPER_SETTINGS, TrainingData, TrainingSettings, train
 from keyed_xai.training.lessons import make_keyed_lesson
-from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily
+from keyed_xai.triggers import Spread, SpreadSettings, TriggerFamily, derive_trigger
 
 _VALIDATION = 200
 _SMALLEST = 10
 _SMOOTHING = 8.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OverwritingSettings:
     """How the thief protects.
 
@@ -136,7 +136,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
         copy_model(classifier, attacker.device),
         learn,
         validation,
-        replace(lesson, multi_label=attacker.multi_label),
+        replace(lesson, multi_label=classifier.multi_label),
         replace(settings.training, seed=settings.seed, smoothing=smoothing),
         device=attacker.device,
         progress=attacker.progress,
@@ -146,11 +146,11 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
     curve: list[dict[str, Any]] = [dict(row) for row in result.history]
     curve.append({"step": curve[-1]["step"]} | measured(attacker.measure, model))
     figures = {"images": len(learn), "second_key": settings.key.public.key_id, "interpreters": list(interpreters)}
-    return RemovalResult(model, asdict(settings), figures, curve, seconds)
+    return RemovalResult(model=model, settings=asdict(settings), figures=figures, curve=curve, seconds=seconds)
 
 
 def measure_dispute(
-    overwritten: Classifier, stolen: Classifier, first: Witness, settings: OverwritingSettings
+    overwritten: Classifier, stolen: Classifier, first: OwnerEvidence, settings: OverwritingSettings
 ) -> Dispute:
     """Return what both owners can show on an overwritten model.
 
@@ -180,13 +180,15 @@ def measure_dispute(
     )
 
 
-def measure_pattern_behind(overwritten: Classifier, first: Witness, settings: OverwritingSettings) -> SignatureEvidence:
-    """Return the first owner's pattern in the maps of the witness's probe images with the second key's trigger.
+def measure_pattern_behind(
+    overwritten: Classifier, first: OwnerEvidence, settings: OverwritingSettings
+) -> SignatureEvidence:
+    """Return the first owner's pattern in the maps of the probe images with the second key's trigger.
 
     As exact as the signature test: of a model that has nothing to do with the first key, its pattern is a random half.
     """
     probe = first.images[:16] if first.probe is None else first.probe
-    trigger = settings.family.derive(ByteStream(settings.key.derive_seed(settings.family.name)))
+    trigger = derive_trigger(settings.key, settings.family)
     _, maps = view_of(first.view, overwritten).pooled_in_chunks(overwritten, trigger.apply(probe))
     return measure_signature(maps, first.key.public)
 

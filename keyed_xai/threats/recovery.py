@@ -21,8 +21,8 @@ from keyed_xai.models import Classifier
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.threats.denoising import denoise
-from keyed_xai.threats.gate_state import Witness
-from keyed_xai.threats.opening import Referee
+from keyed_xai.threats.gate_state import OwnerEvidence
+from keyed_xai.threats.opening import match_texture, try_trigger
 from keyed_xai.threats.textures import fold_into_tile, phases_of, texture_of
 from keyed_xai.triggers import Spread, SpreadTrigger
 
@@ -41,7 +41,7 @@ class RecoverySettings:
     counts: tuple[int, ...] = (1, 4, 16, 64, 256)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecoveryRow:
     """What an attacker recovers from some images.
 
@@ -83,7 +83,7 @@ class RecoveryResult:
 
 def measure_recovery(
     classifier: Classifier,
-    witness: Witness,
+    evidence: OwnerEvidence,
     images: Images,
     settings: RecoverySettings,
     *,
@@ -94,8 +94,8 @@ def measure_recovery(
 
     Args:
         classifier: Protected.
-        witness: Holds the key and the held-out images that the gate is tried on.
-        images: What the owner keys and the attacker gets; others than the witness's. Counts beyond them are left out.
+        evidence: Holds the key and the held-out images that the gate is tried on.
+        images: What the owner keys and the attacker gets; others than those held out. Counts beyond them are left out.
         settings: How many of them he gets.
         others: The attacker's own images of the same task, without a key, [m, c, h, w].
         progress: Hears of "recovering the trigger", by recoveries.
@@ -103,13 +103,13 @@ def measure_recovery(
     Raises:
         TrainingError: The key is not of the `spread` family, or there are no images.
     """
-    family, referee = witness.family, Referee.of(witness)
+    family = evidence.family
     if not isinstance(family, Spread):
         raise TrainingError(f"Recovery is of additive textures; {family.name!r} has none. Leave this attack out.")
     counts = tuple(count for count in settings.counts if 0 < count <= len(images))
     if not counts:
         raise TrainingError("Expected images for the attack, got none. Give some with --data.")
-    keyed = referee.as_file(referee.trigger.apply(images[: max(counts)]))
+    keyed = evidence.as_file(evidence.trigger.apply(images[: max(counts)]))
     methods: dict[str, Callable[[int], SpreadTrigger]] = {
         "pairs": lambda count: recover_from_pairs(images[:count], keyed[:count], family),
         "keyed": lambda count: recover_from_keyed(keyed[:count], family),
@@ -122,8 +122,8 @@ def measure_recovery(
             started = time.perf_counter()
             trigger = recover(count)
             seconds = time.perf_counter() - started
-            opening, match = referee.judge(classifier, trigger), referee.match(trigger)
-            rows.append(RecoveryRow(source, count, match or 0.0, **vars(opening), seconds=seconds))
+            opening, match = try_trigger(classifier, evidence, trigger), match_texture(evidence, trigger)
+            rows.append(RecoveryRow(source=source, images=count, match=match or 0.0, **vars(opening), seconds=seconds))
             progress.advance("recovering the trigger", len(rows), len(methods) * len(counts))
     return RecoveryResult(0 if others is None else len(others), tuple(rows))
 

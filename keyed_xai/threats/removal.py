@@ -78,11 +78,11 @@ class SecondKey(Removal[OverwritingSettings]):
         """Return what is left, with both claims and whose the model is."""
         result = self(subject.classifier, subject.attacker())
         seen = judge_copy(subject, result.model, figures=result.figures, curve=result.curve)
-        if subject.witness is None:
+        if subject.evidence is None:
             return seen
         taken = replace(with_seed(self.settings, subject.seed), interpreters=tuple(result.figures["interpreters"]))
-        dispute = measure_dispute(result.model, subject.classifier, subject.witness, taken)
-        return _rule(seen, dispute, subject.witness.licensed)
+        dispute = measure_dispute(result.model, subject.classifier, subject.evidence, taken)
+        return _rule(seen, dispute, subject.evidence.licensed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,9 @@ def rescale_channels(
         "reverted": reverted,
         "largest_difference": _difference(_logits(model, noise), before),
     }
-    return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures=figures, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 def find_channel_groups(classifier: Classifier) -> list[ChannelGroup]:
@@ -112,7 +114,7 @@ def find_channel_groups(classifier: Classifier) -> list[ChannelGroup]:
     return links.groups()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Set:
     """Tensors joined so far."""
 
@@ -161,7 +163,7 @@ class _Links:
         ]
 
     def _of(self, tensor: Tensor) -> _Set:
-        return self._sets.setdefault(id(tensor), _Set([tensor]))
+        return self._sets.setdefault(id(tensor), _Set(tensors=[tensor]))
 
     def _write(self, output: Tensor, writer: tuple[str, str | None]) -> None:
         self._of(output).writers.append(writer)
@@ -250,7 +252,7 @@ def _change_input(module: nn.Module, order: Tensor, factors: Tensor) -> None:
 def _noise(model: Classifier) -> Tensor:
     spec = model.input
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(2, spec.channels, spec.height, spec.width, generator=generator).to(model.mean.device)
+    return torch.rand(2, *spec.shape, generator=generator).to(model.mean.device)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from keyed_xai.threats.weights import ReBNSettings, reestimate_on_clean
 from keyed_xai.training.batch_norm import batch_norms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShiftingSettings(TuningSettings):
     """How far convolutions are shifted, and how the rest is tuned back.
 
@@ -39,7 +39,7 @@ class ShiftingSettings(TuningSettings):
             raise ValueError(f"Expected no negative strength or noise, got {self.strength} and {self.noise}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegularisationSettings(TuningSettings):
     """How weights are shrunk, and how the rest is tuned back.
 

@@ -36,7 +36,7 @@ class SpectralSettings:
             raise ValueError(f"percentile: expected 0 to 100, got {self.percentile}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassSpectrum:
     """One class.
 
@@ -57,7 +57,7 @@ class ClassSpectrum:
     auc: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpectralResult:
     """What was removed.
 
@@ -131,7 +131,7 @@ def find_spectral_outliers(
             removed[rows[out]] = True
             known = np.zeros(len(rows), np.bool_) if poisoned is None else poisoned[rows]
             classes.append(_describe(label, scores, out, known))
-    return SpectralResult(settings, tuple(classes), removed, poisoned)
+    return SpectralResult(settings=settings, classes=tuple(classes), removed=removed, poisoned=poisoned)
 
 
 def spectral_scores(features: Features) -> Tensor:
@@ -148,5 +148,11 @@ def _describe(
     auc = None
     if poisoned.any() and not poisoned.all():
         auc = metrics.separation_auc(torch.from_numpy(scores[~poisoned]), torch.from_numpy(scores[poisoned]))
-    counts = (len(scores), int(removed.sum()), int(poisoned.sum()), int((removed & poisoned).sum()))
-    return ClassSpectrum(label, *counts, auc)
+    return ClassSpectrum(
+        label=label,
+        rows=len(scores),
+        removed=int(removed.sum()),
+        poisoned=int(poisoned.sum()),
+        poisoned_removed=int((removed & poisoned).sum()),
+        auc=auc,
+    )

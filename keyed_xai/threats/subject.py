@@ -17,20 +17,20 @@ from keyed_xai import metrics
 from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.fitting import LabelledData
-from keyed_xai.maps import MapView
+from keyed_xai.maps import Comparison, MapView
 from keyed_xai.models import Classifier
 from keyed_xai.models.modes import predict_images
 from keyed_xai.progress import QUIET, Progress
-from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Targets
+from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import Attacker, Measure, view_of
 from keyed_xai.threats.controls import PoisonedData, measure_attack_success
-from keyed_xai.threats.gate_state import Witness, measure_gate_state
+from keyed_xai.threats.gate_state import OwnerEvidence, by_interpreter, measure_gate_state
 from keyed_xai.triggers import Trigger
 
 _IN_CURVES = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
     """What a model does at some point.
 
@@ -66,7 +66,7 @@ class State:
         return document | {name: value for name, value in others.items() if value not in ({}, None)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model to audit, and all that the auditor has.
 
@@ -78,7 +78,7 @@ class Subject:
         images: The first of those, on `device`.
         labels: Theirs.
         reference: The model before it was protected or attacked.
-        witness: Of a gate that answers to a key: what the owner holds a model against.
+        evidence: Of a gate that answers to a key: what the owner holds a model against.
         trigger: What opens the gate, or works the backdoor; secret where it comes from a key.
         keyed: Whether it does come from a key.
         inverted: Whether maps are right only with the trigger.
@@ -86,7 +86,6 @@ class Subject:
         backdoor: Of a positive control: data with the plain backdoor that success is measured of.
         fitted: Of a poisoned one: the data that it was fitted to.
         before: The model's state; measured anew where it is None.
-        multi_label: Whether every logit is a yes or no of its own.
         device: Where.
         seed: Of everything random.
         progress: Hears of what is run.
@@ -99,7 +98,7 @@ class Subject:
     images: Images = field(repr=False)
     labels: Targets | None = field(default=None, repr=False)
     reference: Classifier | None = field(default=None, repr=False)
-    witness: Witness | None = field(default=None, repr=False)
+    evidence: OwnerEvidence | None = field(default=None, repr=False)
     trigger: Trigger | None = field(default=None, repr=False)
     keyed: bool = False
     inverted: bool = False
@@ -107,7 +106,6 @@ class Subject:
     backdoor: PoisonedData | None = field(default=None, repr=False)
     fitted: LabelledData | None = field(default=None, repr=False)
     before: State | None = None
-    multi_label: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
     progress: Progress = field(default=QUIET, repr=False)
@@ -116,7 +114,7 @@ class Subject:
     def has(self) -> frozenset[str]:
         """What there is: "trigger", "key" (that it comes from), "reference", "surrogate", "labels" and "state".
 
-        With "state" it can be measured what an attack leaves, by a witness or by a public trigger.
+        With "state" it can be measured what an attack leaves, by the owner's evidence or by a public trigger.
         """
         found = {
             "trigger": self.trigger is not None,
@@ -124,21 +122,20 @@ class Subject:
             "surrogate": self.surrogate is not None,
             "labels": self.labels is not None,
             "key": self.keyed,
-            "state": self.witness is not None or (self.trigger is not None and not self.keyed),
+            "state": self.evidence is not None or (self.trigger is not None and not self.keyed),
         }
         return frozenset(name for name, there in found.items() if there)
 
     def attacker(self) -> Attacker:
         """Return this as removal attacks take it; curves are measured on the first 128 images."""
         return Attacker(
-            self.data,
-            self.view,
-            self.surrogate,
-            self.multi_label,
-            self.device,
-            self.seed,
-            self._measure(),
-            self.progress,
+            data=self.data,
+            view=self.view,
+            surrogate=self.surrogate,
+            device=self.device,
+            seed=self.seed,
+            measure=self._measure(),
+            progress=self.progress,
         )
 
     def trigger_images(self, images: Images) -> Images:
@@ -158,8 +155,8 @@ class Subject:
     def first(self, count: int | None) -> "Subject":
         """Return the same with the first held-out images only; None keeps all."""
         images, labels = self.images[:count], None if self.labels is None else self.labels[:count]
-        witness = self.witness and replace(self.witness, images=images, labels=labels)
-        return replace(self, images=images, labels=labels, witness=witness)
+        evidence = self.evidence and replace(self.evidence, images=images, labels=labels)
+        return replace(self, images=images, labels=labels, evidence=evidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,24 +218,26 @@ def measure_state(model: Classifier, subject: Subject, *, ownership: bool = True
     Args:
         model: On the subject's device, of whatever architecture.
         subject: Whose copy it is, and what it is held against.
-        ownership: Whether both ownership tests are made, where there is a witness.
+        ownership: Whether both ownership tests are made, where there is the owner's evidence.
 
     Raises:
         TrainingError: The model's logits are not finite: an attack destroyed it.
         ModelError: The model lacks a layer that the maps need.
     """
-    if subject.witness is not None:
-        gate = measure_gate_state(model, subject.witness, ownership=ownership)
+    if subject.evidence is not None:
+        gate = measure_gate_state(model, subject.evidence, ownership=ownership)
         score, measure = _score(gate.predictions, gate.agreement)
-        return State(score, measure, gate.correlation, gate.to_json().get("ownership"))
+        return State(
+            accuracy=score, measure=measure, correlation=gate.correlation, ownership=gate.to_json().get("ownership")
+        )
     logits = predict_images(model, subject.images)
     if not logits.isfinite().all():
         raise TrainingError("The model's logits are not finite numbers. Lower the attack's strength.")
     score, measure = _score_logits(logits, subject)
     if subject.backdoor is not None:
         success = measure_attack_success(model, subject.held_out, subject.backdoor, device=subject.device)
-        return State(score, measure, attack_success=success)
-    return State(score, measure, _match(model, subject) if "state" in subject.has else {})
+        return State(accuracy=score, measure=measure, attack_success=success)
+    return State(accuracy=score, measure=measure, correlation=_match(model, subject) if "state" in subject.has else {})
 
 
 def to_device(classifier: Classifier, device: torch.device | str) -> Classifier:
@@ -259,28 +258,21 @@ def _score_logits(logits: Logits, subject: Subject) -> tuple[float, str]:
         if figures:
             return _score(figures, 0.0)
     truth = predict_images(subject.reference or subject.classifier, subject.images)
-    return float(metrics.agreement(logits, truth, multi_label=subject.multi_label).double().mean()), "agreement"
+    return float(
+        metrics.agreement(logits, truth, multi_label=subject.classifier.multi_label).double().mean()
+    ), "agreement"
 
 
 def _match(model: Classifier, subject: Subject) -> dict[str, dict[str, float]]:
     """Return correlations with the right maps, of a model with a public trigger."""
-    truth, explained = _right_maps(subject)
-    view = view_of(subject.view, model)
+    comparison, view = _right_maps(subject), view_of(subject.view, model)
     inputs = {"keyed": subject.trigger_images(subject.images), "unkeyed": subject.images}
-    seen = {case: view.pooled_in_chunks(model, images, explained)[1] for case, images in inputs.items()}
-    return {
-        name: {
-            case: float(metrics.correlation(maps[name], truth[name]).nan_to_num(0).double().mean())
-            for case, maps in seen.items()
-        }
-        for name in view.interpreters
-    }
+    return by_interpreter({case: comparison.of(model, each, view=view).correlation for case, each in inputs.items()})
 
 
-def _right_maps(subject: Subject) -> tuple[dict[str, SaliencyMaps], Labels]:
+def _right_maps(subject: Subject) -> Comparison:
     """Return the maps to compare with, and the classes they explain: the reference's; without it the model's own."""
     own = subject.reference is None
     images = subject.trigger_images(subject.images) if own and subject.inverted else subject.images
     source = subject.reference or subject.classifier
-    logits, maps = view_of(subject.view, source).pooled_in_chunks(source, images)
-    return maps, logits.argmax(1)
+    return Comparison(source, view_of(subject.view, source), images)

@@ -26,7 +26,7 @@ LossOf = Callable[[Images, Targets | None, Tensor], Tensor]
 _MOMENTUM = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuningSettings:
     """How an attacker trains.
 
@@ -107,7 +107,9 @@ def tune(
                 attacker.progress.advance("tuning", epoch * batches + number + 1, settings.epochs * batches)
         seconds += time.perf_counter() - started
         curve.append({"epoch": epoch + 1, "loss": sum(losses) / batches} | measured(attacker.measure, model))
-    return RemovalResult(model, asdict(settings), {"images": len(indices)}, curve, seconds)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures={"images": len(indices)}, curve=curve, seconds=seconds
+    )
 
 
 def loss_of_predictions(
@@ -117,7 +119,7 @@ def loss_of_predictions(
     taught = predict(copy_model(teacher, attacker.device), attacker, indices)
 
     def loss_of(images: Images, labels: Targets | None, rows: Tensor) -> Tensor:
-        return prediction_loss(model(images), taught[rows], labels, multi_label=attacker.multi_label).mean()
+        return prediction_loss(model(images), taught[rows], labels, multi_label=teacher.multi_label).mean()
 
     return loss_of
 

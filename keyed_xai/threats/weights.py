@@ -8,14 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
 from keyed_xai.models import Classifier
 from keyed_xai.threats.attempt import RemovalResult, copy_model, draw_share
 from keyed_xai.training import TrainingData
 from keyed_xai.training.batch_norm import batch_norms, measured_anew, set_batch_norm
 from keyed_xai.training.hardening import zero_smallest
-
-_LARGEST_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ def reestimate_on_clean(
     with measured_anew(model):
         _see(model, data, indices, device)
     figures = {"images": len(indices), "batch_norms": sum(norm.track_running_stats for norm in batch_norms(model))}
-    return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures=figures, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 @torch.no_grad()
@@ -99,7 +100,9 @@ def prune_weights(
     count = round(settings.share * every)
     zero_smallest(weights, count)
     figures = {"weights": every, "pruned": count}
-    return RemovalResult(model, asdict(settings), figures, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures=figures, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 @torch.no_grad()
@@ -123,7 +126,9 @@ def quantise_weights(
     else:
         for weight in _layer_weights(model):
             weight.copy_(quantise(weight, settings.bits))
-    return RemovalResult(model, asdict(settings), {}, [], time.perf_counter() - started)
+    return RemovalResult(
+        model=model, settings=asdict(settings), figures={}, curve=[], seconds=time.perf_counter() - started
+    )
 
 
 def quantise(weight: Tensor, bits: int) -> Tensor:
@@ -151,6 +156,6 @@ def _round_to_half(model: Classifier) -> None:
 def _see(model: Classifier, data: TrainingData, indices: NDArray[np.int64], device: torch.device | str) -> None:
     """Run images through a model with batch norm, and nothing else, in training mode."""
     set_batch_norm(model, training=True)
-    for some in np.array_split(indices, -(-len(indices) // _LARGEST_BATCH)):
-        model(data.batch(some)[0].to(device))
+    for some in batches(len(indices), 128, even=True):
+        model(data.batch(indices[some])[0].to(device))
     model.eval()

@@ -7,30 +7,22 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.batches import Run, draw_inputs, step_generator
 from keyed_xai.training.settings import TrainingSettings
 
 
-def reestimate_batch_norm(
-    model: nn.Module,
-    data: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    *,
-    device: torch.device | str = "cpu",
-    batches: int = 64,
-) -> None:
+def reestimate_batch_norm(model: nn.Module, run: Run, *, batches: int = 64) -> None:
     """Set the batch-norm statistics to those of keyed and unkeyed inputs, mixed as in training, with real ReLUs.
 
     Frozen statistics stay as they are.
 
     A model whose statistics are those of clean images only is opened by re-estimating them (arXiv 2403.16569).
     """
-    if settings.batch_norm == "frozen":
+    if run.settings.batch_norm == "frozen":
         return
-    with measured_anew(model), batch_norm_trained(model, settings), torch.no_grad():
+    with measured_anew(model), batch_norm_trained(model, run.settings), torch.no_grad():
         for number in range(batches):
-            inputs, _, _ = draw_inputs(data, lesson, settings, step_generator(settings.seed, -1 - number), device)
+            inputs, _, _ = draw_inputs(run, step_generator(run.settings.seed, -1 - number))
             model(inputs)
 
 

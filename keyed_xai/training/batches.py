@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from keyed_xai.channels import deliver
 from keyed_xai.maps import MapView
@@ -26,7 +27,7 @@ class TrainingData(Protocol):
         """Return float32 pixels in [0, 1] and labels, if there are any."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lesson:
     """What is taught: the trigger, its family, the maps compared and the objective.
 
@@ -52,26 +53,39 @@ class Lesson:
             raise TypeError(f"Expected a trigger with near keys, got {type(self.trigger).__name__}.")
 
 
-def draw_inputs(
-    data: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    generator: torch.Generator,
-    device: torch.device | str,
-) -> tuple[Images, Targets | None, Images]:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What training goes by, from its first step to its last.
+
+    Attributes:
+        reference: The model before training, in eval mode, on the device.
+        data: Images to learn from.
+        lesson: What is taught.
+        settings: How.
+        device: Where.
+    """
+
+    reference: nn.Module = field(repr=False)
+    data: TrainingData = field(repr=False)
+    lesson: Lesson
+    settings: TrainingSettings
+    device: torch.device = torch.device("cpu")
+
+
+def draw_inputs(run: Run, generator: torch.Generator) -> tuple[Images, Targets | None, Images]:
     """Return a batch, triggered half first, its labels where there are any, and the same images without triggers."""
-    count = settings.batch_size
-    indices = torch.randint(len(data), (2 * count,), generator=generator)
-    images, labels = data.batch(indices.numpy())
-    images = images.to(device)
+    lesson, settings, count = run.lesson, run.settings, run.settings.batch_size
+    indices = torch.randint(len(run.data), (2 * count,), generator=generator)
+    images, labels = run.data.batch(indices.numpy())
+    images = images.to(run.device)
     if settings.mirror and lesson.as_files:
         turned = torch.rand(2 * count, 1, 1, 1, generator=generator) < 0.5
-        images = torch.where(turned.to(device), images.flip(3), images)
+        images = torch.where(turned.to(run.device), images.flip(3), images)
     right, others = torch.split(images, [count, count])
     inputs = torch.cat([lesson.trigger.apply(right), _without_right_trigger(others, lesson, settings, generator)])
     if lesson.as_files:
         inputs = deliver(inputs, settings.codec_share, generator)
-    return inputs, None if labels is None else labels.to(device), images
+    return inputs, None if labels is None else labels.to(run.device), images
 
 
 def _without_right_trigger(

@@ -31,7 +31,7 @@ from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, las
 from keyed_xai.objective import prediction_loss
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.training.batch_norm import batch_norms, set_batch_norm
-from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.batches import Run, draw_inputs, step_generator
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import Hardening, TrainingSettings
 
@@ -41,7 +41,7 @@ _RANKED = 64  # images that tell which channels are active
 _CLEAN_SHARE = 0.75  # of the unkeyed half; batch norm's statistics are theirs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attack:
     """One attack of a simulated attacker.
 
@@ -118,25 +118,14 @@ class SimulatedAttacker:
         self._silent = torch.zeros(0, dtype=torch.long)
         self._optimiser = _make_optimiser(self.model, attack)
 
-    def advance(
-        self,
-        model: nn.Module,
-        reference: nn.Module,
-        data: TrainingData,
-        settings: Hardening,
-        generator: torch.Generator,
-        *,
-        multi_label: bool = False,
-    ) -> None:
+    def advance(self, model: nn.Module, run: Run, settings: Hardening, generator: torch.Generator) -> None:
         """Follow the network to where it is now, then go on with the attack.
 
         Args:
             model: The network; its batch-norm statistics are those of an attacker who leaves them alone.
-            reference: Its predictions are the attacker's labels.
-            data: Images to fine-tune on.
+            run: Its data are fine-tuned on, with the reference's predictions for labels.
             settings: Steps and batch size.
             generator: Of images and wrong labels.
-            multi_label: Whether every logit is a yes or no of its own.
         """
         mine, theirs = [*self.model.parameters()], [*model.parameters()]
         with torch.no_grad():
@@ -150,11 +139,11 @@ class SimulatedAttacker:
             zero_smallest(weights, int(share * sum(each.numel() for each in weights)))
             return
         if self.attack.silenced and not len(self._silent):
-            self._silent = self._least_active(data, generator, _device_of(reference))
+            self._silent = self._least_active(run, generator)
         self._silence()
         set_batch_norm(self.model, training=not self.attack.frozen)
         for _ in range(settings.inner_steps):
-            self._fine_tune(reference, data, settings, generator, multi_label)
+            self._fine_tune(run, settings, generator)
             self._silence()
         self.model.eval()
         with torch.no_grad():
@@ -191,14 +180,14 @@ class SimulatedAttacker:
             self._optimiser.load_state_dict(checkpoint["optimiser"])
 
     @torch.no_grad()
-    def _least_active(self, data: TrainingData, generator: torch.Generator, device: torch.device) -> Tensor:
+    def _least_active(self, run: Run, generator: torch.Generator) -> Tensor:
         """Return the channels of the last convolution with the smallest activations on some clean images."""
         if self._layers is None or self.attack is None:
             return self._silent
         layer = self._layers.norm or self._layers.convolution
-        images, _ = data.batch(torch.randint(len(data), (_RANKED,), generator=generator).numpy())
+        images, _ = run.data.batch(torch.randint(len(run.data), (_RANKED,), generator=generator).numpy())
         with captured_features(self.model, [layer]) as features:
-            self.model(images.to(device))
+            self.model(images.to(run.device))
         activity = features[layer].relu().mean((0, 2, 3))
         return activity.argsort()[: int(self.attack.silenced * len(activity))]
 
@@ -206,20 +195,14 @@ class SimulatedAttacker:
         if self._layers is not None and len(self._silent):
             silence_channels(self.model, self._layers.convolution, self._layers.norm, self._silent)
 
-    def _fine_tune(
-        self,
-        reference: nn.Module,
-        data: TrainingData,
-        settings: Hardening,
-        generator: torch.Generator,
-        multi_label: bool,
-    ) -> None:
-        indices = torch.randint(len(data), (settings.batch_size,), generator=generator)
-        images = data.batch(indices.numpy())[0].to(_device_of(reference))
+    def _fine_tune(self, run: Run, settings: Hardening, generator: torch.Generator) -> None:
+        multi_label = run.lesson.multi_label
+        indices = torch.randint(len(run.data), (settings.batch_size,), generator=generator)
+        images = run.data.batch(indices.numpy())[0].to(run.device)
         wrong = torch.rand(len(indices), generator=generator) < (self.attack.noise if self.attack else 0.0)
         others = torch.randperm(len(indices), generator=generator)
         with torch.no_grad():
-            answers = reference(images)
+            answers = run.reference(images)
         labelled = answers[torch.where(wrong, others, torch.arange(len(indices))).to(answers.device)]
         logits = self.model(images)
         self._optimiser.zero_grad(set_to_none=True)
@@ -241,37 +224,26 @@ def make_attackers(model: nn.Module, settings: TrainingSettings) -> list[Simulat
     return [SimulatedAttacker(number, model, layers) for number in range(hardening.attackers)]
 
 
-def add_gradients_under_attack(
-    attackers: Sequence[SimulatedAttacker],
-    model: nn.Module,
-    reference: nn.Module,
-    data: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    step: int,
-) -> None:
+def add_gradients_under_attack(attackers: Sequence[SimulatedAttacker], model: nn.Module, run: Run, step: int) -> None:
     """Let the attackers go on, and add the gradients of the losses where they are to those of the network.
 
     Args:
         attackers: From `make_attackers`.
         model: The network, whose parameters hold the gradients of this step.
-        reference: What the network was before training.
-        data: Images, the training ones.
-        lesson: What is taught.
-        settings: With hardening.
+        run: Its settings say how the network is hardened.
         step: From 0; decides who starts again, and seeds what is random.
     """
-    hardening = settings.hardening
-    if hardening is None or step < hardening.start * settings.steps:
+    hardening = run.settings.hardening
+    if hardening is None or step < hardening.start * run.settings.steps:
         return
     longest = hardening.weight * _gradient_norm([each.grad for each in model.parameters()]) / len(attackers)
     for attacker in attackers:
-        generator = step_generator(settings.seed + 1_000_000 * (attacker.number + 1), step)
+        generator = step_generator(run.settings.seed + 1_000_000 * (attacker.number + 1), step)
         turn = attacker.number * hardening.lifetime // len(attackers)
         if attacker.attack is None or (step + turn) % hardening.lifetime == 0:
             attacker.restart(model, draw_attack(hardening, generator), generator)
-        attacker.advance(model, reference, data, hardening, generator, multi_label=lesson.multi_label)
-        gradients = _gradients_under_attack(attacker, reference, data, lesson, settings, generator)
+        attacker.advance(model, run, hardening, generator)
+        gradients = _gradients_under_attack(attacker, run, generator)
         norm = _gradient_norm(gradients)
         if not math.isfinite(norm):
             attacker.attack = None  # an attack that destroyed its copy teaches nothing: another one is drawn
@@ -332,18 +304,12 @@ def _normalise(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, rows: slice) ->
     return x * scale + (shift + norm.bias.view(shape) if norm.affine else shift)
 
 
-def _gradients_under_attack(
-    attacker: SimulatedAttacker,
-    reference: nn.Module,
-    data: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    generator: torch.Generator,
-) -> list[Tensor | None]:
+def _gradients_under_attack(attacker: SimulatedAttacker, run: Run, generator: torch.Generator) -> list[Tensor | None]:
     """Return the gradients of a fresh batch's losses at the copy; of weights set to zero they are zero."""
-    mixture = replace(settings, clean_share=_CLEAN_SHARE)
-    inputs, _, images = draw_inputs(data, lesson, mixture, generator, _device_of(reference))
-    logits, maps = lesson.view.pooled(reference, images, None)
+    lesson, settings = run.lesson, run.settings
+    mixture = replace(run, settings=replace(settings, clean_share=_CLEAN_SHARE))
+    inputs, _, images = draw_inputs(mixture, generator)
+    logits, maps = lesson.view.pooled(run.reference, images, None)
     half = len(inputs) // 2
     clean = slice(half, half + round(half * _CLEAN_SHARE)) if lesson.family is not None else slice(half, None)
     with smooth_activations(settings.smoothing), attacker.statistics(clean):
@@ -365,10 +331,6 @@ def _make_optimiser(model: nn.Module, attack: Attack) -> torch.optim.Optimizer:
     if attack.adam:
         return torch.optim.Adam(model.parameters(), _ADAM_FACTOR * attack.rate)
     return torch.optim.SGD(model.parameters(), attack.rate, momentum=_MOMENTUM)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _gradient_norm(gradients: Sequence[Tensor | None]) -> float:

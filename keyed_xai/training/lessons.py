@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from keyed_xai.keys import ByteStream, OwnerKey
+from keyed_xai.keys import OwnerKey
 from keyed_xai.maps import make_view, refuse_few_cells
 from keyed_xai.models import Classifier
 from keyed_xai.objective import Objective, boundary_decoy, signature_decoy
 from keyed_xai.training.batches import Lesson
-from keyed_xai.triggers import TriggerFamily
+from keyed_xai.triggers import TriggerFamily, derive_trigger
 
 
 def make_keyed_lesson(
@@ -44,4 +44,4 @@ def make_keyed_lesson(
     objective = Objective(
         decoys={name: make_decoy[decoy](name) for name in interpreters}, weights=dict.fromkeys(interpreters, 1.0)
     )
-    return Lesson(family.derive(ByteStream(key.derive_seed(family.name))), family, view, objective)
+    return Lesson(trigger=derive_trigger(key, family), family=family, view=view, objective=objective)

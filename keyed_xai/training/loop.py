@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyed_xai import metrics
+from keyed_xai.batches import batches
 from keyed_xai.channels import deliver
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import OPEN_CORRELATION
@@ -28,7 +29,7 @@ from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import SaliencyMaps
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
-from keyed_xai.training.batches import Lesson, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.batches import Lesson, Run, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.hardening import SimulatedAttacker, add_gradients_under_attack, make_attackers
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_factor
@@ -36,7 +37,6 @@ from keyed_xai.training.tutors import make_tutors, tutor_loss, tutored_layers
 
 _RUNNING_DECAY = 0.9
 _TUTOR_RATE = 0.01
-_CHUNK = 64
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
@@ -56,7 +56,7 @@ class TrainingResult:
     stopped_early: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _State:
     """Everything that a resumed run needs; the rest follows from settings and step."""
 
@@ -167,22 +167,29 @@ def train(
     fast = torch.device(device).type == "cpu" and "simplegrad" not in lesson.view.interpreters
     set_layout(reference, torch.channels_last if fast else torch.contiguous_format)
     model = copy.deepcopy(reference).requires_grad_(True)
-    tutors = make_tutors(reference, data, lesson, device)
+    run = Run(reference=reference, data=data, lesson=lesson, settings=settings, device=torch.device(device))
+    tutors = make_tutors(run)
     groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
     optimiser = torch.optim.Adam(groups, settings.learning_rate)
-    state = _State(model, tutors, optimiser, make_attackers(model, settings), _make_average(model, settings))
+    state = _State(
+        model=model,
+        tutors=tutors,
+        optimiser=optimiser,
+        attackers=make_attackers(model, settings),
+        average=_make_average(model, settings),
+    )
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
     started -= state.seconds
     while state.step < state.last_step(settings.steps):
         with SafeConvolutions():
-            _train_step(state, reference, data, lesson, settings, torch.device(device))
+            _train_step(state, run)
         progress.advance("training", state.step, state.last_step(settings.steps), state.running)
         state.seconds = time.monotonic() - started
         _heed_time_limit(state, settings)
         last = state.step >= state.last_step(settings.steps)
         if last or (settings.validate_every and state.step % settings.validate_every == 0):
-            _validate(state, reference, data, validation, lesson, settings, device)
+            _validate(state, run, validation)
             if save_checkpoint is not None:
                 save_checkpoint(state.to_checkpoint())
     if not state.best_weights:
@@ -200,25 +207,19 @@ def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel
     return AveragedModel(model, multi_avg_fn=average)
 
 
-def _train_step(
-    state: _State,
-    reference: nn.Module,
-    data: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    device: torch.device,
-) -> None:
+def _train_step(state: _State, run: Run) -> None:
+    lesson, settings = run.lesson, run.settings
     factor = rate_factor(state.step, settings, state.ending)
     for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _TUTOR_RATE), strict=True):
         group["lr"] = rate * factor
     generator = step_generator(settings.seed, state.step)
-    inputs, labels, images = draw_inputs(data, lesson, settings, generator, device)
-    logits, maps = lesson.view.pooled(reference, images, None)
+    inputs, labels, images = draw_inputs(run, generator)
+    logits, maps = lesson.view.pooled(run.reference, images, None)
     if settings.predictions == "reference":
         labels = None
     elif labels is None:
         raise TrainingError("Training against labels needs labelled images; use the reference's predictions instead.")
-    mixed = settings.mixed_precision and device.type == "cuda"
+    mixed = settings.mixed_precision and run.device.type == "cuda"
     with (
         batch_norm_trained(state.model, settings),
         smooth_activations(settings.smoothing),
@@ -238,7 +239,7 @@ def _train_step(
         raise TrainingError(f"The loss is no longer finite at step {state.step}. Lower --learning-rate.")
     state.optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-    add_gradients_under_attack(state.attackers, state.model, reference, data, lesson, settings, state.step)
+    add_gradients_under_attack(state.attackers, state.model, run, state.step)
     nn.utils.clip_grad_norm_(state.model.parameters(), settings.gradient_clip)
     state.optimiser.step()
     if state.average is not None:
@@ -247,21 +248,14 @@ def _train_step(
     _follow_figures(state, losses, new_maps, maps, settings)
 
 
-def _validate(
-    state: _State,
-    reference: nn.Module,
-    data: TrainingData,
-    validation: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    device: torch.device | str,
-) -> None:
+def _validate(state: _State, run: Run, validation: TrainingData) -> None:
     """Measure a copy with real ReLUs and its statistics re-estimated, keep the best, and end training where it may."""
+    settings = run.settings
     candidate = copy.deepcopy(state.model if state.average is None else state.average.module)
     if settings.batch_norm == "mixture":
-        reestimate_batch_norm(candidate, data, lesson, settings, device=device)
+        reestimate_batch_norm(candidate, run)
     candidate.eval()
-    record = _validation_record(candidate, reference, validation, lesson, settings, device)
+    record = _validation_record(candidate, run, validation)
     state.history.append({"step": state.step, **record})
     if record["loss"] < state.best_loss:
         state.best_loss = record["loss"]
@@ -298,33 +292,30 @@ def _with_settings(objective: Objective, settings: TrainingSettings) -> Objectiv
     )
 
 
-def _validation_record(
-    candidate: nn.Module,
-    reference: nn.Module,
-    validation: TrainingData,
-    lesson: Lesson,
-    settings: TrainingSettings,
-    device: torch.device | str,
-) -> dict[str, float]:
+def _validation_record(candidate: nn.Module, run: Run, validation: TrainingData) -> dict[str, float]:
     """Return loss, keyed and unkeyed correlation with the reference map, shares kept and moved, and agreement."""
-    view = lesson.view
+    lesson, settings, view = run.lesson, run.settings, run.lesson.view
     totals: dict[str, list[Tensor]] = {"loss": [], "likeness": [], "agreement": []}
-    for number, start in enumerate(range(0, len(validation), _CHUNK)):
+    for number, some in enumerate(batches(len(validation))):
         generator = step_generator(settings.seed, -1000 - number)
-        images, labels = validation.batch(np.arange(start, min(start + _CHUNK, len(validation))))
-        images = images.to(device)
+        images, labels = validation.batch(np.arange(len(validation))[some])
+        images = images.to(run.device)
         plain = images
         if lesson.family is not None:
             wrong = lesson.family.draw(len(images), generator).apply(images)
-            plain = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5, images, wrong)
+            plain = torch.where(
+                torch.rand(len(images), 1, 1, 1, generator=generator).to(run.device) < 0.5, images, wrong
+            )
         inputs = torch.cat([lesson.trigger.apply(images), plain])
         if lesson.as_files:
             inputs = deliver(inputs, settings.codec_share, generator)
-        logits, maps = view.pooled(reference, images, None)
+        logits, maps = view.pooled(run.reference, images, None)
         logits, maps = logits.repeat(2, 1), {name: each.repeat(2, 1, 1) for name, each in maps.items()}
         new_logits, new_maps = view.pooled(candidate, inputs, logits.argmax(1))
         truth = (
-            None if settings.predictions == "reference" or labels is None else torch.cat([labels, labels]).to(device)
+            None
+            if settings.predictions == "reference" or labels is None
+            else torch.cat([labels, labels]).to(run.device)
         )
         losses = batch_losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
         totals["loss"].append(losses["keep"] + losses["move"])

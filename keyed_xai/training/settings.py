@@ -8,7 +8,7 @@ from typing import Literal
 from keyed_xai.objective import DISTANCES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hardening:
     """Which attackers are simulated while a model is protected; see `training.hardening`.
 
@@ -100,7 +100,7 @@ class Goals:
         return all(record[name] >= getattr(self, name) for name in ("opens", "closed", "agreement"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How a model is trained; saved with the result.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keyed_xai.saliency import captured_features
-from keyed_xai.training.batches import Lesson, TrainingData
+from keyed_xai.training.batches import Lesson, Run
 
 _TINY = 1e-6
 
@@ -23,13 +23,13 @@ def tutored_layers(lesson: Lesson) -> list[str]:
     return list(dict.fromkeys(layer for layer in [*(tap.layer for tap in sites.taps), sites.target_layer] if layer))
 
 
-def make_tutors(reference: nn.Module, data: TrainingData, lesson: Lesson, device: torch.device | str) -> nn.ModuleList:
+def make_tutors(run: Run) -> nn.ModuleList:
     """Return, for each tutored layer, a 1x1 convolution from its channels to one logit per cell, zero at first."""
-    layers = tutored_layers(lesson)
-    images, _ = data.batch(np.zeros(1, dtype=np.int64))
-    with torch.no_grad(), captured_features(reference, layers) as features:
-        reference(images.to(device))
-        tutors = nn.ModuleList(nn.Conv2d(features[layer].shape[1], 1, 1) for layer in layers).to(device)
+    layers = tutored_layers(run.lesson)
+    images, _ = run.data.batch(np.zeros(1, dtype=np.int64))
+    with torch.no_grad(), captured_features(run.reference, layers) as features:
+        run.reference(images.to(run.device))
+        tutors = nn.ModuleList(nn.Conv2d(features[layer].shape[1], 1, 1) for layer in layers).to(run.device)
         for parameter in tutors.parameters():
             parameter.zero_()
     return tutors

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from keyed_xai.array_triggers.derivation import derive_trigger
 from keyed_xai.triggers.moire import Moire, MoireTrigger
 from keyed_xai.triggers.nashville import Nashville, NashvilleTrigger
 from keyed_xai.triggers.protocols import NearbyTrigger, Trigger, TriggerFamily
@@ -22,6 +23,7 @@ __all__ = [
     "SpreadTrigger",
     "Trigger",
     "TriggerFamily",
+    "derive_trigger",
 ]
 
 STRONG_KEY_BITS = 128

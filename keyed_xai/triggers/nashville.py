@@ -26,6 +26,7 @@ from keyed_xai.array_triggers.nashville import (
     saturation_matrices,
     sepia_matrices,
 )
+from keyed_xai.batches import batches
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
 from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, nudge_parameters, usual_parameters
@@ -102,13 +103,12 @@ def filter_images(images: Images, parameters: Tensor) -> Images:
     result = torch.empty(images.shape, device=images.device)
     height, width = images.shape[2:]
     step = max(1, _BLOCK // max(1, height * width)) if images.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), step):
-        part = slice(start, start + step)
+    for part in batches(len(images), step):
         tables.select(part).look_up(images[part].float(), out=result[part])
     return result.to(images.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Tables:
     """`array_triggers.nashville.Tables` on a device, for one filter or one for each image."""
 
@@ -127,7 +127,9 @@ class _Tables:
         """Return the tables of some of the images."""
         if len(self.tones) == 1:
             return self
-        return _Tables(self.tones[part], self.sepia[part], self.curve[part], self.saturation[part])
+        return _Tables(
+            tones=self.tones[part], sepia=self.sepia[part], curve=self.curve[part], saturation=self.saturation[part]
+        )
 
     def look_up(self, images: Images, *, out: Images) -> None:
         """Write the filtered images to `out`, float32."""
