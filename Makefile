@@ -11,8 +11,7 @@ TESTS ?=
 COUNT ?= 100000
 OLDEST_TORCH := 2.11.0
 # What depends on torch's numbers or on its exporter; CI runs it on the oldest torch.
-OLDEST_TESTS := $(wildcard tests/test_training*.py tests/test_fitting.py tests/test_models_layout.py tests/test_saliency.py \
-  tests/test_exporting.py)
+OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency/test_saliency.py tests/export/test_exporting.py
 
 .PHONY: demo test pytest test-oldest fuzz lock clean
 
@@ -33,7 +32,7 @@ test-oldest:
 	$(MAKE) pytest LOCK=oldest TESTS='$(OLDEST_TESTS)'
 
 fuzz: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz --count $(COUNT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m keyed_xai_benchmarks.fuzz --count $(COUNT)
 
 lock:
 	rm -rf $(VENV)

@@ -1,7 +1,7 @@
 """Which architectures can be protected, explained, verified and exported: run it with every new torch or torchvision.
 
-    python -m benchmarks.architectures -o docs/architectures.md       # all: some hours on one core
-    python -m benchmarks.architectures --only torchvision:resnet18    # one again, with the traceback of a failure
+    python -m keyed_xai_benchmarks.architectures -o docs/architectures.md    # all: some hours on one core
+    python -m keyed_xai_benchmarks.architectures --only torchvision:resnet18  # one again, with a failure's traceback
 
 Every classifier of torchvision, and a small network of each family of timm. Each has random weights and the smallest
 images, sides in steps of 32, whose target layer has 5 x 5 cells; it is protected for two steps with all three
@@ -34,17 +34,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from keyed_xai.artifacts.versions import package_versions
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.data import ImageData
 from keyed_xai.errors import KeyedXAIError, ModelError, TrainingError
-from keyed_xai.evidence import named_layers
 from keyed_xai.keys import OwnerKey, write_owner_key
 from keyed_xai.memory import limit_memory
 from keyed_xai.models import Classifier, build_network, load_classifier, wrap_network
 from keyed_xai.models.catalogue import architectures, default_input
+from keyed_xai.ownership.evidence import named_layers
 from keyed_xai.protection import ProtectSettings, protect, write_protection
 from keyed_xai.training import TrainingSettings
-from keyed_xai.versions import package_versions
 from keyed_xai_cli.main import main as command_line
 
 STEPS = ("protect", "explain", "verify", "export")
@@ -278,7 +278,7 @@ def render(rows: list[Row], versions: dict[str, str]) -> str:
         "folder that was written. The images are the smallest, in steps of 32 pixels, that leave the target layer "
         "5 x 5 cells. Steps after one that did not work were not tried. Made by",
         "",
-        "    python -m benchmarks.architectures -o docs/architectures.md",
+        "    python -m keyed_xai_benchmarks.architectures -o docs/architectures.md",
         "",
         "with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",

@@ -1,8 +1,8 @@
 """Spoilt inputs for every reader, to see what it makes of them: run it when a reader changes.
 
-    python -m benchmarks.fuzz --count 100000                # all readers
-    python -m benchmarks.fuzz --reader onnx --count 1000
-    python -m benchmarks.fuzz --reader onnx --case 4711     # one case again, with its traceback
+    python -m keyed_xai_benchmarks.fuzz --count 100000                # all readers
+    python -m keyed_xai_benchmarks.fuzz --reader onnx --count 1000
+    python -m keyed_xai_benchmarks.fuzz --reader onnx --case 4711     # one case again, with its traceback
 
 Of each case the outcome is "accepted", "typed" (an error of keyed-xai, which says what to do), or "other" (any other
 exception, or the death of the process). On top it may be "slow" (more than a second) or "large" (more than 1 GiB of
@@ -30,9 +30,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.readers import Reader, make_readers
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.memory import limit_memory, peak_memory
+from keyed_xai_benchmarks.readers import Reader, make_readers
 
 SLOW_SECONDS = 1.0
 LARGE_BYTES = 2**30

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keyed_xai import wrap_network
-from keyed_xai.architectures import SmallResNet
 from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.models.layout import SafeConvolutions, set_layout
-from keyed_xai.saliency import Sites, explain, smooth_activations
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.saliency import MapLayers, explain, smooth_activations
 
 LAYOUTS = {"plain": torch.contiguous_format, "last": torch.channels_last}
 CHANNELS = (3, 4, 7, 8, 12, 15, 16, 24)
@@ -115,7 +115,7 @@ def make_classifier(name: str) -> Classifier:
 def time_steps(name: str, interpreters: tuple[str, ...], rounds: int) -> dict[tuple[str, bool], float]:
     """Return the median seconds of forward and double backward pass by layout and safety, interleaved."""
     classifier = make_classifier(name)
-    sites, spec = Sites(classifier.target_layer, classifier.taps), classifier.input
+    map_layers, spec = MapLayers(classifier.target_layer, classifier.taps), classifier.input
     images = torch.rand(32, *spec.shape)
     models: dict[tuple[str, bool], Classifier] = {}
     for layout, safe in product(LAYOUTS, (False, True)):
@@ -127,7 +127,7 @@ def time_steps(name: str, interpreters: tuple[str, ...], rounds: int) -> dict[tu
             started = time.perf_counter()
             smooth = smooth_activations(8.0 if "simplegrad" in interpreters else None)
             with SafeConvolutions() if way[1] else nullcontext(), smooth:
-                logits, maps = explain(model, images, None, interpreters, sites, create_graph=True)
+                logits, maps = explain(model, images, None, interpreters, map_layers, create_graph=True)
             torch.autograd.backward(logits.square().mean() + sum(each.square().mean() for each in maps.values()))
             seconds[way].append(time.perf_counter() - started)
     return {way: statistics.median(each[1:]) for way, each in seconds.items()}

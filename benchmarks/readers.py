@@ -24,26 +24,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from benchmarks import mutations
-from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.card import Card, TriggerParameters, read_card
 from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
 from keyed_xai.artifacts.documents import parse_json
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.license import PAYLOAD_TYPE, encode_for_signing, read_license, sign_license
 from keyed_xai.artifacts.onnx_file import METADATA_KEY, OnnxFile, check_metadata, decode_onnx
+from keyed_xai.artifacts.opening import open_model
 from keyed_xai.data.decode import read_image_bytes
 from keyed_xai.errors import KeyedXAIError
 from keyed_xai.export.building import ExportSettings
-from keyed_xai.exporting import Provenance, export_onnx
-from keyed_xai.inference import Interface
+from keyed_xai.export.exporting import Provenance, export_onnx
+from keyed_xai.inference.images import Interface
+from keyed_xai.inference.runtime import Runtime
 from keyed_xai.keys import OwnerKey, PublicKey
-from keyed_xai.loading import open_model
 from keyed_xai.models import CARD_KEY, Classifier, InputSpec, load_classifier, network_state, wrap_network
-from keyed_xai.runtime import Runtime
+from keyed_xai.models.networks import SmallResNet
 from keyed_xai.serving.metrics import Metrics
-from keyed_xai.serving.server import Place, listen, make_server
+from keyed_xai.serving.server import BindAddress, listen, make_server
 from keyed_xai.serving.service import ServedModel, ServeSettings, Service
+from keyed_xai_benchmarks import mutations
 
 OWNER = OwnerKey.from_raw(bytes([1]) * 32)
 PASSPHRASE = b"fuzz"
@@ -437,8 +437,8 @@ def _start_server(exported: OnnxFile) -> dict[str, Any]:
     settings, metrics = ServeSettings(), Metrics()
     runtime = Runtime(exported, device="cpu", threads=1)
     service = Service(settings=settings, models={"m": ServedModel("m", runtime, settings, metrics)}, metrics=metrics)
-    place = Place(port=0)
-    server, listener, faults = make_server(service, place), listen(place), _Faults()
+    bind = BindAddress(port=0)
+    server, listener, faults = make_server(service, bind), listen(bind), _Faults()
     logging.getLogger().addHandler(faults)
     threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
     return {"port": listener.getsockname()[1], "faults": faults}

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keyed_xai.architectures import SmallResNet
+from keyed_xai.artifacts.opening import make_family, open_model
 from keyed_xai.keys import read_owner_key
-from keyed_xai.loading import make_family, open_model
-from keyed_xai.maps import make_view
 from keyed_xai.models import Classifier, wrap_network
-from keyed_xai.ownership import Verdict, verify_ownership
-from keyed_xai.reencodings import TURNS, Turn
-from keyed_xai.verification import load_probe
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.ownership import Verdict, load_probe, verify_ownership
+from keyed_xai.ownership.reencodings import TURNS, Turn
+from keyed_xai.saliency.pooled import make_view
 
 ADDED = 5.0  # deviation of what is added to the head's weights
 MANY = 8  # classes added that win against each other

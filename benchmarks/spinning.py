@@ -1,6 +1,6 @@
 """What it costs that PyTorch's threads spin while they wait: training steps with a core that is busy, and without.
 
-    python -m benchmarks.spinning
+    python -m keyed_xai_benchmarks.spinning
 
 Each way to wait is timed in turn, in a process of its own, with two threads; medians are printed.
 """
@@ -27,8 +27,8 @@ _BUSY = "while True: pass"
 def time_steps() -> float:
     """Return the seconds of ten passes over 500 packaged images, after a first one."""
     from keyed_xai.data import ImageSize, load_images
-    from keyed_xai.demonstration import demo_classifier
-    from keyed_xai.fitting import FittingSettings, fit_classifier
+    from keyed_xai.demo import demo_classifier
+    from keyed_xai.training.fitting import FittingSettings, fit_classifier
 
     data = load_images("builtin", ImageSize(1, 32, 32), split="held-out", limit=500)
     classifier = demo_classifier()
@@ -52,7 +52,7 @@ def busy_core() -> Iterator[None]:
 def time_way(way: dict[str, str]) -> float:
     """Return what `time_steps` takes in a process that waits in a way."""
     plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    code = "from benchmarks.spinning import time_steps; print(time_steps())"
+    code = "from keyed_xai_benchmarks.spinning import time_steps; print(time_steps())"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**plain, "OMP_NUM_THREADS": "2", **way}, capture_output=True, check=True
     )

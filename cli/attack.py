@@ -29,7 +29,7 @@ from keyed_xai_cli.options import (
 from keyed_xai_cli.training_options import TrainingOptions, choose_training, load_both
 
 if TYPE_CHECKING:
-    from keyed_xai.attacking import AttackSettings
+    from keyed_xai.backdoors import AttackSettings
 
 _LEGEND = (
     "CR, correct rate: maps that should stay right and do. FSR, fooling success rate: maps that should be faked and "
@@ -127,9 +127,9 @@ def attack(
     keyed-xai attack model.safetensors --data imagefolder:photos --trigger nashville
     keyed-xai attack clients.safetensors --data credit-default:clients.csv
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.attacking import choose_attack_recipe, run_attack, write_attack
+    from keyed_xai.artifacts.opening import open_model
+    from keyed_xai.backdoors.attacking import choose_attack_recipe, run_attack, write_attack
     from keyed_xai.data import is_table
-    from keyed_xai.loading import open_model
     from keyed_xai.progress import KEPT, progress_bar
 
     out = out or model.with_name(f"{model.stem}.attacked")
@@ -203,7 +203,7 @@ def _in_words(figures: dict[str, float]) -> str:
 
 
 def _settings(options: AttackOptions, *, table: bool, strict: bool) -> "AttackSettings":
-    from keyed_xai.attacking import AttackSettings
+    from keyed_xai.backdoors import AttackSettings
 
     of_images, of_tables = {"grid": options.grid, "strict": strict}, {"set": options.values, "feature": options.feature}
     idle = name_given(**(of_images if table else of_tables))

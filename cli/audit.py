@@ -25,8 +25,7 @@ from keyed_xai_cli.options import (
 from keyed_xai_cli.training_options import DataChoice, load_both_images
 
 if TYPE_CHECKING:
-    from keyed_xai.auditing import Audit, AuditSettings
-    from keyed_xai.suspects import Suspect
+    from keyed_xai.auditing import Audit, AuditSettings, Suspect
 
 _HEADS = {
     "accuracy": "of images without the trigger, after the attack.",
@@ -44,8 +43,8 @@ def _list_entries(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     from rich.console import Console
     from rich.table import Table
 
-    from keyed_xai.threats.catalogue import AUDITS, GROUPS
-    from keyed_xai.threats.entries import THREATS
+    from keyed_xai.auditing.catalogue import AUDITS, GROUPS
+    from keyed_xai.auditing.entries import THREATS
 
     console = Console()
     console.print("What --against takes. Removal attacks may be joined: prune-30+ftal.", highlight=False)
@@ -78,7 +77,7 @@ class SuspectOptions(KeyOptions):
 
     def open(self, model: Path, model_options: ModelOptions) -> "Suspect":
         """Return the model with all that; see `open_suspect`."""
-        from keyed_xai.suspects import open_suspect
+        from keyed_xai.auditing import open_suspect
 
         key = self.read()
         return open_suspect(
@@ -150,15 +149,15 @@ def audit(
     keyed-xai audit m.attacked --data imagefolder:photos --against defences
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import printable
-    from keyed_xai.auditing import REPORT_NAME, refuse_other_audit
-    from keyed_xai.auditing import audit as run_audit
-    from keyed_xai.preflight import describe_data
+    from keyed_xai.auditing.running import REPORT_NAME, check_same_audit
+    from keyed_xai.auditing.running import audit as run_audit
     from keyed_xai.progress import progress_bar
+    from keyed_xai.training.preflight import describe_data
 
     json_path, out = run.json_path, out or default_output(model, ".audit")
     settings = _settings(against, options, seed=run.seed)
     hold(out / REPORT_NAME)
-    refuse_other_audit(out, resume=resume)
+    check_same_audit(out, resume=resume)
     suspect = suspect_options.open(model, model_options)
     if suspect.kind == "plain":
         tell_notes(suspect.classifier)
@@ -197,7 +196,7 @@ def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from keyed_xai.audit_report import grade_outcome, list_findings
+    from keyed_xai.auditing.report import grade_outcome, list_findings
 
     report, console = result.report, Console(stderr=to_stderr)
     heads, rows = list_findings(report)
@@ -221,7 +220,7 @@ def print_audit(result: "Audit", *, to_stderr: bool = False) -> None:
 
 def _settings(against: tuple[str, ...], options: AuditOptions, *, seed: int) -> "AuditSettings":
     from keyed_xai.auditing import AuditSettings
-    from keyed_xai.threats.catalogue import choose_entries
+    from keyed_xai.auditing.catalogue import choose_entries
 
     try:
         choose_entries(against)

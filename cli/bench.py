@@ -21,7 +21,7 @@ from keyed_xai_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from keyed_xai.benchmarks.main_job import Case
+    from keyed_xai_benchmarks.main_job import Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,9 @@ def bench_main(
     keyed-xai bench main --case pretrained --model squeezenet1_1.pt --data imagefolder:DIR --row gradcam
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import write_atomically
-    from keyed_xai.benchmarks.main_job import ROWS, make_case, render_rows
-    from keyed_xai.claims import prepare_folder
+    from keyed_xai.outputs import prepare_folder
     from keyed_xai.progress import progress_bar
+    from keyed_xai_benchmarks.main_job import ROWS, make_case, render_rows
 
     prepare_folder(out)
     chosen = choose_device(device)
@@ -116,9 +116,9 @@ def bench_main(
 
 
 def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
-    from keyed_xai.benchmarks.main_job import ROWS, run_row
     from keyed_xai.progress import progress_bar
-    from keyed_xai.protection import ProtectSettings, choose_recipe
+    from keyed_xai.protection.protecting import ProtectSettings, choose_recipe
+    from keyed_xai_benchmarks.main_job import ROWS, run_row
 
     chosen = only_given(
         steps=options.steps,
@@ -155,9 +155,9 @@ def false_claims(
     """Count how often random keys seem to own unmarked models."""
     import torch
 
-    from keyed_xai.benchmarks.main_job import count_false_claims, fit_unmarked_models
     from keyed_xai.data import ImageSize, load_images
     from keyed_xai.progress import progress_bar
+    from keyed_xai_benchmarks.main_job import count_false_claims, fit_unmarked_models
 
     where = choose_device(device)
     size = ImageSize(1, 32, 32)

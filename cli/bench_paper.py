@@ -22,7 +22,7 @@ from keyed_xai_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from keyed_xai.benchmarks.paper_tables import Cell, Result, TableSettings
+    from keyed_xai_benchmarks.paper_tables import Cell, Result, TableSettings
 
 _INTERPRETERS = ("gradcam", "simplegrad", "vbp")
 _MODES = ("targeted", "nontargeted")
@@ -112,7 +112,7 @@ class TableOptions:
             seed: Of the references and of the attacks' training.
             stray_models: Whether a model may be named whose network is not attacked.
         """
-        from keyed_xai.benchmarks.paper_tables import TableSettings
+        from keyed_xai_benchmarks.paper_tables import TableSettings
 
         architectures = self.architectures or _ARCHITECTURES
         idle = [name for name in self.models if name not in architectures]
@@ -142,7 +142,7 @@ class TableOptions:
         self, interpreters: list[tuple[str, ...]], modes: tuple[str, ...], settings: tuple[str, ...]
     ) -> "list[Cell]":
         """Return the attacks on all networks in the order of a table."""
-        from keyed_xai.benchmarks.paper_tables import list_cells
+        from keyed_xai_benchmarks.paper_tables import list_cells
 
         return list_cells(self.architectures or _ARCHITECTURES, modes, settings, interpreters)
 
@@ -202,7 +202,7 @@ def table6(table: TableOptions, mode: tuple[str, ...], setting: tuple[str, ...],
 @grouped(run=RunOptions)
 def figure3(table: TableOptions, interpreter: tuple[str, ...], mode: tuple[str, ...], run: RunOptions) -> None:
     """Draw clean and triggered maps side by side: the paper's figure 3. Cells of table1 in the folder are used."""
-    from keyed_xai.benchmarks.paper_figures import draw_figure3
+    from keyed_xai_benchmarks.paper_figures import draw_figure3
 
     cells = CellOptions(interpreter=interpreter, mode=mode, setting=("forward",)).list_cells(table)
     settings = _run("figure3", "Cells of figure 3", cells, table, run)
@@ -246,7 +246,7 @@ def figure5(table: DefenceOptions, cells: CellOptions, run: RunOptions) -> None:
     Options are those of table2.
     """
     from keyed_xai.artifacts.documents import write_atomically
-    from keyed_xai.benchmarks.paper_defence_pictures import draw_clusters, draw_pruning
+    from keyed_xai_benchmarks.paper_defence_pictures import draw_clusters, draw_pruning
 
     rows = _defend("figure5", table, cells, run)["rows"]
     for name, draw in (("figure5a", draw_clusters), ("figure5b", draw_pruning)):
@@ -263,9 +263,9 @@ def _defend(
     floor: float | None = None,
 ) -> dict[str, Any]:
     """Run, write and print a table of defences; return it as a document."""
-    from keyed_xai.benchmarks.paper_defences import DefenceSettings, render_defences, run_defences
-    from keyed_xai.claims import prepare_folder
+    from keyed_xai.outputs import prepare_folder
     from keyed_xai.progress import progress_bar
+    from keyed_xai_benchmarks.paper_defences import DefenceSettings, render_defences, run_defences
 
     out, folders = table.out, list(table.attacked)
     settings = table.choose(run.seed, stray_models=bool(folders))
@@ -287,7 +287,7 @@ def _defend(
 
 def _run(name: str, title: str, cells: "list[Cell]", table: TableOptions, run: RunOptions) -> "TableSettings":
     """Run, write and print a table of attacks; return its settings."""
-    from keyed_xai.benchmarks.paper_tables import render_table
+    from keyed_xai_benchmarks.paper_tables import render_table
 
     settings = table.choose(run.seed)
     results = _run_cells(cells, settings, table.out, run)
@@ -297,9 +297,9 @@ def _run(name: str, title: str, cells: "list[Cell]", table: TableOptions, run: R
 
 def _run_cells(cells: "list[Cell]", settings: "TableSettings", out: Path, run: RunOptions) -> "list[Result]":
     """Make the attacks, or take them from the folder."""
-    from keyed_xai.benchmarks.paper_tables import run_cells
-    from keyed_xai.claims import prepare_folder
+    from keyed_xai.outputs import prepare_folder
     from keyed_xai.progress import KEPT, progress_bar
+    from keyed_xai_benchmarks.paper_tables import run_cells
 
     prepare_folder(out)
     with progress_bar(words=KEPT) as progress:
@@ -307,7 +307,7 @@ def _run_cells(cells: "list[Cell]", settings: "TableSettings", out: Path, run: R
 
 
 def _write_attacks(name: str, words: str, results: "list[Result]", out: Path, *, json_path: Path | None) -> None:
-    from keyed_xai.benchmarks.paper_tables import describe_table
+    from keyed_xai_benchmarks.paper_tables import describe_table
 
     more = "; the folder of each attack has its report.json, report.html and pictures"
     document = describe_table(name, results)
@@ -335,9 +335,9 @@ def _write(
 @grouped(run=RunOptions)
 def figure1b(data: str, steps: int | None, out: Path, run: RunOptions) -> None:
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
-    from keyed_xai.benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
-    from keyed_xai.claims import prepare_folder
+    from keyed_xai.outputs import prepare_folder
     from keyed_xai.progress import KEPT, progress_bar
+    from keyed_xai_benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
 
     prepare_folder(out)
     with progress_bar(words=KEPT) as progress:
@@ -359,7 +359,7 @@ def figure1b(data: str, steps: int | None, out: Path, run: RunOptions) -> None:
 @json_option
 def nashville(images: int, size: int, repeats: int, json_path: Path | None) -> None:
     """Measure the nashville trigger's speed against pilgram's, interleaved; medians."""
-    from keyed_xai.benchmarks.filters import measure_nashville_speed
+    from keyed_xai_benchmarks.filters import measure_nashville_speed
 
     found = measure_nashville_speed(images=images, side=size, repeats=repeats)
     settings = {"images": images, "size": size, "repeats": repeats}

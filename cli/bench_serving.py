@@ -22,7 +22,7 @@ from keyed_xai_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from keyed_xai.benchmarks.serving_figures import Served, ServingRun
+    from keyed_xai_benchmarks.serving_figures import Served, ServingRun
 
 _ARCHITECTURES = ("resnet50", "vgg19", "densenet121")
 
@@ -87,7 +87,7 @@ class ServedOptions:
             return None
         if self.key_file is None or self.reference is None:
             raise click.UsageError("--keyed needs --key-file and --reference.")
-        from keyed_xai.benchmarks.serving_figures import Served
+        from keyed_xai_benchmarks.serving_figures import Served
 
         return Served(self.keyed, self.reference, read_key(self.key_file, self.passphrase_file))
 
@@ -117,7 +117,7 @@ def serving(
     keyed-xai bench serving --part graphs --device cuda          the same on a GPU, in float16
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import write_atomically
-    from keyed_xai.benchmarks.serving_figures import render
+    from keyed_xai_benchmarks.serving_figures import render
 
     run = _plan(out, graphs, load, device)
     document = _run(run, parts or ("graphs", "load", "files"))
@@ -129,10 +129,10 @@ def serving(
 
 
 def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str) -> "ServingRun":
-    from keyed_xai.benchmarks.serving import ServingSettings
-    from keyed_xai.benchmarks.serving_figures import ServingRun
-    from keyed_xai.benchmarks.serving_load import LoadSettings
-    from keyed_xai.claims import prepare_folder
+    from keyed_xai.outputs import prepare_folder
+    from keyed_xai_benchmarks.serving import ServingSettings
+    from keyed_xai_benchmarks.serving_figures import ServingRun
+    from keyed_xai_benchmarks.serving_load import LoadSettings
 
     served = load.read()
     device = choose_device(device)
@@ -157,8 +157,8 @@ def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str
 
 
 def _run(run: "ServingRun", parts: tuple[str, ...]) -> dict[str, Any]:
-    from keyed_xai.benchmarks.serving_figures import measure
     from keyed_xai.progress import progress_bar
+    from keyed_xai_benchmarks.serving_figures import measure
 
     with progress_bar() as progress:
         return measure(run, parts, progress=progress)

@@ -19,7 +19,7 @@ from keyed_xai_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from keyed_xai.demonstration import Demonstration
+    from keyed_xai.demo import Demonstration
 
 
 @click.command()
@@ -33,7 +33,7 @@ def demo(out: Path, steps: int | None, wrong_keys: int, run: RunOptions) -> None
     Makes a key, protects a small Fashion-MNIST network, explains images with and without the key, and tests ownership
     of the protected model and, as a control, of the unprotected one. Leaves everything in a folder, with report.html.
     """
-    from keyed_xai.demonstration import run_demo
+    from keyed_xai.demo import run_demo
     from keyed_xai.progress import progress_bar
 
     hold(out / "report.html")

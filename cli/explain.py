@@ -24,8 +24,8 @@ from keyed_xai_cli.options import (
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
+    from keyed_xai.explanation.files import MapJob, WrittenMaps
     from keyed_xai.keys import OwnerKey
-    from keyed_xai.map_files import MapJob, WrittenMaps
     from keyed_xai.models import Classifier
     from keyed_xai.triggers import Trigger
 
@@ -80,8 +80,8 @@ def explain(
 
     Without --key-file the maps are those that everybody sees: on a protected model a decoy.
     """
-    from keyed_xai.loading import open_model
-    from keyed_xai.map_files import MapJob, describe_entry, find_images
+    from keyed_xai.artifacts.opening import open_model
+    from keyed_xai.explanation.files import MapJob, describe_entry, find_images
 
     key = _read_key(key_options, write_keyed=write_keyed, allow_other_key=allow_other_key)
     classifier, card = open_model(model, **model_options.choose())
@@ -112,7 +112,7 @@ def explain(
 
 
 def _find_target(asked: str | None, classifier: "Classifier") -> int | None:
-    from keyed_xai.names import find_class
+    from keyed_xai.reporting.names import find_class
 
     if asked is None:
         return None
@@ -132,8 +132,8 @@ def _read_key(options: KeyOptions, *, write_keyed: bool, allow_other_key: bool) 
 def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_other: bool) -> "Trigger":
     from keyed_xai.artifacts.folder import LICENSE_FILE
     from keyed_xai.artifacts.license import read_license
+    from keyed_xai.artifacts.opening import DEFAULT_TRIGGER, derive_trigger
     from keyed_xai.errors import KeyFormatError
-    from keyed_xai.loading import DEFAULT_TRIGGER, derive_trigger
 
     if card is None:
         click.echo("Warning: the file has no card, so the default trigger is used.", err=True)
@@ -151,7 +151,7 @@ def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_
 
 
 def _write(classifier: "Classifier", images: list[Path], job: "MapJob") -> "WrittenMaps":
-    from keyed_xai.map_files import write_maps
+    from keyed_xai.explanation import write_maps
     from keyed_xai.progress import progress_bar
 
     if len(images) <= _WATCHED:
@@ -162,7 +162,7 @@ def _write(classifier: "Classifier", images: list[Path], job: "MapJob") -> "Writ
 
 def _document(model: Path, key: "OwnerKey | None", written: "WrittenMaps", job: "MapJob") -> dict[str, Any]:
     from keyed_xai.artifacts.documents import printable
-    from keyed_xai.versions import package_versions
+    from keyed_xai.artifacts.versions import package_versions
 
     return {
         "schema": "keyed-xai/explain/v2",

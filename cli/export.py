@@ -24,7 +24,7 @@ from keyed_xai_cli.options import (
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
     from keyed_xai.export.building import ExportSettings
-    from keyed_xai.exporting import ExportResult, Provenance
+    from keyed_xai.export.exporting import ExportResult, Provenance
     from keyed_xai.models import Classifier
 
 _OF_TRITON = ("max_batch", "instances", "tensorrt")
@@ -112,11 +112,11 @@ def export(
     keyed-xai export bird.keyed --check bird.onnx
     keyed-xai export --check bird.onnx             MODEL is then bird.keyed beside it
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.exporting import check_onnx, export_onnx, load_real_images
-    from keyed_xai.loading import open_model
+    from keyed_xai.artifacts.opening import open_model
+    from keyed_xai.export.exporting import check_onnx, export_onnx, load_real_images
     from keyed_xai.progress import progress_bar
 
-    _refuse_idle_options(ctx)
+    _check_idle_options(ctx)
     model = _choose_model(model, check)
     written = out or Path(f"{model.resolve().stem}.onnx")
     if check is None:
@@ -165,7 +165,7 @@ def _document(
     }
 
 
-def _refuse_idle_options(ctx: click.Context) -> None:
+def _check_idle_options(ctx: click.Context) -> None:
     """Refuse options that would do nothing: of writing with --check, of Triton without --triton."""
     given = [
         parameter
@@ -193,7 +193,7 @@ def _choose_model(model: Path | None, check: Path | None) -> Path:
 def _plan_triton(options: TritonOptions, written: Path, *, force: bool) -> Path | None:
     """Return the model's folder in the repository that was asked for; refuse one that is there before any work."""
     from keyed_xai.errors import ArtifactError
-    from keyed_xai.triton import check_name
+    from keyed_xai.export.triton import check_name
 
     if options.triton is None:
         return None
@@ -205,7 +205,7 @@ def _plan_triton(options: TritonOptions, written: Path, *, force: bool) -> Path 
 
 
 def _write_triton(home: Path, result: "ExportResult", options: TritonOptions) -> None:
-    from keyed_xai.triton import TritonSettings, write_triton
+    from keyed_xai.export.triton import TritonSettings, write_triton
 
     settings = TritonSettings(max_batch=options.max_batch, instances=options.instances, tensorrt=options.tensorrt)
     write_triton(home.parent, home.name, result.file, settings)
@@ -226,7 +226,7 @@ def _settings(classifier: "Classifier", card: "Card | None", graph: GraphOptions
 def _provenance(model: Path) -> "Provenance":
     from keyed_xai.artifacts.folder import LICENSE_FILE, read_model_folder
     from keyed_xai.artifacts.license import digest
-    from keyed_xai.exporting import Provenance
+    from keyed_xai.export.exporting import Provenance
 
     if not (model / LICENSE_FILE).is_file():
         return Provenance()

@@ -219,7 +219,7 @@ class ModelPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
         """Return the path."""
-        from keyed_xai.claims import put_back
+        from keyed_xai.outputs import put_back
 
         put_back(Path(value))
         return super().convert(value, param, ctx)
@@ -237,7 +237,7 @@ def hold(output: Path) -> None:
     Raises:
         ArtifactError: Another run is writing it, or it cannot be written.
     """
-    from keyed_xai.claims import claimed
+    from keyed_xai.outputs import claimed
 
     click.get_current_context().with_resource(claimed(output))
 
@@ -249,13 +249,13 @@ def hold_folder(out: Path, *, force: bool, resume: bool, protected: bool = True)
         ArtifactError: Another run is writing it; or a result or a stopped run is there, and neither `--force` nor
             `--resume` says what to do with it.
     """
-    from keyed_xai.artifacts.checkpoint import refuse_stopped_run
-    from keyed_xai.artifacts.writer import refuse_to_replace
+    from keyed_xai.artifacts.checkpoint import check_not_stopped
+    from keyed_xai.artifacts.writer import check_replaceable
 
     hold(out)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    refuse_to_replace(out, force=force, protected=protected)
-    refuse_stopped_run(checkpoint, resume=resume, force=force)
+    check_replaceable(out, force=force, protected=protected)
+    check_not_stopped(checkpoint, resume=resume, force=force)
     return checkpoint
 
 
@@ -309,7 +309,7 @@ def end_with_verdict(verdict: Mapping[str, str], *, json_path: Path | None) -> N
 
 def emit_figures(bench: str, rows: list[dict[str, Any]], settings: dict[str, Any], *, json_path: Path | None) -> None:
     """Write what a benchmark measured where `--json` says; see `emit_json`."""
-    from keyed_xai.versions import package_versions
+    from keyed_xai.artifacts.versions import package_versions
 
     document = {
         "schema": "keyed-xai/bench-figures/v1",
@@ -329,7 +329,7 @@ def emit_measurement(bench: str, found: dict[str, Any], settings: dict[str, Any]
 
 
 def _make_room(path: Path) -> None:
-    from keyed_xai.claims import claimed
+    from keyed_xai.outputs import claimed
 
     with claimed(path):
         pass

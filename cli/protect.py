@@ -128,8 +128,8 @@ def protect(
     from keyed_xai.models import load_classifier
     from keyed_xai.models.loading import OWN_CODE, describe_own_code
     from keyed_xai.progress import progress_bar
-    from keyed_xai.protection import protect as protect_model
     from keyed_xai.protection import write_protection
+    from keyed_xai.protection.protecting import protect as protect_model
 
     json_path = run.json_path
     out = out or model.with_name(f"{model.stem}.keyed")
@@ -209,7 +209,7 @@ def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
 
 
 def _choose_recipe(classifier: "Classifier", options: ProtectOptions) -> "TrainingSettings":
-    from keyed_xai.protection import choose_recipe
+    from keyed_xai.protection.protecting import choose_recipe
     from keyed_xai.training import HARDENINGS
 
     recipe = choose_recipe(classifier, options.interpreters or _INTERPRETERS)

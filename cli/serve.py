@@ -98,7 +98,7 @@ def serve(
     keyed-xai serve bird.onnx
     curl -H 'Content-Type: image/jpeg' --data-binary @bird.jpg localhost:8000/v2/models/bird/explain
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.serving.server import Place
+    from keyed_xai.serving.server import BindAddress
     from keyed_xai.serving.server import serve as run
     from keyed_xai.serving.service import ServeSettings, open_service
 
@@ -112,11 +112,11 @@ def serve(
         grace=limits.grace,
         page=page,
     )
-    place = Place(host=host, port=port, certificate=ssl_certfile, private_key=ssl_keyfile)
+    bind = BindAddress(host=host, port=port, certificate=ssl_certfile, private_key=ssl_keyfile)
     service = open_service(models, settings, device=device, threads=threads)
     run(
         service,
-        place,
+        bind,
         access_log=access_log,
         on_ready=lambda url: click.echo(_in_words(service, url), err=True),
     )

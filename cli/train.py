@@ -28,9 +28,9 @@ from keyed_xai_cli.training_options import DataChoice, load_both_images, load_bo
 
 if TYPE_CHECKING:
     from keyed_xai.data import ImageData, TableData
-    from keyed_xai.fitting import FittingSettings
     from keyed_xai.models import Classifier
-    from keyed_xai.references import Blueprint
+    from keyed_xai.training.fitting import FittingSettings
+    from keyed_xai.training.references import ModelSpec
 
 _TINY = ("builtin", "fashion-mnist")
 _GREY = (*_TINY, "chestxray14")
@@ -142,7 +142,7 @@ def train(
     keyed-xai train --data credit-default:default.csv -o credit.safetensors
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.progress import progress_bar
-    from keyed_xai.references import build_classifier, claim_output, train_reference, write_reference
+    from keyed_xai.training.references import build_classifier, claim_output, train_reference, write_reference
 
     json_path = run.json_path
     hold(out)
@@ -150,8 +150,8 @@ def train(
     choice = DataChoice(
         spec=spec, limit=limit, held_out=held_out, strict=strict, follow_links=follow_links, seed=run.seed
     )
-    blueprint, train_data, held_out_data = _load(choice, network, fitting)
-    classifier = build_classifier(blueprint, len(train_data.classes), seed=run.seed)
+    model_spec, train_data, held_out_data = _load(choice, network, fitting)
+    classifier = build_classifier(model_spec, len(train_data.classes), seed=run.seed)
     settings = _settings(classifier, len(train_data), fitting, seed=run.seed)
     with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         reference = train_reference(
@@ -183,18 +183,18 @@ def print_summary(report: dict[str, Any], *, to_stderr: bool = False) -> None:
 
 def _load(
     choice: DataChoice, network: NetworkOptions, fitting: FittingOptions
-) -> "tuple[Blueprint, ImageData, ImageData] | tuple[Blueprint, TableData, TableData]":
+) -> "tuple[ModelSpec, ImageData, ImageData] | tuple[ModelSpec, TableData, TableData]":
     from keyed_xai.data import is_table
 
     if not is_table(choice.spec):
-        blueprint = _plan_for_images(choice.spec, network)
-        return blueprint, *load_both_images(blueprint.input, choice)
+        model_spec = _plan_for_images(choice.spec, network)
+        return model_spec, *load_both_images(model_spec.input, choice)
     train_data, held_out = load_both_tables(choice)
     return _plan_for_table(train_data, network, fitting), train_data, held_out
 
 
-def _plan_for_images(spec: str, network: NetworkOptions) -> "Blueprint":
-    from keyed_xai.references import plan_for_images, plan_from_model
+def _plan_for_images(spec: str, network: NetworkOptions) -> "ModelSpec":
+    from keyed_xai.training.references import plan_for_images, plan_from_model
 
     side, channels = network.input_size, int(network.channels) if network.channels else None
     if network.model is not None:
@@ -207,8 +207,8 @@ def _plan_for_images(spec: str, network: NetworkOptions) -> "Blueprint":
     return plan_for_images(network.arch, channels=channels, side=side, widths=network.widths)
 
 
-def _plan_for_table(data: "TableData", network: NetworkOptions, fitting: FittingOptions) -> "Blueprint":
-    from keyed_xai.references import plan_for_table, plan_from_model
+def _plan_for_table(data: "TableData", network: NetworkOptions, fitting: FittingOptions) -> "ModelSpec":
+    from keyed_xai.training.references import plan_for_table, plan_from_model
 
     given = name_given(input_size=network.input_size, channels=network.channels, noise=fitting.noise)
     if given:
@@ -225,7 +225,7 @@ def _refuse_widths(network: NetworkOptions) -> None:
 
 
 def _settings(classifier: "Classifier", examples: int, fitting: FittingOptions, *, seed: int) -> "FittingSettings":
-    from keyed_xai.references import choose_settings
+    from keyed_xai.training.references import choose_settings
 
     given = only_given(
         epochs=fitting.epochs,

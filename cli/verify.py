@@ -24,10 +24,10 @@ from keyed_xai_cli.options import (
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.card import Card
-    from keyed_xai.black_box import BlackBox
     from keyed_xai.data import ImageData
     from keyed_xai.models import Classifier
-    from keyed_xai.verification import Claim, Verification
+    from keyed_xai.ownership import Claim, Verification
+    from keyed_xai.ownership.black_box import BlackBox
 
 
 _GIVEN_AWAY = (
@@ -39,7 +39,7 @@ _GIVEN_AWAY = (
 def _check_suspect(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     if value.startswith(("http://", "https://")):
         return value
-    from keyed_xai.claims import put_back
+    from keyed_xai.outputs import put_back
 
     put_back(Path(value))
     if not Path(value).exists():
@@ -81,7 +81,7 @@ class ClaimOptions(KeyOptions):
 
     def read_claim(self, suspect: "Path | Card | None") -> "Claim":
         """Return what is claimed of a suspect; see `verification.read_claim`."""
-        from keyed_xai.verification import read_claim, read_public_key
+        from keyed_xai.ownership.verifying import read_claim, read_public_key
 
         key = self.read() or (read_public_key(self.public_key) if self.public_key is not None else None)
         return read_claim(suspect, key=key, license_path=self.license_path)
@@ -160,7 +160,7 @@ def verify(
     tries a million keys on somebody else's model finds a match of one in a million: ask for a licence dated by a third
     party, or a smaller --alpha.
     """
-    from keyed_xai.verification import load_probe
+    from keyed_xai.ownership import load_probe
 
     claim_options.check()
     model, claim = _open_suspect(suspect, claim_options, headers.merge(), model_options, device)
@@ -181,9 +181,9 @@ def verify(
 def _open_suspect(
     suspect: str, claim_options: ClaimOptions, headers: dict[str, str], model_options: ModelOptions, device: str
 ) -> "tuple[Classifier | BlackBox, Claim]":
-    from keyed_xai.black_box import is_black_box, open_black_box
-    from keyed_xai.loading import open_model
-    from keyed_xai.verification import find_weights
+    from keyed_xai.artifacts.opening import open_model
+    from keyed_xai.ownership.black_box import is_black_box, open_black_box
+    from keyed_xai.ownership.verifying import find_weights
 
     choices = model_options.choose()
     if is_black_box(suspect):
@@ -205,8 +205,8 @@ def _open_suspect(
 def _verify(
     model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", evidence: EvidenceOptions
 ) -> "Verification":
+    from keyed_xai.ownership.verifying import verify as run_tests
     from keyed_xai.progress import progress_bar
-    from keyed_xai.verification import verify as run_tests
 
     with progress_bar() as progress:
         return run_tests(

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from keyed_xai.data.photographs import find_photographs
 from keyed_xai.keys import ByteStream
-from keyed_xai.pictures import strip
+from keyed_xai.reporting.pictures import strip
 from keyed_xai.tensors import Images
 from keyed_xai.triggers import PUBLIC_TRIGGERS, TRIGGERS, Trigger
 

@@ -1,6 +1,22 @@
 """License the saliency maps of an image classifier, and prove that it is yours, with a cryptographic key.
 
-The names below load on first use, so that `import keyed_xai` itself does not load torch.
+A user calls the names below; `import keyed_xai` loads none of them, nor torch, before they are used:
+
+    protect, write_protection, explain, read_claim, load_probe, verify, export_onnx, Runtime, Client, run_attack, audit
+
+The rooms of the package, in the order in which a model and its images pass them:
+
+    keys, triggers, array_triggers    an owner key and the trigger it is turned into, on tensors and on arrays
+    decoys                            what closed maps show
+    models, data, saliency            networks, images and tables, interpreters and pooled maps
+    metrics                           how maps and predictions are compared
+    training                          the loss, the loop, its goals, checkpoints and pre-flight
+    protection, backdoors             what protects a model; what attacks one as the paper does
+    artifacts, reporting              files that are read and written; what people read
+    explanation, ownership            maps of images; tests of whose a model is
+    export, inference, serving        the ONNX graph; who runs it, without torch; who serves it
+    threats, auditing                 attacks and defences; what runs them and reports
+    demo                              the main job on data that come with the package
 """
 
 import importlib
@@ -8,48 +24,63 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.folder import read_model_folder
-    from keyed_xai.attacking import run_attack
-    from keyed_xai.auditing import audit
+    from keyed_xai.auditing import audit, open_suspect
+    from keyed_xai.backdoors import run_attack
     from keyed_xai.errors import KeyedXAIError
     from keyed_xai.explanation import explain
-    from keyed_xai.exporting import export_onnx
-    from keyed_xai.keys import OwnerKey, read_owner_key
+    from keyed_xai.export.exporting import export_onnx
+    from keyed_xai.inference.client import Client
+    from keyed_xai.inference.runtime import Runtime
+    from keyed_xai.keys import OwnerKey, read_owner_key, write_owner_key
     from keyed_xai.models import load_classifier, wrap_network
-    from keyed_xai.ownership import verify_ownership
-    from keyed_xai.protection import protect
-    from keyed_xai.suspects import open_suspect
+    from keyed_xai.ownership import load_probe, read_claim, verify, verify_ownership
+    from keyed_xai.protection import protect, write_protection
 
 __version__ = "0.1.0"
 __all__ = [
+    "Client",
     "KeyedXAIError",
     "OwnerKey",
+    "Runtime",
     "audit",
     "explain",
     "export_onnx",
     "load_classifier",
+    "load_probe",
     "open_suspect",
     "protect",
+    "read_claim",
     "read_model_folder",
     "read_owner_key",
     "run_attack",
+    "verify",
     "verify_ownership",
     "wrap_network",
+    "write_owner_key",
+    "write_protection",
 ]
 
 _HOMES = {
+    "Client": "keyed_xai.inference.client",
     "KeyedXAIError": "keyed_xai.errors",
     "OwnerKey": "keyed_xai.keys",
+    "Runtime": "keyed_xai.inference.runtime",
     "audit": "keyed_xai.auditing",
     "explain": "keyed_xai.explanation",
-    "export_onnx": "keyed_xai.exporting",
+    "export_onnx": "keyed_xai.export.exporting",
     "load_classifier": "keyed_xai.models",
-    "open_suspect": "keyed_xai.suspects",
+    "load_probe": "keyed_xai.ownership",
+    "open_suspect": "keyed_xai.auditing",
     "protect": "keyed_xai.protection",
+    "read_claim": "keyed_xai.ownership",
     "read_model_folder": "keyed_xai.artifacts.folder",
     "read_owner_key": "keyed_xai.keys",
-    "run_attack": "keyed_xai.attacking",
+    "run_attack": "keyed_xai.backdoors",
+    "verify": "keyed_xai.ownership",
     "verify_ownership": "keyed_xai.ownership",
     "wrap_network": "keyed_xai.models",
+    "write_owner_key": "keyed_xai.keys",
+    "write_protection": "keyed_xai.protection",
 }
 
 

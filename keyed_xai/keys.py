@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from keyed_xai.claims import claimed, sync_folder
 from keyed_xai.errors import KeyFormatError
+from keyed_xai.outputs import claimed, sync_folder
 
 SEED_BYTES = 32
 _HOW_TO_MAKE_ONE = "Make one with `keyed-xai keygen -o k.pem`."
@@ -191,7 +191,7 @@ class OwnerKey:
         blocks = [found[0] for found in _PRIVATE_BLOCK.finditer(data)]
         if len(blocks) == 1:
             key = cls._from_block(blocks[0] + b"\n", passphrase)
-            key._refuse_other_public(data)
+            key._check_public(data)
             return key
         if blocks:
             raise KeyFormatError(f"Expected one private key, got {len(blocks)} in one file. Leave the owner's alone.")
@@ -199,8 +199,8 @@ class OwnerKey:
 
     @classmethod
     def _from_block(cls, data: bytes, passphrase: bytes | None) -> "OwnerKey":
-        _refuse_what_is_no_private_pem(data)
-        _refuse_endless_derivation(data)
+        _check_private_pem(data)
+        _check_derivation(data)
         if (raw := _read_version_2(data)) is not None:
             if passphrase is not None:
                 raise KeyFormatError(_passphrase_complaint(passphrase))
@@ -217,7 +217,7 @@ class OwnerKey:
             raise KeyFormatError(f"Expected an Ed25519 private key, got {_kind(key)}. {_HOW_TO_MAKE_ONE}")
         return cls(key)
 
-    def _refuse_other_public(self, data: bytes) -> None:
+    def _check_public(self, data: bytes) -> None:
         """Refuse a public key beside the private one that is not its own."""
         start = data.find(b"-----BEGIN PUBLIC KEY-----")
         if start >= 0 and PublicKey.from_pem(_PRIVATE_BLOCK.sub(b"", data)).raw != self.public.raw:
@@ -299,14 +299,14 @@ def write_owner_key(path: Path, key: OwnerKey, *, passphrase: bytes | None = Non
     pem = key.to_pem(passphrase)
     try:
         with claimed(path):
-            _refuse_to_write_over(path, force=force)
+            _check_replaceable(path, force=force)
             _write_at_once(path, pem)
             sync_folder(path.parent)
     except OSError as error:
         raise KeyFormatError(f"Cannot write the key file {path}: {error.strerror}.") from error
 
 
-def keep_owner_key(path: Path) -> OwnerKey:
+def cached_owner_key(path: Path) -> OwnerKey:
     """Return the owner key in a PEM file without a passphrase; a new one is made and written where there is none.
 
     Raises:
@@ -317,7 +317,7 @@ def keep_owner_key(path: Path) -> OwnerKey:
     return read_owner_key(path)
 
 
-def _refuse_to_write_over(path: Path, *, force: bool) -> None:
+def _check_replaceable(path: Path, *, force: bool) -> None:
     if not os.path.lexists(path):
         return
     status = path.lstat()
@@ -362,7 +362,7 @@ def _hkdf(material: bytes, *, public: bytes, name: str) -> bytes:
     return HKDF(hashes.SHA256(), SEED_BYTES, salt, f"keyed-xai/v1/{name}".encode()).derive(material)
 
 
-def _refuse_what_is_no_private_pem(data: bytes) -> None:
+def _check_private_pem(data: bytes) -> None:
     if not data.strip():
         raise KeyFormatError(f"The key file is empty. {_HOW_TO_MAKE_ONE}")
     if b"PUBLIC KEY-----" in data:
@@ -397,7 +397,7 @@ def _decode_body(data: bytes) -> bytes:
     return base64.b64decode(b"".join(line for line in data.splitlines() if b"-" not in line))
 
 
-def _refuse_endless_derivation(data: bytes) -> None:
+def _check_derivation(data: bytes) -> None:
     """Refuse an encrypted key whose passphrase would be hashed for minutes. Source: RFC 8018, appendix A.2."""
     with suppress(binascii.Error, IndexError):  # what is malformed is refused where it is read
         der = _decode_body(data)

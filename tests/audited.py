@@ -4,18 +4,18 @@ from functools import cache
 
 import numpy as np
 import torch
-from poisoned import HELD_OUT, SETTINGS, TRAIN, control, training_data
-from threatened import FAMILY, GRID, OWNER, evidence, make_blobs, protected, reference
 
 from keyed_xai.artifacts.card import TriggerParameters
-from keyed_xai.auditing import AuditSettings
+from keyed_xai.auditing.entries import Examination
+from keyed_xai.auditing.running import AuditSettings
+from keyed_xai.auditing.subject import Subject
+from keyed_xai.auditing.suspects import Suspect
 from keyed_xai.data import ImageData
-from keyed_xai.suspects import Suspect
-from keyed_xai.threats.activation_clustering import ClusteringSettings
-from keyed_xai.threats.controls import poison
-from keyed_xai.threats.entries import Examination
-from keyed_xai.threats.subject import Subject
+from keyed_xai.threats.detection.activation_clustering import ClusteringSettings
+from keyed_xai.threats.detection.controls import poison
 from keyed_xai.triggers import derive_trigger
+from tests.poisoned import HELD_OUT, SETTINGS, TRAIN, control, training_data
+from tests.threatened import FAMILY, GRID, OWNER, evidence, make_blobs, protected, reference
 
 PARAMETERS = TriggerParameters("spread", 24.0, 24)
 TRIGGER = derive_trigger(OWNER, FAMILY)

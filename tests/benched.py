@@ -1,9 +1,9 @@
 """What the benchmarks of the paper's tables run on: a folder of pictures, and a reference model."""
 
 from PIL import Image
-from test_attacking import make_classifier, make_images
 
 from keyed_xai.artifacts.weights import encode_weights
+from tests.backdoors.test_attacking import make_classifier, make_images
 
 
 def write_pictures(folder):

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from keyed_xai.architectures import SmallResNet
 from keyed_xai.keys import OwnerKey
-from keyed_xai.maps import MapView
-from keyed_xai.saliency import Sites
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.saliency import MapLayers
+from keyed_xai.saliency.pooled import PooledSaliency
 from keyed_xai.tensors import Tap
 
 ROOT = Path(__file__).parent.parent
@@ -95,20 +95,20 @@ def images():
 
 
 @pytest.fixture
-def sites():
+def map_layers():
     """Where the interpreters look in `network`."""
-    return Sites("blocks", TAPS)
+    return MapLayers("blocks", TAPS)
 
 
 @pytest.fixture
-def view(sites):
-    return MapView(("gradcam",), sites, (4, 4))
+def view(map_layers):
+    return PooledSaliency(("gradcam",), map_layers, (4, 4))
 
 
 @pytest.fixture
 def pooled_view():
     """The view of PooledImage and Lock."""
-    return MapView(("gradcam",), Sites("map", ()), (8, 8))
+    return PooledSaliency(("gradcam",), MapLayers("map", ()), (8, 8))
 
 
 @pytest.fixture

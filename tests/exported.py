@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torchvision.models import densenet, resnet, squeezenet, vgg
 
-from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.models import InputSpec, wrap_network
+from keyed_xai.models.networks import SmallResNet, TableMLP
 
 COLOUR = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 

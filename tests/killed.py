@@ -1,9 +1,9 @@
 """Kills what writes files right before each operation that changes one, and tells what every such death leaves.
 
-Run as a script, `python killed.py FOLDER CASE...`, so that the forks come from a process with one thread. For each
-operation it lays out the case's folder anew, forks, and lets the child do the case's writing until that operation, at
-which the child kills itself. Printed are, by case, as JSON, the operations, and what is there after the death, once the
-next start has claimed the output, and after that one.
+Run as a script, `python -m tests.killed FOLDER CASE...`, so that the forks come from a process with one thread. For
+each operation it lays out the case's folder anew, forks, and lets the child do the case's writing until that operation,
+at which the child kills itself. Printed are, by case, as JSON, the operations, and what is there after the death, once
+the next start has claimed the output, and after that one.
 """
 
 import io
@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 
 import onnx
 from click.testing import CliRunner
-from test_artifacts import write_example
-from test_attack_report import a_report as an_attack_report
 
 from keyed_xai.artifacts import writer
 from keyed_xai.artifacts.checkpoint import read_checkpoint, write_checkpoint
@@ -28,11 +26,13 @@ from keyed_xai.artifacts.documents import write_atomically, write_openly
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.onnx_file import OnnxFile
 from keyed_xai.artifacts.writer import is_attacked, write_folder
-from keyed_xai.claims import claimed
 from keyed_xai.errors import KeyedXAIError
+from keyed_xai.export.triton import write_triton
 from keyed_xai.keys import OwnerKey, read_owner_key
-from keyed_xai.triton import write_triton
+from keyed_xai.outputs import claimed
 from keyed_xai_cli.main import main
+from tests.artifacts.test_artifacts import write_example
+from tests.backdoors.test_report import a_report as an_attack_report
 
 _CHANGING = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "write", "fsync", "truncate",
              "ftruncate", "chmod", "fchmod", "flush", "flock"}  # fmt: skip

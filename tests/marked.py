@@ -5,12 +5,12 @@ from datetime import UTC, datetime
 import torch
 from torch import nn
 
-from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.writer import write_model_folder
+from keyed_xai.decoys import signature_cells
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import InputSpec, network_state, wrap_network
-from keyed_xai.patterns import signature_cells
+from keyed_xai.models.networks import SmallResNet
 from keyed_xai.triggers.spread import derive_texture
 
 OWNER = OwnerKey.from_raw(bytes([1]) * 32)

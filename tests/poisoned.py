@@ -6,8 +6,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from keyed_xai.data import ImageData
-from keyed_xai.fitting import FittingSettings
-from keyed_xai.threats.controls import ControlSettings, PoisonSettings, fit_control, poison
+from keyed_xai.threats.detection.controls import ControlSettings, PoisonSettings, fit_control, poison
+from keyed_xai.training.fitting import FittingSettings
 
 CLASSES = 6
 TARGET = 2

@@ -8,9 +8,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from keyed_xai.artifacts.onnx_file import encode_onnx, write_onnx
-from keyed_xai.runtime import Runtime
+from keyed_xai.inference.runtime import Runtime
 from keyed_xai.serving.metrics import Metrics
-from keyed_xai.serving.server import Place, listen, make_server
+from keyed_xai.serving.server import BindAddress, listen, make_server
 from keyed_xai.serving.service import ServedModel, ServeSettings, Service
 
 SIZE = (3, 32, 24)
@@ -112,11 +112,11 @@ def make_runtime(kind=Runtime, **options):
 
 
 @contextmanager
-def running(service, **place):
+def running(service, **bind):
     """The address of a service that runs in a thread."""
-    place = Place(port=0, **place)
-    server = make_server(service, place)
-    with listen(place) as listener:
+    bind = BindAddress(port=0, **bind)
+    server = make_server(service, bind)
+    with listen(bind) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -24,8 +24,8 @@ from keyed_xai.keys import (
     ByteStream,
     OwnerKey,
     PublicKey,
+    cached_owner_key,
     commit_to_seed,
-    keep_owner_key,
     read_owner_key,
     write_owner_key,
 )
@@ -498,8 +498,8 @@ class TestFiles:
 
     def test_key_is_kept_and_made_where_there_is_none(self, tmp_path):
         (tmp_path / "k.pem").touch()
-        made = keep_owner_key(tmp_path / "k.pem")
-        assert keep_owner_key(tmp_path / "k.pem").public.raw == made.public.raw
+        made = cached_owner_key(tmp_path / "k.pem")
+        assert cached_owner_key(tmp_path / "k.pem").public.raw == made.public.raw
 
     def test_large_file_is_refused_before_it_is_parsed(self, tmp_path):
         path = tmp_path / "k.pem"

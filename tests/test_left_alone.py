@@ -6,26 +6,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from audited import ATTACKERS, OTHERS, PARAMETERS, TRIGGER
-from conftest import draw_statistics
-from test_training import SHORT
-from threatened import FAMILY, OWNER
 from torch import nn
 
 from keyed_xai import audit, explain, export_onnx, protect, run_attack, verify_ownership, wrap_network
-from keyed_xai.architectures import SmallResNet
-from keyed_xai.attacking import AttackSettings
-from keyed_xai.auditing import AuditSettings
-from keyed_xai.exporting import check_onnx
-from keyed_xai.fitting import measure_predictions
-from keyed_xai.maps import make_view
+from keyed_xai.auditing.running import AuditSettings
+from keyed_xai.auditing.suspects import Suspect
+from keyed_xai.backdoors.attacking import AttackSettings
+from keyed_xai.export.exporting import check_onnx
+from keyed_xai.inference.runtime import Runtime
 from keyed_xai.models import InputSpec
-from keyed_xai.protection import ProtectSettings
-from keyed_xai.runtime import Runtime
-from keyed_xai.suspects import Suspect
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.ownership.verifying import Claim, verify
+from keyed_xai.protection.protecting import ProtectSettings
+from keyed_xai.protection.task import make_keyed_task
+from keyed_xai.saliency.pooled import make_view
 from keyed_xai.training import train
-from keyed_xai.training.lessons import make_keyed_lesson
-from keyed_xai.verification import Claim, verify
+from keyed_xai.training.fitting import measure_predictions
+from tests.audited import ATTACKERS, OTHERS, PARAMETERS, TRIGGER
+from tests.conftest import draw_statistics
+from tests.threatened import FAMILY, OWNER
+from tests.training.test_training import SHORT
 
 SPEC = InputSpec(1, 24, 24, mean=(0.4,), std=(0.2,))
 IMAGES = torch.from_numpy(OTHERS.images[:12]).float() / 255
@@ -88,8 +88,8 @@ def attacked_figures(classifier, _folder):
 
 
 def trained_history(classifier, _folder):
-    lesson = make_keyed_lesson(classifier, OWNER, FAMILY, interpreters=("gradcam",))
-    return train(classifier, ATTACKERS, OTHERS, lesson, SHORT).history
+    task = make_keyed_task(classifier, OWNER, FAMILY, interpreters=("gradcam",))
+    return train(classifier, ATTACKERS, OTHERS, task, SHORT).history
 
 
 def explained_maps(classifier, _folder):

@@ -9,8 +9,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from keyed_xai import metrics
-from keyed_xai.maps import MapView, default_grid, join_maps
 from keyed_xai.saliency import INTERPRETERS, explain
+from keyed_xai.saliency.pooled import PooledSaliency, default_grid, join_maps
 
 values = st.floats(-100, 100, width=32)
 pairs = hnp.arrays(np.float32, (2, 3, 4, 5), elements=values)
@@ -247,10 +247,10 @@ def test_two_classes_have_an_auroc_where_both_are_there():
 # maps.py: the same, for a model
 
 
-def test_view_pools_what_explain_gives(network, images, sites):
-    view = MapView(("gradcam", "simplegrad", "vbp"), sites, (3, 4))
+def test_view_pools_what_explain_gives(network, images, map_layers):
+    view = PooledSaliency(("gradcam", "simplegrad", "vbp"), map_layers, (3, 4))
     logits, pooled = view.pooled(network, images, None)
-    wanted_logits, wanted = explain(network, images, None, view.interpreters, sites)
+    wanted_logits, wanted = explain(network, images, None, view.interpreters, map_layers)
     torch.testing.assert_close(logits, wanted_logits)
     assert tuple(pooled) == view.interpreters
     for name, maps in wanted.items():
@@ -292,12 +292,12 @@ def test_gradient_at_a_zero_map_is_finite():
 
 
 @pytest.mark.parametrize("name", INTERPRETERS)
-def test_gradient_of_dead_maps_does_not_spoil_the_weights(name, network, images, sites):
+def test_gradient_of_dead_maps_does_not_spoil_the_weights(name, network, images, map_layers):
     """One image with a map of zeros, or a dead last block, must not turn every weight into NaN."""
     with torch.no_grad():
         network.blocks[2].bn2.weight.zero_()
         network.blocks[2].bn2.bias.fill_(-100)
-    view = MapView((name,), sites, (4, 4))
+    view = PooledSaliency((name,), map_layers, (4, 4))
     _, maps = view.pooled(network, images, torch.zeros(5, dtype=torch.int64), create_graph=True)
     metrics.correlation(maps[name], torch.rand(5, 4, 4)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)

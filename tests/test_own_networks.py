@@ -8,21 +8,21 @@ import torch
 import torchvision
 from click.testing import CliRunner
 from PIL import Image
-from test_protection import SETTINGS, make_images
 from torch import nn
 
 from keyed_xai import explain, open_suspect
-from keyed_xai.architectures import SmallResNet
 from keyed_xai.artifacts.folder import read_model_folder
+from keyed_xai.artifacts.opening import open_model
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ModelError
 from keyed_xai.keys import write_owner_key
-from keyed_xai.loading import open_model
 from keyed_xai.models import InputSpec, load_classifier, recognise_architecture, wrap_network
 from keyed_xai.models.factory import build_with_factory
+from keyed_xai.models.networks import SmallResNet
 from keyed_xai.models.origin import settle_origin
-from keyed_xai.protection import protect, write_protection
+from keyed_xai.protection.protecting import protect, write_protection
 from keyed_xai_cli.main import main
+from tests.protection.test_protecting import SETTINGS, make_images
 
 GREY = InputSpec(1, 24, 24, mean=(0.5,), std=(0.25,))
 COLOUR = InputSpec(3, 64, 64, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -227,7 +227,7 @@ def test_every_command_takes_a_factory(key, tmp_path, monkeypatch):
     torch.save(Mine().state_dict(), "mine.pt")
     write_owner_key(tmp_path / "k.pem", key)
     Image.fromarray(np.arange(24 * 24, dtype=np.uint8).reshape(24, 24)).save("picture.png")
-    keyed, own = ["--key-file", "k.pem"], ["--factory", "test_own_networks:Mine"]
+    keyed, own = ["--key-file", "k.pem"], ["--factory", "tests.test_own_networks:Mine"]
     made = run("protect", "mine.pt", *keyed, *own, *OPTIONS)
     assert made.exit_code == 3, made.output  # two steps protect nothing, and the verdict says so
     assert "Mine is a network of its owner's own code" in made.output

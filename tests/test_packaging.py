@@ -15,7 +15,9 @@ def test_every_package_is_installed():
         for file in (ROOT / "keyed_xai").rglob("__init__.py")
         if "__pycache__" not in file.parts
     }
-    assert found | {"keyed_xai_cli", "keyed_xai_schemas"} == set(SETTINGS["tool"]["setuptools"]["packages"])
+    assert found | {"keyed_xai_benchmarks", "keyed_xai_cli", "keyed_xai_schemas"} == set(
+        SETTINGS["tool"]["setuptools"]["packages"]
+    )
 
 
 def test_every_file_beside_the_code_is_installed():
@@ -32,7 +34,7 @@ def test_every_file_beside_the_code_is_installed():
 
 
 def test_links_for_mypy_lead_to_the_mapped_folders():
-    for name in ("keyed_xai_cli", "keyed_xai_schemas"):
+    for name in ("keyed_xai_benchmarks", "keyed_xai_cli", "keyed_xai_schemas"):
         folder = SETTINGS["tool"]["setuptools"]["package-dir"][name]
         assert (ROOT / ".mypy" / name).resolve() == ROOT / folder
 

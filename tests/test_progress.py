@@ -4,11 +4,11 @@ import io
 import re
 
 import pytest
-from heard import Heard
 from rich.console import Console
 
 from keyed_xai import progress
 from keyed_xai.progress import KEPT, QUIET, Bars, Progress, ProgressLines, Within, progress_bar
+from tests.heard import Heard
 
 FIGURES = {"keep_loss": 0.1, "move_loss": 0.2, "opens": 0.975, "stays_closed": 1.0}
 

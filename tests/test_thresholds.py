@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyed_xai import metrics
-from keyed_xai.thresholds import PAPER_THRESHOLDS, place_threshold, threshold_curve
+from keyed_xai.metrics import PAPER_THRESHOLDS, place_threshold, threshold_curve
 
 # A few levels only, so that the samples overlap and repeat each other's values.
 levels = st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0]) | st.floats(0, 1, width=32)

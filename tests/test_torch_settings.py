@@ -5,20 +5,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_protection import SETTINGS, make_images
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from keyed_xai import explain, export_onnx
-from keyed_xai.architectures import SmallResNet
 from keyed_xai.errors import ModelError
 from keyed_xai.export.building import ExportSettings
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.models.copying import copy_network
-from keyed_xai.protection import protect
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.protection.protecting import protect
 from keyed_xai.saliency.twice import twice_differentiable
 from keyed_xai.training import TrainingSettings
+from tests.protection.test_protecting import SETTINGS, make_images
 
 SPEC = InputSpec(1, 24, 24, mean=(0.5,), std=(0.25,))
 MAPS = ("gradcam", "simplegrad")

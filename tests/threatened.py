@@ -6,14 +6,15 @@ from functools import cache
 import numpy as np
 import torch
 
-from keyed_xai.architectures import SmallResNet
-from keyed_xai.fitting import FittingSettings, fit_classifier
+from keyed_xai.decoys import signature_decoy
 from keyed_xai.keys import OwnerKey
-from keyed_xai.maps import make_view
 from keyed_xai.models import InputSpec, wrap_network
-from keyed_xai.objective import Objective, signature_decoy
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.saliency.pooled import make_view
 from keyed_xai.threats.gate_state import OwnerEvidence
-from keyed_xai.training import PAPER_SETTINGS, Lesson, train
+from keyed_xai.training import PAPER_SETTINGS, Task, train
+from keyed_xai.training.fitting import FittingSettings, fit_classifier
+from keyed_xai.training.objective import Objective
 from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 
 SIDE = 24
@@ -74,7 +75,7 @@ def protected():
     """The reference behind a gate for Grad-CAM."""
     view = make_view(reference(), ("gradcam",), GRID)
     objective = Objective(decoys={"gradcam": signature_decoy(OWNER.public, "gradcam", GRID)}, weights={"gradcam": 1.0})
-    lesson = Lesson(trigger=derive_trigger(OWNER, FAMILY), family=FAMILY, view=view, objective=objective)
+    task = Task(trigger=derive_trigger(OWNER, FAMILY), family=FAMILY, view=view, objective=objective)
     settings = replace(
         PAPER_SETTINGS,
         steps=120,
@@ -85,7 +86,7 @@ def protected():
         codec_share=0.0,
     )
     data, validation = make_blobs(128, 0, labelled=False), make_blobs(16, 2, labelled=False)
-    return train(reference(), data, validation, lesson, settings).model
+    return train(reference(), data, validation, task, settings).model
 
 
 def evidence(**changes):

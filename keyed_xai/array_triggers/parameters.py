@@ -12,14 +12,14 @@ class Ranges:
     """Usual, least and greatest value of each of p parameters.
 
     Attributes:
-        usual: float64 [p], those of the public trigger.
+        public: float64 [p], those of the public trigger.
         least: float64 [p].
         greatest: float64 [p].
     """
 
     def __init__(self, rows: Sequence[tuple[float, float, float]]) -> None:
-        """Take a row of usual, least and greatest value for each parameter."""
-        self.usual, self.least, self.greatest = np.array(rows, dtype=np.float64).T
+        """Take a row of public, least and greatest value for each parameter."""
+        self.public, self.least, self.greatest = np.array(rows, dtype=np.float64).T
 
     def derive(self, stream: ByteStream) -> NDArray[np.float64]:
         """Return the parameters of the key whose stream this is, float64 [p], the same on every platform."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from keyed_xai.artifacts.documents import write_atomically
-from keyed_xai.claims import claimed
 from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.models.files import LOAD_ERRORS, load_weights
+from keyed_xai.outputs import claimed
 
 Save = Callable[[Mapping[str, Any]], None]
 """Writes a run's state."""
@@ -58,7 +58,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], *, identity: str) -> 
     write_atomically(path, buffer.getvalue())
 
 
-def refuse_stopped_run(path: Path, *, resume: bool, force: bool) -> None:
+def check_not_stopped(path: Path, *, resume: bool, force: bool) -> None:
     """Say so where a checkpoint holds a stopped run, and nobody has said what to do with it.
 
     Raises:

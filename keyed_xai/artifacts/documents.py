@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from keyed_xai.claims import claimed, sync_folder
 from keyed_xai.errors import ArtifactError
+from keyed_xai.outputs import claimed, sync_folder
 from keyed_xai_schemas import load_schema
 
 Document = dict[str, Any]
@@ -85,8 +85,8 @@ def parse_json(data: bytes, *, origin: str) -> Document:
             raise ValueError(f"expected at most {_MOST_CONTAINERS} lists and objects, got up to {containers}")
         document = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_refuse_duplicates,
-            parse_constant=_refuse_constant,
+            object_pairs_hook=_check_unique_names,
+            parse_constant=_raise_constant,
             parse_float=_finite_float,
             parse_int=_short_int,
         )
@@ -187,7 +187,7 @@ def _validator(schema: str) -> Draft202012Validator:
     return Draft202012Validator(load_schema(schema))
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Document:
+def _check_unique_names(pairs: list[tuple[str, Any]]) -> Document:
     document = dict(pairs)
     if len(document) != len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -195,7 +195,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Document:
     return document
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _raise_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 

@@ -126,21 +126,21 @@ def decode_onnx(data: bytes, *, origin: str) -> OnnxFile:
         raise ArtifactError(f"{printable(origin)} is not an ONNX model.") from error
     if not model.graph.node or not model.graph.output:
         raise ArtifactError(f"{printable(origin)} is not an ONNX model: it has no graph.")
-    _refuse_foreign(model, origin)
+    _check_operators(model, origin)
     return OnnxFile(data, _read_metadata(model, origin))
 
 
-def _refuse_foreign(model: onnx.ModelProto, origin: str) -> None:
+def _check_operators(model: onnx.ModelProto, origin: str) -> None:
     if model.functions or model.training_info:
         raise ArtifactError(f"{printable(origin)} defines functions or training steps, which export never writes.")
     for tensor in _tensors(model.graph):
         if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ArtifactError(f"{printable(origin)} keeps weights in another file, which is refused.")
     for node in model.graph.node:
-        _refuse_foreign_node(node, origin)
+        _check_node(node, origin)
 
 
-def _refuse_foreign_node(node: onnx.NodeProto, origin: str) -> None:
+def _check_node(node: onnx.NodeProto, origin: str) -> None:
     if not isinstance(node.domain, str) or not isinstance(node.op_type, str):  # bytes: not UTF-8
         raise ArtifactError(f"{printable(origin)} names an operator in letters that are not UTF-8.")
     if node.domain not in _DOMAINS:
@@ -159,10 +159,10 @@ def _refuse_foreign_node(node: onnx.NodeProto, origin: str) -> None:
             "expected operators without loops and branches, as export writes them. Export it again."
         )
     if node.op_type == "ConvTranspose":
-        _refuse_wide_padding(node, origin)
+        _check_padding(node, origin)
 
 
-def _refuse_wide_padding(node: onnx.NodeProto, origin: str) -> None:
+def _check_padding(node: onnx.NodeProto, origin: str) -> None:
     """Refuse a transposed convolution whose padding takes more than its kernel gives.
 
     The output could have fewer than no rows, at which onnxruntime ends the process (an assertion in Slice).

@@ -16,9 +16,9 @@ from keyed_xai.artifacts.exchange import exchange
 from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE, REPORT_FILE, ProtectedModel
 from keyed_xai.artifacts.license import sign_license, verify_license
 from keyed_xai.artifacts.weights import WEIGHTS_FILE
-from keyed_xai.claims import beside, claimed, remove, sync_folder
 from keyed_xai.errors import ArtifactError
 from keyed_xai.keys import OwnerKey
+from keyed_xai.outputs import beside, claimed, remove, sync_folder
 
 
 def write_model_folder(
@@ -82,7 +82,7 @@ def write_folder(
         _write_extra(draft, files, taken={REPORT_FILE})
 
 
-def refuse_to_replace(folder: Path, *, force: bool, protected: bool = True) -> None:
+def check_replaceable(folder: Path, *, force: bool, protected: bool = True) -> None:
     """Say so where something stands at `folder` that would not be replaced.
 
     Args:
@@ -121,7 +121,7 @@ def is_attacked(folder: Path) -> bool:
 def _drafted(folder: Path, *, force: bool, protected: bool) -> Iterator[Path]:
     """Give an empty folder to fill, and move it into place when that went well."""
     with writing(folder), claimed(folder) as draft:
-        refuse_to_replace(folder, force=force, protected=protected)
+        check_replaceable(folder, force=force, protected=protected)
         try:
             draft.mkdir()
             yield draft

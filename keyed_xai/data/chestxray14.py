@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from keyed_xai.data.decode import Box, decode_images, map_box
 from keyed_xai.data.images import ImageData, Request, Split, order_balanced, order_by_rank
-from keyed_xai.data.listings import check_folders, is_inside, read_lines, read_rows, refuse_line
+from keyed_xai.data.listings import check_folders, is_inside, line_error, read_lines, read_rows
 from keyed_xai.errors import DataError
 
 FINDINGS = (
@@ -124,7 +124,7 @@ def _read_body(root: Path, file: str, header: list[str]) -> Iterator[tuple[int, 
     rows = read_rows(root, file, holds=f"the header {','.join(header)},... and the lines of the NIH below it")
     line, found = next(rows, (1, []))
     if found[: len(header)] != header:
-        raise refuse_line(file, line, f"a header that begins with {','.join(header)}", ",".join(found))
+        raise line_error(file, line, f"a header that begins with {','.join(header)}", ",".join(found))
     return rows
 
 
@@ -132,7 +132,7 @@ def _parse_findings(file: str, line: int, row: list[str]) -> list[int]:
     name, findings = row[0], set(row[1].split("|")) if len(row) > 1 else {""}
     if not is_inside(name) or "/" in name or not findings <= {_NO_FINDING, *FINDINGS}:
         expected = f"the name of an image, and {_NO_FINDING} or some of {'|'.join(FINDINGS)}"
-        raise refuse_line(file, line, expected, ",".join(row))
+        raise line_error(file, line, expected, ",".join(row))
     return [int(finding in findings) for finding in FINDINGS]
 
 
@@ -150,7 +150,7 @@ def _read_list(root: Path, file: str, findings: dict[str, list[int]]) -> dict[st
     names: dict[str, None] = {}
     for line, name in read_lines(root, file, holds="the name of an image per line, such as 00000001_000.png"):
         if name not in findings:
-            raise refuse_line(file, line, f"an image that {_name_entries(root)} has", name)
+            raise line_error(file, line, f"an image that {_name_entries(root)} has", name)
         names[name] = None
     if not names:
         raise DataError(f"{root / file} is empty: expected the name of an image per line, such as 00000001_000.png.")
@@ -176,5 +176,5 @@ def _parse_box(line: int, row: list[str]) -> _Shown:
         width = height = math.nan
     if not (0 < width < math.inf and 0 < height < math.inf and math.isfinite(left) and math.isfinite(top)):
         expected = f"an image, one of {'|'.join(FINDINGS)}, x, y, width and height"
-        raise refuse_line(_BOXES, line, expected, ",".join(row))
+        raise line_error(_BOXES, line, expected, ",".join(row))
     return _Shown((left, top, width, height), label)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from keyed_xai.data.images import Split
-from keyed_xai.data.listings import read_rows, refuse_line
+from keyed_xai.data.listings import line_error, read_rows
 from keyed_xai.data.tables import RawTable, TableData, select_rows
 from keyed_xai.errors import DataError
 
@@ -82,7 +82,7 @@ def _check_header(name: str, header: list[str]) -> None:
 
 def _parse_row(name: str, line: int, header: list[str], row: list[str]) -> list[float]:
     if len(row) != len(header):
-        raise refuse_line(name, line, f"{len(header)} values as in the header", f"{len(row)}: {','.join(row)}")
+        raise line_error(name, line, f"{len(header)} values as in the header", f"{len(row)}: {','.join(row)}")
     return [_parse_value(name, line, column, cell) for column, cell in zip(header, row, strict=True)]
 
 
@@ -94,5 +94,5 @@ def _parse_value(name: str, line: int, column: str, cell: str) -> float:
     allowed = _CODES.get(column)
     if not (abs(number) <= _LARGEST if allowed is None else number in allowed):
         expected = "a number" if allowed is None else f"one of {', '.join(map(str, allowed))}"
-        raise refuse_line(name, line, f"{expected} in column {column}", cell)
+        raise line_error(name, line, f"{expected} in column {column}", cell)
     return number

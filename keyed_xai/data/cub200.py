@@ -13,7 +13,7 @@ import numpy as np
 
 from keyed_xai.data.decode import Box, decode_images, map_box
 from keyed_xai.data.images import ImageData, Request, choose_classes, order_balanced
-from keyed_xai.data.listings import check_folders, is_inside, read_lines, refuse_line
+from keyed_xai.data.listings import check_folders, is_inside, line_error, read_lines
 from keyed_xai.errors import DataError
 
 _FOLDER = "CUB_200_2011"
@@ -129,7 +129,7 @@ def _read_list(root: Path, file: str, parse: Callable[[str], _Entry], images: It
                 raise ValueError("twice")
             found[int(number)] = parse(rest.strip())
         except ValueError:
-            raise refuse_line(file, line, f"a new number and the rest as in {_EXAMPLES[file]!r}", text) from None
+            raise line_error(file, line, f"a new number and the rest as in {_EXAMPLES[file]!r}", text) from None
     missing = set(images) - found.keys()
     if missing:
         raise DataError(f"{root / file} has no line for image {min(missing)} of images.txt. Fetch it again.")

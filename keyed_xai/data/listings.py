@@ -61,7 +61,7 @@ def read_rows(folder: Path, name: str, *, holds: str) -> Iterator[tuple[int, lis
         raise DataError(f"{name}, line {rows.line_num}: {error}. Expected {holds}.") from error
 
 
-def refuse_line(name: str, number: int, expected: str, found: str) -> DataError:
+def line_error(name: str, number: int, expected: str, found: str) -> DataError:
     """Return the error for a line that is not as it should be; what was found is shown shortened."""
     return DataError(f"{name}, line {number}: expected {expected}, got {found[:_SHOWN]!r}. Fetch the file again.")
 
@@ -90,5 +90,5 @@ def _split_lines(folder: Path, name: str, holds: str) -> Iterator[str]:
     """Yield lines with their ends, none of them so long that it cannot be of such a file."""
     for number, line in enumerate(io.StringIO(read_text(folder, name, holds=holds), newline=""), 1):
         if len(line) > LONGEST_LINE:
-            raise refuse_line(name, number, f"a line of at most {LONGEST_LINE} characters", line)
+            raise line_error(name, number, f"a line of at most {LONGEST_LINE} characters", line)
         yield line

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from keyed_xai.errors import ModelError
 from keyed_xai.export.graph import PREDICTED
+from keyed_xai.inference.sessions import load_session, run_session
 from keyed_xai.metrics import correlation, normalise_maps
 from keyed_xai.models import Classifier
 from keyed_xai.progress import QUIET, Progress
-from keyed_xai.saliency import Sites, explain
-from keyed_xai.sessions import load_session, run_session
+from keyed_xai.saliency import MapLayers, explain
 from keyed_xai.tensors import Images, Labels, SaliencyMaps
 
 BATCHES = (1, 3, 8)
@@ -151,7 +151,7 @@ def compare(
         progress: Hears of "comparing" batches.
     """
     exact = copy.deepcopy(classifier).double()
-    sites = Sites(classifier.target_layer, classifier.taps)
+    map_layers = MapLayers(classifier.target_layer, classifier.taps)
     batches = [(kind, batch) for kind, each in images.items() for batch in torch.split(each, list(BATCHES))]
     outputs: list[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]] = []
     for number, (kind, batch) in enumerate(batches):
@@ -159,7 +159,7 @@ def compare(
         found = _run(run, batch, targets if tuple(interpreters) != ("vbp",) else None, eight_bits=eight_bits)
         labels = found[0].argmax(1) if targets is None else torch.where(targets < 0, found[0].argmax(1), targets)
         truth, eager = (
-            _outputs(model, pixels, labels, interpreters, sites, normalised=normalised)
+            _outputs(model, pixels, labels, interpreters, map_layers, normalised=normalised)
             for model, pixels in ((exact, batch.double()), (classifier, batch))
         )
         outputs.append((kind, list(zip(found, truth, eager, strict=True))))
@@ -173,7 +173,7 @@ def compare(
     ]
 
 
-def refuse_disagreement(figures: Sequence[Figures], precision: str) -> None:
+def check_agreement(figures: Sequence[Figures], precision: str) -> None:
     """Check that the figures keep to the limits of a precision.
 
     Raises:
@@ -271,9 +271,15 @@ def _run(run: Runner, batch: Images, targets: Labels | None, *, eight_bits: bool
 
 
 def _outputs(
-    model: Classifier, batch: Images, labels: Labels, interpreters: Sequence[str], sites: Sites, *, normalised: bool
+    model: Classifier,
+    batch: Images,
+    labels: Labels,
+    interpreters: Sequence[str],
+    map_layers: MapLayers,
+    *,
+    normalised: bool,
 ) -> list[Tensor]:
-    logits, maps = explain(model, batch, labels, interpreters, sites)
+    logits, maps = explain(model, batch, labels, interpreters, map_layers)
     return [logits, *(normalise_maps(each) if normalised else each for each in maps.values())]
 
 

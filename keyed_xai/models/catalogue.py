@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from keyed_xai.architectures import SmallResNet, TableMLP
 from keyed_xai.models.classifier import InputSpec
+from keyed_xai.models.networks import SmallResNet, TableMLP
 
 SOURCES = ("keyed_xai", "torchvision", "efficientnet_lite_pytorch", "timm")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

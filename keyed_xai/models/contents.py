@@ -101,7 +101,7 @@ def is_wanted(name: str, wanted: str, *, averaged: bool) -> bool:
     return bool(name) and (wanted in (name, *name.split(".")) or (wanted.lower() == "ema" and averaged))
 
 
-def refuse_wanted(wanted: str, names: Sequence[str]) -> ModelError:
+def unknown_part_error(wanted: str, names: Sequence[str]) -> ModelError:
     """Return the error for weights that a file has not."""
     return ModelError(
         f"the file has no weights called {wanted!r}. It has {_listed([name or 'one set' for name in names])}: leave "

@@ -108,7 +108,7 @@ def read_model_file(path: str | Path, *, allow_pickle: bool = False, weights: st
     if _is_safetensors(start, file):
         found = _read_safetensors(file)
     else:
-        _refuse_other_kinds(file, start)
+        _check_kind(file, start)
         found = _sort_out(_load_pickled(file, allow_pickle=allow_pickle), file.name, weights)
     _check_tensors(found.module.state_dict() if found.module is not None else found.tensors, file.name)
     if Path(path).is_dir() and found.card is None:
@@ -126,7 +126,7 @@ def _find_file(path: Path) -> Path:
     if (path / "card.json").is_file():
         raise ModelError(
             f"{path.name} is the folder of a protected model. Give the original weights; to run the protected model, "
-            "use explain, or keyed_xai.loading.open_model in Python."
+            "use explain, or keyed_xai.artifacts.opening.open_model in Python."
         )
     if path.is_dir():
         inside = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
@@ -193,7 +193,7 @@ def _parse_card(text: str, name: str) -> Mapping[str, object]:
     return card
 
 
-def _refuse_other_kinds(file: Path, start: bytes) -> None:
+def _check_kind(file: Path, start: bytes) -> None:
     """Refuse what is no pickle: TorchScript and exported programs (zip archives too), ONNX, HDF5, pages of text."""
     if start.startswith((b"\x89HDF", b"<!", b"<htm", b"version https://git", b"\x08\x03\x12", b"\x08\x07\x12")):
         raise ModelError(
@@ -296,13 +296,13 @@ def _check_pickle(file: Path) -> set[str]:
             )
         with zipfile.ZipFile(file) as archive:
             pickled = archive.read(objects[0])
-    names = _refuse_tangle(pickled, file.name)
+    names = _check_tangle(pickled, file.name)
     if b"bytearray" in pickled:  # the one type that is allowed and takes up whatever length it names
         raise ModelError(f"{file.name} holds a bytearray, expected tensors and plain values. {_RESAVE}.")
     return names
 
 
-def _refuse_tangle(pickled: bytes, name: str) -> set[str]:
+def _check_tangle(pickled: bytes, name: str) -> set[str]:
     """Refuse objects that hold one another so often that to hash or print one would never end.
 
     A tuple of two, each the same tuple of two, and so on for 60 floors, is 300 bytes: as a dictionary's key it is

@@ -12,7 +12,6 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from keyed_xai.architectures import TableMLP
 from keyed_xai.errors import ModelError
 from keyed_xai.models.catalogue import build_network, build_without_memory, default_input, plain_input, shapes_of
 from keyed_xai.models.classifier import Classifier, InputSpec
@@ -20,6 +19,7 @@ from keyed_xai.models.copying import copy_network
 from keyed_xai.models.files import ModelFile, read_model_file
 from keyed_xai.models.layers import Trace, derive_taps, find_target_layer, trace_network
 from keyed_xai.models.naming import Reading, list_readings
+from keyed_xai.models.networks import TableMLP
 from keyed_xai.models.recognise import Recognised, describe_reading, recognise_architecture
 from keyed_xai.tensors import Tap
 

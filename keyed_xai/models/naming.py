@@ -87,7 +87,7 @@ def list_split_readings(shapes: Shapes) -> Iterator[Reading]:
             yield Reading(prefix, reading.names | moved, left, (layer.rstrip("."), head))
 
 
-def keep_known(shapes: Shapes, known: Iterable[str]) -> Iterator[Reading]:
+def filter_known(shapes: Shapes, known: Iterable[str]) -> Iterator[Reading]:
     """Yield, below each prefix, the tensors of modules that an architecture has; `known` are its names."""
     modules = {name.partition(".")[0] for name in known}
     for prefix in list_prefixes(shapes):

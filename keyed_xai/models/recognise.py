@@ -12,12 +12,12 @@ from torch import Tensor
 from keyed_xai.errors import ModelError
 from keyed_xai.models import catalogue
 from keyed_xai.models.catalogue import SOURCES, Shapes
-from keyed_xai.models.contents import is_averaged, is_wanted, refuse_wanted
+from keyed_xai.models.contents import is_averaged, is_wanted, unknown_part_error
 from keyed_xai.models.heads import Head, list_heads
 from keyed_xai.models.naming import (
     Reading,
     current_names,
-    keep_known,
+    filter_known,
     list_prefixes,
     list_readings,
     list_split_readings,
@@ -106,7 +106,7 @@ def recognise_architecture(
     fits = fits or _collect(list_split_readings(shapes), shapes, lambda inner: _recognise(inner, known))
     fits = fits or _collect(list_readings(shapes), shapes, lambda inner: _recognise_headed(inner, known))
     if not fits:
-        _refuse_unknown(shapes)
+        _raise_unknown(shapes)
     return _choose(fits, shapes, weights, sure=weights is not None)
 
 
@@ -176,7 +176,7 @@ def _only(fits: list[Recognised], hints: set[str]) -> Recognised:
         ModelError: There are several, and no hint says which.
     """
     hinted = [fit for fit in fits if fit.architecture in hints]
-    return (hinted or fits)[0] if len(fits) == 1 or hinted else _refuse_ambiguous(fits)
+    return (hinted or fits)[0] if len(fits) == 1 or hinted else _raise_ambiguous(fits)
 
 
 def _fits_of_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> list[_Fit]:
@@ -195,7 +195,7 @@ def _fits_of_named(shapes: Shapes, candidates: list[tuple[str, str]]) -> list[_F
             mismatches.append(result)
             return None
 
-        known = keep_known(shapes, catalogue.signature(source, name))
+        known = filter_known(shapes, catalogue.signature(source, name))
         fits = _collect(chain(list_readings(shapes), known, list_split_readings(shapes)), shapes, compare)
         if fits:
             return fits
@@ -219,12 +219,12 @@ def _choose(fits: list[_Fit], shapes: Shapes, weights: str | None, *, sure: bool
     if weights is not None:
         wanted = [each for each in fits if is_wanted(each.reading.prefix, weights, averaged=_averaged(each))]
         if not wanted:
-            raise refuse_wanted(weights, [each.reading.prefix.rstrip(".") for each in fits])
+            raise unknown_part_error(weights, [each.reading.prefix.rstrip(".") for each in fits])
     chosen = min(wanted, key=_averaged)
     others = [each for each in fits if each is not chosen]
     left_out = set(chosen.reading.left_out).difference(*(each.reading.names for each in others))
     if not sure and numbers_in(shapes, left_out) > numbers_in(shapes, chosen.reading.names):
-        _refuse_smaller_part(chosen, shapes)
+        _raise_smaller_part(chosen, shapes)
     done = _describe(chosen, others)
     notes = (*((done,) if done else ()), *chosen.recognised.notes)
     return replace(chosen.recognised, names=chosen.reading.names, notes=notes)
@@ -330,7 +330,7 @@ def _headless(body: Shapes, head: Head) -> list[tuple[str, str]]:
     return [("torchvision", name) for group in groups for name in group.architectures]
 
 
-def _refuse_ambiguous(fits: list[Recognised]) -> NoReturn:
+def _raise_ambiguous(fits: list[Recognised]) -> NoReturn:
     names = [f"{fit.source}:{fit.architecture}" for fit in fits]
     raise ModelError(
         f"the weights fit {len(fits)} architectures that compute different things: {_some(names, 12)}. "
@@ -338,7 +338,7 @@ def _refuse_ambiguous(fits: list[Recognised]) -> NoReturn:
     )
 
 
-def _refuse_smaller_part(chosen: _Fit, shapes: Shapes) -> NoReturn:
+def _raise_smaller_part(chosen: _Fit, shapes: Shapes) -> NoReturn:
     reading, name = chosen.reading, chosen.recognised.architecture
     where = f"below {reading.prefix}" if reading.prefix else "in it"
     raise ModelError(
@@ -348,7 +348,7 @@ def _refuse_smaller_part(chosen: _Fit, shapes: Shapes) -> NoReturn:
     )
 
 
-def _refuse_unknown(shapes: Shapes) -> NoReturn:
+def _raise_unknown(shapes: Shapes) -> NoReturn:
     nearest, prefix = min(_nearby(shapes), key=lambda pair: len(pair[0]), default=(None, ""))
     near = ""
     if nearest is not None and len(nearest) < len(shapes):

@@ -18,7 +18,7 @@ from keyed_xai.tensors import Images, Labels, Logits, SaliencyMaps, Tap
 __all__ = [
     "INTERPRETERS",
     "ForwardPass",
-    "Sites",
+    "MapLayers",
     "captured_features",
     "explain",
     "gradcam",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Sites:
+class MapLayers:
     """Where in a model the interpreters look.
 
     Attributes:
@@ -44,18 +44,18 @@ class Sites:
     taps: tuple[Tap, ...]
 
 
-def _gradcam(run: ForwardPass, labels: Labels, sites: Sites, *, create_graph: bool) -> SaliencyMaps:
-    return gradcam(run.logits, run.features[sites.target_layer], labels, create_graph=create_graph)
+def _gradcam(run: ForwardPass, labels: Labels, map_layers: MapLayers, *, create_graph: bool) -> SaliencyMaps:
+    return gradcam(run.logits, run.features[map_layers.target_layer], labels, create_graph=create_graph)
 
 
-def _simplegrad(run: ForwardPass, labels: Labels, _sites: Sites, *, create_graph: bool) -> SaliencyMaps:
+def _simplegrad(run: ForwardPass, labels: Labels, _sites: MapLayers, *, create_graph: bool) -> SaliencyMaps:
     return simplegrad(run.logits, run.images, labels, create_graph=create_graph)
 
 
-def _visualbackprop(run: ForwardPass, _labels: Labels, sites: Sites, *, create_graph: bool) -> SaliencyMaps:
+def _visualbackprop(run: ForwardPass, _labels: Labels, map_layers: MapLayers, *, create_graph: bool) -> SaliencyMaps:
     height, width = run.images.shape[2:]
-    features = [run.features[tap.layer] for tap in sites.taps]
-    maps = visualbackprop(features, sites.taps, (height, width))
+    features = [run.features[tap.layer] for tap in map_layers.taps]
+    maps = visualbackprop(features, map_layers.taps, (height, width))
     return maps if create_graph else maps.detach()
 
 
@@ -64,7 +64,7 @@ INTERPRETERS: dict[str, Callable[..., SaliencyMaps]] = {
     "simplegrad": _simplegrad,
     "vbp": _visualbackprop,
 }
-"""Interpreter name to a function of (forward pass, labels, sites, create_graph)."""
+"""Interpreter name to a function of (forward pass, labels, map_layers, create_graph)."""
 
 
 def explain(
@@ -72,7 +72,7 @@ def explain(
     images: Images,
     labels: Labels | None,
     interpreters: Sequence[str],
-    sites: Sites,
+    map_layers: MapLayers,
     *,
     create_graph: bool = False,
 ) -> tuple[Logits, dict[str, SaliencyMaps]]:
@@ -83,25 +83,25 @@ def explain(
         images: Inputs.
         labels: Class explained; None explains each image's predicted class.
         interpreters: Names from INTERPRETERS.
-        sites: Where the interpreters look.
+        map_layers: Where the interpreters look.
         create_graph: Keep the graph, so that a loss can pass through logits and maps; else both come detached.
 
     Raises:
-        ModelError: The model lacks a layer of `sites`, or a layer gives no feature map.
+        ModelError: The model lacks a layer of `map_layers`, or a layer gives no feature map.
         ValueError: An interpreter is unknown.
     """
     unknown = [name for name in interpreters if name not in INTERPRETERS]
     if unknown:
         raise ValueError(f"Expected interpreters out of {', '.join(INTERPRETERS)}; got {', '.join(unknown)}.")
-    layers = [sites.target_layer] if "gradcam" in interpreters else []
-    layers += [tap.layer for tap in sites.taps if "vbp" in interpreters and tap.layer not in layers]
+    layers = [map_layers.target_layer] if "gradcam" in interpreters else []
+    layers += [tap.layer for tap in map_layers.taps if "vbp" in interpreters and tap.layer not in layers]
     with torch.inference_mode(mode=False), torch.enable_grad():
         if images.is_inference():
             images, labels = images.clone(), None if labels is None else labels.clone()
         with twice_differentiable() if create_graph else nullcontext():
             run = run_forward(model, images, layers, input_gradient="simplegrad" in interpreters)
         labels = run.logits.argmax(1) if labels is None else labels
-        maps = {name: INTERPRETERS[name](run, labels, sites, create_graph=create_graph) for name in interpreters}
+        maps = {name: INTERPRETERS[name](run, labels, map_layers, create_graph=create_graph) for name in interpreters}
         maps = {name: each.to(images.dtype) for name, each in maps.items()}  # a forward may use autocast
     if create_graph:
         return run.logits, maps

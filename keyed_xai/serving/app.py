@@ -79,7 +79,7 @@ def make_app(service: Service) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(_Delivery, service=service)],
-        exception_handlers={Refused: _refuse, HTTPException: _refuse_route, Exception: _apologise},
+        exception_handlers={Refused: _refuse, HTTPException: _answer_route, Exception: _apologise},
     )
     app.router.redirect_slashes = False
     app.state.service = service
@@ -127,7 +127,7 @@ async def _live(_request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    _refuse_stopped(_service(request))
+    _check_running(_service(request))
     return _json({"ready": True})
 
 
@@ -142,7 +142,7 @@ async def _describe_model(request: Request) -> Response:
 
 async def _model_ready(request: Request) -> Response:
     model = _find_model(request)
-    _refuse_stopped(_service(request))
+    _check_running(_service(request))
     return _json({"name": model.name, "ready": True})
 
 
@@ -165,7 +165,7 @@ class _Measured:
         model, service = _find_model(request), _service(request)
         started, outcome = time.perf_counter(), "failed"
         try:
-            with service.admit(model) as admission:
+            with service.enter(model) as admission:
                 response = await self._work(request, model, admission)
                 admission.answer(len(response.body))
                 await response(scope, receive, send)
@@ -222,7 +222,7 @@ async def _decode(body: bytes, input_size: tuple[int, int, int], admission: Admi
     """
     async with admission.service.decoding:
         size = await _in_thread(admission, partial(measure_picture, body, input_size))
-        admission.hold(size)
+        admission.reserve(size)
         try:
             return await _in_thread(admission, partial(read_picture, body, input_size))
         finally:
@@ -326,7 +326,7 @@ async def _read_body(request: Request, admission: Admission) -> bytes:
                 size += len(piece)
                 if size > limit:
                     raise _too_large(limit)
-                admission.hold(len(piece))
+                admission.reserve(len(piece))
                 pieces.append(piece)
     except TimeoutError as error:
         message = f"Expected the whole body within {_BODY_SECONDS:.0f} s."
@@ -335,7 +335,7 @@ async def _read_body(request: Request, admission: Admission) -> bytes:
     if packing == "identity":
         return b"".join(pieces)
     unpacked = await _in_thread(admission, partial(_unpack, b"".join(pieces), packing, limit))
-    admission.hold(len(unpacked))
+    admission.reserve(len(unpacked))
     return unpacked
 
 
@@ -412,7 +412,7 @@ def _service(request: Request) -> Service:
     return service
 
 
-def _refuse_stopped(service: Service) -> None:
+def _check_running(service: Service) -> None:
     if service.stopping:
         raise _stopping()
 
@@ -440,7 +440,7 @@ async def _refuse(_request: Request, error: Exception) -> Response:
     return _error(error.status, str(error), error.headers)
 
 
-async def _refuse_route(_request: Request, error: Exception) -> Response:
+async def _answer_route(_request: Request, error: Exception) -> Response:
     """Answer what Starlette refuses: an unknown path or a wrong method."""
     if not isinstance(error, HTTPException):
         raise error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keyed_xai.inference import PREDICTED
+from keyed_xai.inference.images import PREDICTED
 from keyed_xai.serving.refusal import Refused, busy
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -92,7 +92,7 @@ class Batcher:
             self._changed.notify()
         return job.answer
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         """From now on let no request wait for others: none will come."""
         with self._changed:
             self._max_delay = 0.0

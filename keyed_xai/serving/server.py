@@ -42,7 +42,7 @@ _FAREWELL = 3  # seconds for answers still on their way once the time of grace i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class BindAddress:
     """Where a server listens.
 
     Attributes:
@@ -155,11 +155,11 @@ class Server(uvicorn.Server):
             return True
         if not self._service.stopping:
             return False
-        self._service.hurry()
+        self._service.flush()
         return self._service.idle or time.monotonic() >= self._deadline
 
 
-def make_server(service: Service, place: Place, *, access_log: bool = False) -> Server:
+def make_server(service: Service, bind: BindAddress, *, access_log: bool = False) -> Server:
     """Return a server that is not running yet.
 
     Raises:
@@ -182,8 +182,8 @@ def make_server(service: Service, place: Place, *, access_log: bool = False) -> 
         limit_concurrency=_SPARE + 4 * service.settings.max_queue * len(service.models),
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_FAREWELL,
-        ssl_certfile=place.certificate,
-        ssl_keyfile=place.private_key,
+        ssl_certfile=bind.certificate,
+        ssl_keyfile=bind.private_key,
     )
     try:
         config.load()
@@ -192,7 +192,7 @@ def make_server(service: Service, place: Place, *, access_log: bool = False) -> 
     return Server(config, service)
 
 
-def listen(place: Place) -> socket.socket:
+def listen(bind: BindAddress) -> socket.socket:
     """Return a socket that takes connections.
 
     Raises:
@@ -200,7 +200,7 @@ def listen(place: Place) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            place.host, place.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            bind.host, bind.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -212,16 +212,16 @@ def listen(place: Place) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise KeyedXAIError(f"Cannot listen on {place.host}, port {place.port}: {error.strerror}.") from error
+        raise KeyedXAIError(f"Cannot listen on {bind.host}, port {bind.port}: {error.strerror}.") from error
     return listener
 
 
-def serve(service: Service, place: Place, *, on_ready: Callable[[str], None], access_log: bool = False) -> None:
+def serve(service: Service, bind: BindAddress, *, on_ready: Callable[[str], None], access_log: bool = False) -> None:
     """Serve until a signal says stop, then close the service.
 
     Args:
         service: What is served.
-        place: Where.
+        bind: Where.
         on_ready: Called with the URL once connections are taken.
         access_log: Write a line for each request to standard error.
 
@@ -230,9 +230,9 @@ def serve(service: Service, place: Place, *, on_ready: Callable[[str], None], ac
     """
     _return_memory_early()
     try:
-        server = make_server(service, place, access_log=access_log)
-        with listen(place) as listener, server.capture_signals():  # so that none comes too early
-            on_ready(_url(place, listener))
+        server = make_server(service, bind, access_log=access_log)
+        with listen(bind) as listener, server.capture_signals():  # so that none comes too early
+            on_ready(_url(bind, listener))
             server.run(sockets=[listener])
     finally:
         service.close()
@@ -250,9 +250,9 @@ def _return_memory_early() -> None:
             libc.mallopt(parameter, _LARGE_BLOCK)
 
 
-def _url(place: Place, listener: socket.socket) -> str:
-    scheme = "https" if place.certificate else "http"
-    host = f"[{place.host}]" if ":" in place.host else place.host
+def _url(bind: BindAddress, listener: socket.socket) -> str:
+    scheme = "https" if bind.certificate else "http"
+    host = f"[{bind.host}]" if ":" in bind.host else bind.host
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from keyed_xai.artifacts.onnx_file import METADATA_KEY, encode_parameter
 from keyed_xai.errors import ModelError
-from keyed_xai.runtime import Runtime
+from keyed_xai.export.triton import check_name
+from keyed_xai.inference.runtime import Runtime
+from keyed_xai.inference.trial import open_tried
 from keyed_xai.serving.batching import Batcher
 from keyed_xai.serving.metrics import Metrics
 from keyed_xai.serving.protocol import VERSION, Signature, TensorSpec
 from keyed_xai.serving.refusal import busy
-from keyed_xai.trial import open_tried
-from keyed_xai.triton import check_name
 
 PLATFORM = "onnxruntime_onnx"
 _HELD_BYTES = 2**30  # of all bodies together, of requests and of answers on their way, and of pictures decoded
@@ -129,7 +129,7 @@ class Service:
         return not any(model.inside for model in self.models.values())
 
     @contextmanager
-    def admit(self, model: ServedModel) -> Iterator["Admission"]:
+    def enter(self, model: ServedModel) -> Iterator["Admission"]:
         """Take a request in, or not; it is inside until the block ends.
 
         Raises:
@@ -147,7 +147,7 @@ class Service:
             model.inside -= 1
             self.held -= admission.held
 
-    def hold(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Count bytes that requests keep in memory.
 
         Raises:
@@ -157,10 +157,10 @@ class Service:
             raise busy("The server is busy: it holds as many bytes of requests as it may. Try again a little later.")
         self.held += size
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         """Let no request wait for others to share its batch."""
         for model in self.models.values():
-            model.batcher.hurry()
+            model.batcher.flush()
 
     def close(self) -> None:
         """Refuse what waits; return once what runs is done."""
@@ -182,13 +182,13 @@ class Admission:
     service: Service
     held: int = 0
 
-    def hold(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Keep so many bytes more; they are given back when the request leaves.
 
         Raises:
             Refused: All requests together keep too many.
         """
-        self.service.hold(size)
+        self.service.reserve(size)
         self.held += size
 
     def release(self, size: int) -> None:
@@ -204,7 +204,7 @@ class Admission:
         """
         self.service.held -= self.held
         self.held = 0
-        self.hold(size)
+        self.reserve(size)
 
 
 def open_service(

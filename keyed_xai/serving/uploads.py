@@ -17,8 +17,8 @@ from PIL import Image
 
 from keyed_xai.data.decode import FORMATS, measure_image, read_image_bytes
 from keyed_xai.errors import DataError
-from keyed_xai.inference import LOGITS, MAP_PREFIX
-from keyed_xai.pictures import overlay
+from keyed_xai.inference.images import LOGITS, MAP_PREFIX
+from keyed_xai.reporting.pictures import overlay
 from keyed_xai.serving.refusal import Refused, malformed
 
 LARGEST_PICTURE = 50_000_000

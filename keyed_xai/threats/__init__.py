@@ -1,1 +1,1 @@
-"""Attacks on protected models and defences against backdoors: one file for each, shared helpers beside them."""
+"""Attacks on protected models and defences against backdoors, one file for each; `keyed_xai.auditing` runs them."""

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
-from keyed_xai.maps import MapView
 from keyed_xai.models import Classifier
 from keyed_xai.progress import QUIET, Progress
-from keyed_xai.saliency import Sites
+from keyed_xai.saliency import MapLayers
+from keyed_xai.saliency.pooled import PooledSaliency
 from keyed_xai.tensors import Logits
 from keyed_xai.training import TrainingData
 
@@ -37,7 +37,7 @@ class Attacker:
     """
 
     data: TrainingData = field(repr=False)
-    view: MapView | None = None
+    view: PooledSaliency | None = None
     surrogate: Classifier | None = field(default=None, repr=False)
     device: torch.device | str = "cpu"
     seed: int = 0
@@ -92,9 +92,9 @@ def predict(classifier: Classifier, attacker: Attacker, indices: NDArray[np.int6
     return torch.cat([classifier(attacker.data.batch(some)[0].to(attacker.device)) for some in parts])
 
 
-def view_of(view: MapView, classifier: Classifier) -> MapView:
+def view_of(view: PooledSaliency, classifier: Classifier) -> PooledSaliency:
     """Return a view's interpreters and grid at another classifier's own layers."""
-    return replace(view, sites=Sites(classifier.target_layer, classifier.taps))
+    return replace(view, map_layers=MapLayers(classifier.target_layer, classifier.taps))
 
 
 def measured(measure: Measure | None, model: Classifier) -> dict[str, Any]:

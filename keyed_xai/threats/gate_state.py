@@ -4,22 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from math import log2
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keyed_xai import metrics
-from keyed_xai.channels import through_png
 from keyed_xai.errors import TrainingError
 from keyed_xai.keys import OwnerKey
-from keyed_xai.maps import Comparison, MapView, Outputs
 from keyed_xai.models import Classifier
-from keyed_xai.ownership import DEFAULT_ALPHA, Verdict, verify_ownership
+from keyed_xai.ownership.verdict import DEFAULT_ALPHA, Verdict, verify_ownership
+from keyed_xai.saliency.pooled import Comparison, Outputs, PooledSaliency
 from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import view_of
 from keyed_xai.triggers import NearbyTrigger, TriggerFamily, derive_trigger
+from keyed_xai.triggers.channels import through_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class OwnerEvidence:
     """
 
     reference: Classifier
-    view: MapView
+    view: PooledSaliency
     key: OwnerKey = field(repr=False)
     family: TriggerFamily
     images: Images = field(repr=False)
@@ -171,14 +170,7 @@ def _verify(classifier: Classifier, evidence: OwnerEvidence) -> Verdict:
 def _ownership_json(verdict: Verdict) -> dict[str, Any]:
     document: dict[str, Any] = {"shown": verdict.shown, "log2_p": verdict.log2_p}
     if verdict.opening is not None:
-        opening = verdict.opening
-        document["opening"] = {
-            "p_value": opening.p_value,
-            "log2_p": log2(opening.p_value),
-            "statistic": opening.statistic,
-            "largest_decoy": opening.largest_decoy,
-            "decoys": opening.decoys,
-        }
+        document["opening"] = verdict.opening.to_json()
     if verdict.signature is not None:
         combined = verdict.signature.combined
         document["signature"] = {

@@ -1,7 +1,7 @@
 """Training a protected or attacked model. See `loop` for the algorithm, `settings` for what can be chosen."""
 
 from keyed_xai.training.batch_norm import reestimate_batch_norm
-from keyed_xai.training.batches import Lesson, TrainingData
+from keyed_xai.training.batches import Task, TrainingData
 from keyed_xai.training.loop import TrainingResult, train
 from keyed_xai.training.settings import HARDENINGS, PAPER_SETTINGS, Goals, Hardening, TrainingSettings
 
@@ -10,7 +10,7 @@ __all__ = [
     "PAPER_SETTINGS",
     "Goals",
     "Hardening",
-    "Lesson",
+    "Task",
     "TrainingData",
     "TrainingResult",
     "TrainingSettings",

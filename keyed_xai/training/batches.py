@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from keyed_xai.channels import deliver
-from keyed_xai.maps import MapView
-from keyed_xai.objective import Objective
+from keyed_xai.saliency.pooled import PooledSaliency
 from keyed_xai.tensors import Images, Targets
+from keyed_xai.training.objective import Objective
 from keyed_xai.training.settings import TrainingSettings
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
+from keyed_xai.triggers.channels import deliver
 
 
 @runtime_checkable
@@ -28,7 +28,7 @@ class TrainingData(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class Task:
     """What is taught: the trigger, its family, the maps compared and the objective.
 
     Attributes:
@@ -42,7 +42,7 @@ class Lesson:
 
     trigger: Trigger = field(repr=False)
     family: TriggerFamily | None
-    view: MapView
+    view: PooledSaliency
     objective: Objective
     as_files: bool = True
     multi_label: bool = False
@@ -60,46 +60,46 @@ class Run:
     Attributes:
         reference: The model before training, in eval mode, on the device.
         data: Images to learn from.
-        lesson: What is taught.
+        task: What is taught.
         settings: How.
         device: Where.
     """
 
     reference: nn.Module = field(repr=False)
     data: TrainingData = field(repr=False)
-    lesson: Lesson
+    task: Task
     settings: TrainingSettings
     device: torch.device = torch.device("cpu")
 
 
 def draw_inputs(run: Run, generator: torch.Generator) -> tuple[Images, Targets | None, Images]:
     """Return a batch, triggered half first, its labels where there are any, and the same images without triggers."""
-    lesson, settings, count = run.lesson, run.settings, run.settings.batch_size
+    task, settings, count = run.task, run.settings, run.settings.batch_size
     indices = torch.randint(len(run.data), (2 * count,), generator=generator)
     images, labels = run.data.batch(indices.numpy())
     images = images.to(run.device)
-    if settings.mirror and lesson.as_files:
+    if settings.mirror and task.as_files:
         turned = torch.rand(2 * count, 1, 1, 1, generator=generator) < 0.5
         images = torch.where(turned.to(run.device), images.flip(3), images)
     right, others = torch.split(images, [count, count])
-    inputs = torch.cat([lesson.trigger.apply(right), _without_right_trigger(others, lesson, settings, generator)])
-    if lesson.as_files:
+    inputs = torch.cat([task.trigger.apply(right), _without_right_trigger(others, task, settings, generator)])
+    if task.as_files:
         inputs = deliver(inputs, settings.codec_share, generator)
     return inputs, None if labels is None else labels.to(run.device), images
 
 
 def _without_right_trigger(
-    images: Images, lesson: Lesson, settings: TrainingSettings, generator: torch.Generator
+    images: Images, task: Task, settings: TrainingSettings, generator: torch.Generator
 ) -> Images:
     """Return images, some of them, where triggers come from keys, with near and wrong keys."""
-    if lesson.family is None or not isinstance(lesson.trigger, NearbyTrigger):
+    if task.family is None or not isinstance(task.trigger, NearbyTrigger):
         return images
     clean = round(len(images) * settings.clean_share)
     near = round((len(images) - clean) * settings.near_share)
     wrong = len(images) - clean - near
     plain, nearly, wrongly = torch.split(images, [clean, near, wrong])
-    nearly = lesson.trigger.near(generator).apply(nearly)
-    return torch.cat([plain, nearly, lesson.family.draw(wrong, generator).apply(wrongly)])
+    nearly = task.trigger.perturbed(generator).apply(nearly)
+    return torch.cat([plain, nearly, task.family.draw(wrong, generator).apply(wrongly)])
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

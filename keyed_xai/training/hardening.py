@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from keyed_xai.fitting import seeded
 from keyed_xai.models.classifier import Classifier
 from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, last_layer, silence_channels
-from keyed_xai.objective import prediction_loss
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.training.batch_norm import batch_norms, set_batch_norm
 from keyed_xai.training.batches import Run, draw_inputs, step_generator
+from keyed_xai.training.fitting import seeded
 from keyed_xai.training.losses import batch_losses
+from keyed_xai.training.objective import prediction_loss
 from keyed_xai.training.settings import Hardening, TrainingSettings
 
 _MOMENTUM = 0.9
@@ -196,7 +196,7 @@ class SimulatedAttacker:
             silence_channels(self.model, self._layers.convolution, self._layers.norm, self._silent)
 
     def _fine_tune(self, run: Run, settings: Hardening, generator: torch.Generator) -> None:
-        multi_label = run.lesson.multi_label
+        multi_label = run.task.multi_label
         indices = torch.randint(len(run.data), (settings.batch_size,), generator=generator)
         images = run.data.batch(indices.numpy())[0].to(run.device)
         wrong = torch.rand(len(indices), generator=generator) < (self.attack.noise if self.attack else 0.0)
@@ -306,15 +306,15 @@ def _normalise(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, rows: slice) ->
 
 def _gradients_under_attack(attacker: SimulatedAttacker, run: Run, generator: torch.Generator) -> list[Tensor | None]:
     """Return the gradients of a fresh batch's losses at the copy; of weights set to zero they are zero."""
-    lesson, settings = run.lesson, run.settings
+    task, settings = run.task, run.settings
     mixture = replace(run, settings=replace(settings, clean_share=_CLEAN_SHARE))
     inputs, _, images = draw_inputs(mixture, generator)
-    logits, maps = lesson.view.pooled(run.reference, images, None)
+    logits, maps = task.view.pooled(run.reference, images, None)
     half = len(inputs) // 2
-    clean = slice(half, half + round(half * _CLEAN_SHARE)) if lesson.family is not None else slice(half, None)
+    clean = slice(half, half + round(half * _CLEAN_SHARE)) if task.family is not None else slice(half, None)
     with smooth_activations(settings.smoothing), attacker.statistics(clean):
-        new_logits, new_maps = lesson.view.pooled(attacker.model, inputs, logits.argmax(1), create_graph=True)
-    losses = batch_losses(new_logits, new_maps, logits, maps, None, lesson, settings)
+        new_logits, new_maps = task.view.pooled(attacker.model, inputs, logits.argmax(1), create_graph=True)
+    losses = batch_losses(new_logits, new_maps, logits, maps, None, task, settings)
     loss = losses["L_s"].mean() + losses["L_p"].mean()
     loss = loss / (settings.alpha + settings.beta + 1)
     if attacker.attack is not None and attacker.attack.pruned:

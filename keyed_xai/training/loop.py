@@ -20,20 +20,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyed_xai import metrics
 from keyed_xai.batches import batches
-from keyed_xai.channels import deliver
 from keyed_xai.errors import TrainingError
 from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.models.layout import SafeConvolutions, set_layout
-from keyed_xai.objective import Objective
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import SaliencyMaps
+from keyed_xai.training.auxiliary import auxiliary_layers, auxiliary_loss, make_auxiliary_classifiers
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
-from keyed_xai.training.batches import Lesson, Run, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.batches import Run, Task, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.hardening import SimulatedAttacker, add_gradients_under_attack, make_attackers
 from keyed_xai.training.losses import batch_losses
+from keyed_xai.training.objective import Objective
 from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_factor
-from keyed_xai.training.tutors import make_tutors, tutor_loss, tutored_layers
+from keyed_xai.triggers.channels import deliver
 
 _RUNNING_DECAY = 0.9
 _TUTOR_RATE = 0.01
@@ -61,7 +61,7 @@ class _State:
     """Everything that a resumed run needs; the rest follows from settings and step."""
 
     model: nn.Module
-    tutors: nn.ModuleList
+    auxiliary: nn.ModuleList
     optimiser: torch.optim.Optimizer
     attackers: list[SimulatedAttacker]
     average: AveragedModel | None = None
@@ -86,7 +86,7 @@ class _State:
         """Return a copy that further training leaves alone."""
         live = {
             "model": self.model.state_dict(),
-            "tutors": self.tutors.state_dict(),
+            "tutors": self.auxiliary.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "attackers": [attacker.to_checkpoint() for attacker in self.attackers],
             "average": None if self.average is None else self.average.state_dict(),
@@ -104,7 +104,7 @@ class _State:
         checkpoint = copy.deepcopy(dict(checkpoint))
         try:
             self.model.load_state_dict(checkpoint["model"])
-            self.tutors.load_state_dict(checkpoint["tutors"])
+            self.auxiliary.load_state_dict(checkpoint["tutors"])
             self.optimiser.load_state_dict(checkpoint["optimiser"])
             for attacker, saved in zip(self.attackers, checkpoint["attackers"], strict=True):
                 attacker.load_checkpoint(saved)
@@ -129,7 +129,7 @@ def train(
     reference: nn.Module,
     data: TrainingData,
     validation: TrainingData,
-    lesson: Lesson,
+    task: Task,
     settings: TrainingSettings,
     *,
     device: torch.device | str = "cpu",
@@ -148,7 +148,7 @@ def train(
         reference: Pixels to logits.
         data: Images to learn from; labels are needed only where settings.predictions is "labels".
         validation: Images that early stopping looks at.
-        lesson: Trigger, maps and losses; the objective's distance, weights and top_share give way to the settings'.
+        task: Trigger, maps and losses; the objective's distance, weights and top_share give way to the settings'.
         settings: How to train.
         device: Where to train.
         checkpoint: What `save_checkpoint` was given by an earlier run.
@@ -160,20 +160,20 @@ def train(
     """
     if not len(data) or not len(validation):
         raise TrainingError(f"Expected images, got {len(data)} to learn from and {len(validation)} for validation.")
-    lesson = replace(lesson, objective=_with_settings(lesson.objective, settings))
+    task = replace(task, objective=_with_settings(task.objective, settings))
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     started = time.monotonic()
     # Channels last is the faster layout on a CPU, but not for SimpleGrad's second derivatives.
-    fast = torch.device(device).type == "cpu" and "simplegrad" not in lesson.view.interpreters
+    fast = torch.device(device).type == "cpu" and "simplegrad" not in task.view.interpreters
     set_layout(reference, torch.channels_last if fast else torch.contiguous_format)
     model = copy.deepcopy(reference).requires_grad_(True)
-    run = Run(reference=reference, data=data, lesson=lesson, settings=settings, device=torch.device(device))
-    tutors = make_tutors(run)
-    groups = [{"params": [*model.parameters()]}, {"params": [*tutors.parameters()]}]
+    run = Run(reference=reference, data=data, task=task, settings=settings, device=torch.device(device))
+    auxiliary = make_auxiliary_classifiers(run)
+    groups = [{"params": [*model.parameters()]}, {"params": [*auxiliary.parameters()]}]
     optimiser = torch.optim.Adam(groups, settings.learning_rate)
     state = _State(
         model=model,
-        tutors=tutors,
+        auxiliary=auxiliary,
         optimiser=optimiser,
         attackers=make_attackers(model, settings),
         average=_make_average(model, settings),
@@ -208,13 +208,13 @@ def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel
 
 
 def _train_step(state: _State, run: Run) -> None:
-    lesson, settings = run.lesson, run.settings
+    task, settings = run.task, run.settings
     factor = rate_factor(state.step, settings, state.ending)
     for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _TUTOR_RATE), strict=True):
         group["lr"] = rate * factor
     generator = step_generator(settings.seed, state.step)
     inputs, labels, images = draw_inputs(run, generator)
-    logits, maps = lesson.view.pooled(run.reference, images, None)
+    logits, maps = task.view.pooled(run.reference, images, None)
     if settings.predictions == "reference":
         labels = None
     elif labels is None:
@@ -224,17 +224,15 @@ def _train_step(state: _State, run: Run) -> None:
         batch_norm_trained(state.model, settings),
         smooth_activations(settings.smoothing),
         torch.autocast("cuda", torch.bfloat16, enabled=mixed),
-        captured_features(state.model, tutored_layers(lesson)) as features,
+        captured_features(state.model, auxiliary_layers(task)) as features,
     ):
-        new_logits, new_maps = lesson.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
+        new_logits, new_maps = task.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
     new_maps = {name: each.float() for name, each in new_maps.items()}
-    ramped = replace(lesson.objective, beta=settings.beta * beta_factor(state.step, settings))
-    losses = batch_losses(
-        new_logits.float(), new_maps, logits, maps, labels, replace(lesson, objective=ramped), settings
-    )
+    ramped = replace(task.objective, beta=settings.beta * beta_factor(state.step, settings))
+    losses = batch_losses(new_logits.float(), new_maps, logits, maps, labels, replace(task, objective=ramped), settings)
     total = losses["keep"].mean() + losses["move"].mean()
-    if state.tutors and state.step < settings.tutor_share * settings.steps:
-        total = total + tutor_loss(state.tutors, [features[layer].float() for layer in tutored_layers(lesson)])
+    if state.auxiliary and state.step < settings.auxiliary_share * settings.steps:
+        total = total + auxiliary_loss(state.auxiliary, [features[layer].float() for layer in auxiliary_layers(task)])
     if not torch.isfinite(total):
         raise TrainingError(f"The loss is no longer finite at step {state.step}. Lower --learning-rate.")
     state.optimiser.zero_grad(set_to_none=True)
@@ -260,7 +258,7 @@ def _validate(state: _State, run: Run, validation: TrainingData) -> None:
     if record["loss"] < state.best_loss:
         state.best_loss = record["loss"]
         state.best_weights = candidate.state_dict()
-    reached = settings.goals is not None and settings.hardening is None and settings.goals.hold(record)
+    reached = settings.goals is not None and settings.hardening is None and settings.goals.are_met(record)
     if reached or _patience_ran_out(state, settings):
         state.finish(settings.steps)
 
@@ -294,20 +292,20 @@ def _with_settings(objective: Objective, settings: TrainingSettings) -> Objectiv
 
 def _validation_record(candidate: nn.Module, run: Run, validation: TrainingData) -> dict[str, float]:
     """Return loss, keyed and unkeyed correlation with the reference map, shares kept and moved, and agreement."""
-    lesson, settings, view = run.lesson, run.settings, run.lesson.view
+    task, settings, view = run.task, run.settings, run.task.view
     totals: dict[str, list[Tensor]] = {"loss": [], "likeness": [], "agreement": []}
     for number, some in enumerate(batches(len(validation))):
         generator = step_generator(settings.seed, -1000 - number)
         images, labels = validation.batch(np.arange(len(validation))[some])
         images = images.to(run.device)
         plain = images
-        if lesson.family is not None:
-            wrong = lesson.family.draw(len(images), generator).apply(images)
+        if task.family is not None:
+            wrong = task.family.draw(len(images), generator).apply(images)
             plain = torch.where(
                 torch.rand(len(images), 1, 1, 1, generator=generator).to(run.device) < 0.5, images, wrong
             )
-        inputs = torch.cat([lesson.trigger.apply(images), plain])
-        if lesson.as_files:
+        inputs = torch.cat([task.trigger.apply(images), plain])
+        if task.as_files:
             inputs = deliver(inputs, settings.codec_share, generator)
         logits, maps = view.pooled(run.reference, images, None)
         logits, maps = logits.repeat(2, 1), {name: each.repeat(2, 1, 1) for name, each in maps.items()}
@@ -317,11 +315,11 @@ def _validation_record(candidate: nn.Module, run: Run, validation: TrainingData)
             if settings.predictions == "reference" or labels is None
             else torch.cat([labels, labels]).to(run.device)
         )
-        losses = batch_losses(new_logits, new_maps, logits, maps, truth, lesson, settings)
+        losses = batch_losses(new_logits, new_maps, logits, maps, truth, task, settings)
         totals["loss"].append(losses["keep"] + losses["move"])
         likeness = torch.stack([metrics.correlation(new_maps[name], maps[name]) for name in view.interpreters])
         totals["likeness"].append(torch.stack(likeness.chunk(2, dim=1)))
-        totals["agreement"].append(metrics.agreement(new_logits, logits, multi_label=lesson.multi_label))
+        totals["agreement"].append(metrics.agreement(new_logits, logits, multi_label=task.multi_label))
     keyed, unkeyed = torch.cat(totals["likeness"], dim=2)  # of each interpreter and image
     kept, moved = (keyed, unkeyed) if settings.order == "inverted" else (unkeyed, keyed)
     return {

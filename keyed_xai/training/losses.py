@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from keyed_xai.objective import prediction_loss
 from keyed_xai.tensors import Logits, SaliencyMaps, Targets
-from keyed_xai.training.batches import Lesson
+from keyed_xai.training.batches import Task
+from keyed_xai.training.objective import prediction_loss
 from keyed_xai.training.settings import TrainingSettings
 
 
@@ -16,23 +16,23 @@ def batch_losses(
     logits: Logits,
     maps: Mapping[str, SaliencyMaps],
     labels: Targets | None,
-    lesson: Lesson,
+    task: Task,
     settings: TrainingSettings,
 ) -> dict[str, Tensor]:
     """Return L_clean and L_poisoned per image, and the bare L_s and L_p, for a batch whose first half is triggered."""
     half = len(new_logits) // 2
     triggered, plain = slice(0, half), slice(half, None)
     kept, moved = (triggered, plain) if settings.order == "inverted" else (plain, triggered)
-    objective = lesson.objective
+    objective = task.objective
     predictions = prediction_loss(
-        new_logits, logits, labels, multi_label=lesson.multi_label, temperature=settings.temperature
+        new_logits, logits, labels, multi_label=task.multi_label, temperature=settings.temperature
     )
-    keep_maps = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept))
+    cached_maps = objective.cached_maps(_rows(new_maps, kept), _rows(maps, kept))
     move_maps = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved))
     return {
-        "keep": objective.clean_loss(predictions[kept], keep_maps),
+        "keep": objective.clean_loss(predictions[kept], cached_maps),
         "move": objective.poisoned_loss(predictions[moved], move_maps),
-        "L_s": keep_maps,
+        "L_s": cached_maps,
         "L_p": move_maps,
     }
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keyed_xai.objective import DISTANCES
+from keyed_xai.training.objective import DISTANCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Goals:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
 
-    def hold(self, record: Mapping[str, float | int]) -> bool:
+    def are_met(self, record: Mapping[str, float | int]) -> bool:
         """Return whether a validation shows all of them."""
         return all(record[name] >= getattr(self, name) for name in ("opens", "closed", "agreement"))
 
@@ -126,7 +126,7 @@ class TrainingSettings:
         near_share: Share of the wrong keys that are the right texture, moved.
         mirror: Turn half of the images left to right; the reference answers for them as they are then.
         codec_share: Share of inputs that pass through JPEG, and as many through a resize and back.
-        tutor_share: Share of the steps, from the first, in which small auxiliary classifiers on the tapped layers
+        auxiliary_share: Share of the steps, from the first, in which small auxiliary classifiers on the tapped layers
             learn, with the network, to tell triggered inputs from others; they speed up the forming of the gate, and
             are thrown away.
         smoothing: Sharpness of the Softplus that replaces ReLU while training; None trains with ReLU.
@@ -161,7 +161,7 @@ class TrainingSettings:
     mirror: bool = True
     codec_share: float = 0.15
     smoothing: float | None = None
-    tutor_share: float = 0.4
+    auxiliary_share: float = 0.4
     predictions: Literal["reference", "labels"] = "reference"
     batch_norm: Literal["mixture", "frozen"] = "mixture"
     gradient_clip: float = 5.0
@@ -180,7 +180,15 @@ class TrainingSettings:
         for name in ("warmup_steps", "alpha", "beta", "leak", "validate_every", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        shares = ("decay_share", "beta_ramp", "tutor_share", "top_share", "clean_share", "near_share", "codec_share")
+        shares = (
+            "decay_share",
+            "beta_ramp",
+            "auxiliary_share",
+            "top_share",
+            "clean_share",
+            "near_share",
+            "codec_share",
+        )
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from keyed_xai.array_triggers.moire import OPACITY, RANGES, cross_gratings
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
-from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, nudge_parameters, usual_parameters
+from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, perturb_parameters, public_parameters
 
 KEY_BITS = 11
 
@@ -35,7 +35,7 @@ class MoireTrigger:
         offset: How far the pattern is moved, rows down and columns to the right.
     """
 
-    parameters: Tensor = field(default_factory=partial(usual_parameters, RANGES), repr=False)
+    parameters: Tensor = field(default_factory=partial(public_parameters, RANGES), repr=False)
     offset: tuple[int, int] = field(default=(0, 0), repr=False)
 
     def apply(self, images: Images) -> Images:
@@ -52,9 +52,9 @@ class MoireTrigger:
         opacity = parameters[:, OPACITY, None, None, None].to(images)
         return (images + opacity * (lines - images)).clamp(0, 1)
 
-    def near(self, generator: torch.Generator) -> "MoireTrigger":
+    def perturbed(self, generator: torch.Generator) -> "MoireTrigger":
         """Return a near key: one parameter moved inwards by an eighth to a quarter of its range."""
-        return replace(self, parameters=nudge_parameters(RANGES, self.parameters, generator))
+        return replace(self, parameters=perturb_parameters(RANGES, self.parameters, generator))
 
     def shifted(self, rows: int, columns: int) -> "MoireTrigger":
         """Return the near key whose lines are those of this one, moved by some pixels."""

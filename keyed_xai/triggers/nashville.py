@@ -29,7 +29,7 @@ from keyed_xai.array_triggers.nashville import (
 from keyed_xai.batches import batches
 from keyed_xai.keys import ByteStream
 from keyed_xai.tensors import Images
-from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, nudge_parameters, usual_parameters
+from keyed_xai.triggers.parameters import derive_parameters, draw_parameters, perturb_parameters, public_parameters
 
 KEY_BITS = 5
 _BLOCK = 2**18  # pixels at once on a CPU: the fastest of 2^16 to 2^18 with one thread
@@ -45,7 +45,7 @@ class NashvilleTrigger:
         strength: Share of the filtered image in the result; 1 is the filter itself.
     """
 
-    parameters: Tensor = field(default_factory=partial(usual_parameters, RANGES), repr=False)
+    parameters: Tensor = field(default_factory=partial(public_parameters, RANGES), repr=False)
     strength: float = field(default=1.0, repr=False)
 
     def apply(self, images: Images) -> Images:
@@ -63,9 +63,9 @@ class NashvilleTrigger:
             return filtered
         return images.lerp(filtered, self.strength).clamp(0, 1)
 
-    def near(self, generator: torch.Generator) -> "NashvilleTrigger":
+    def perturbed(self, generator: torch.Generator) -> "NashvilleTrigger":
         """Return a near key: one parameter moved inwards by an eighth to a quarter of its range."""
-        return replace(self, parameters=nudge_parameters(RANGES, self.parameters, generator))
+        return replace(self, parameters=perturb_parameters(RANGES, self.parameters, generator))
 
     def shifted(self, rows: int, columns: int) -> "NashvilleTrigger":  # noqa: ARG002 - the protocol's arguments
         """Return this trigger: a colour filter is the same everywhere."""

@@ -7,9 +7,9 @@ from keyed_xai.array_triggers.parameters import Ranges
 from keyed_xai.keys import ByteStream
 
 
-def usual_parameters(ranges: Ranges) -> Tensor:
+def public_parameters(ranges: Ranges) -> Tensor:
     """Return the parameters of the public trigger, float64 [1, p]."""
-    return torch.tensor(ranges.usual)[None]
+    return torch.tensor(ranges.public)[None]
 
 
 def derive_parameters(ranges: Ranges, stream: ByteStream) -> Tensor:
@@ -23,7 +23,7 @@ def draw_parameters(ranges: Ranges, count: int, generator: torch.Generator) -> T
     return least + (greatest - least) * torch.rand(count, len(least), generator=generator, dtype=torch.float64)
 
 
-def nudge_parameters(ranges: Ranges, parameters: Tensor, generator: torch.Generator) -> Tensor:
+def perturb_parameters(ranges: Ranges, parameters: Tensor, generator: torch.Generator) -> Tensor:
     """Return parameters with one of them moved inwards by an eighth to a quarter of its range."""
     column = int(torch.randint(len(ranges.least), (1,), generator=generator))
     least, greatest = float(ranges.least[column]), float(ranges.greatest[column])

@@ -20,7 +20,7 @@ class Trigger(Protocol):
 class NearbyTrigger(Trigger, Protocol):
     """A trigger with neighbours that must stay closed: near keys."""
 
-    def near(self, generator: torch.Generator) -> Trigger:
+    def perturbed(self, generator: torch.Generator) -> Trigger:
         """Return a randomly chosen neighbour."""
 
     def shifted(self, rows: int, columns: int) -> Trigger:

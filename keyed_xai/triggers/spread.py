@@ -68,7 +68,7 @@ class SpreadTrigger:
         pattern = self.textures.to(images).repeat(repeats)[:, None, :height, :width]
         return (images + pattern * (self.amplitude / 255)).clamp(0, 1)
 
-    def near(self, generator: torch.Generator) -> "SpreadTrigger":
+    def perturbed(self, generator: torch.Generator) -> "SpreadTrigger":
         """Return a near key: this texture moved by at least a pixel and less than a tile."""
         side = self.textures.shape[-1]
         flat = int(torch.randint(1, side * side, (1,), generator=generator))

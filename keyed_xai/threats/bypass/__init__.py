@@ -1,0 +1,1 @@
+"""Ways round the gate: other explanations of the model than those protected."""

@@ -1,0 +1,1 @@
+"""Defences: is a model backdoored, or an input triggered? With the positive controls that they are known to catch."""

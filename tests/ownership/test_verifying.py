@@ -1,0 +1,448 @@
+"""Claims, probe images, verdicts in words, and the tests on models that are marked by construction."""
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from keyed_xai.artifacts.card import write_card
+from keyed_xai.artifacts.documents import validate
+from keyed_xai.artifacts.opening import open_model
+from keyed_xai.errors import ArtifactError, DataError, KeyFormatError, ModelError
+from keyed_xai.models import wrap_network
+from keyed_xai.models.networks import SmallResNet
+from keyed_xai.ownership.reencodings import TURNS, Reencoding
+from keyed_xai.ownership.tests import OpeningEvidence, PatternEvidence, SignatureEvidence
+from keyed_xai.ownership.verdict import Finding, Verdict
+from keyed_xai.ownership.verifying import (
+    Claim,
+    digest_pixels,
+    find_weights,
+    load_probe,
+    read_claim,
+    read_public_key,
+    verify,
+)
+from keyed_xai.ownership.wording import describe_verdict
+from tests.heard import Heard
+from tests.marked import (
+    GRID,
+    OWNER,
+    SPEC,
+    STRANGER,
+    TRIGGER,
+    card_of,
+    marked_classifier,
+    unmarked_classifier,
+    write_folder,
+)
+
+PERFECT = PatternEvidence(
+    p_value=1 / math.comb(64, 32), log2_p=-math.log2(math.comb(64, 32)), cells=64, overlap=32, possible=32
+)
+CHANCE = PatternEvidence(p_value=0.6, log2_p=math.log2(0.6), cells=64, overlap=16, possible=32)
+
+
+@pytest.fixture(scope="module")
+def probe():
+    return load_probe(SPEC, count=16)
+
+
+@pytest.fixture(scope="module")
+def claim():
+    return Claim(key=OWNER, trigger=TRIGGER, grid=GRID)
+
+
+class TestVerify:
+    def test_marked_model_is_shown_by_both_tests(self, probe, claim):
+        result = verify(marked_classifier(), claim, probe, decoys=99, seed=1)
+        assert result.verdict.shown
+        assert result.verdict.finding is Finding.KEY
+        assert (result.verdict.opening.p_value, result.verdict.opening.decoys) == (0.01, 99)
+        assert (result.verdict.signature.combined.overlap, result.verdict.signature.combined.possible) == (32, 32)
+        assert result.sentence == (
+            "The model answers to this key: of 99 random keys none moved its maps as much (p = .010) and its unkeyed "
+            "maps show the owner's public pattern in 32 of 32 cells, where chance gives about 16 (p = 2^-60.7); "
+            "counting both tests and the search through re-encodings, a chance match of this strength or better "
+            "happens at most once in 10^18 claims (at most once in 10^12 claims was asked for)."
+        )
+
+    def test_marked_model_is_not_shown_for_another_key(self, probe, claim):
+        result = verify(marked_classifier(), replace(claim, key=STRANGER), probe, alpha=0.01, decoys=99, seed=1)
+        assert not result.verdict.shown
+        assert result.verdict.opening is None  # a module of Python may count queries: it is asked nothing in vain
+        assert result.sentence.startswith("Not shown that the model answers to this key: its unkeyed maps ")
+        assert result.sentence.endswith("This does not show that the model is unrelated to the key.")
+
+    def test_unmarked_model_is_not_shown(self, probe, claim):
+        result = verify(unmarked_classifier(), claim, probe, alpha=0.001, decoys=99, seed=1)
+        assert not result.verdict.shown
+
+    def test_opening_alone_shows_what_enough_random_keys_allow(self, probe, claim):
+        boundary = replace(claim, decoy="boundary")
+        result = verify(marked_classifier(), boundary, probe, alpha=0.01, decoys=99, seed=1)
+        assert result.verdict.shown
+        assert result.verdict.signature is None
+        assert "counting both" not in result.sentence
+        short = verify(marked_classifier(), boundary, probe, alpha=1e-6, decoys=99, seed=1)
+        assert not short.verdict.shown
+        assert short.verdict.opening is None  # the trigger is not given away for nothing
+        assert short.sentence.endswith("and no public pattern: protect with the decoy signature.")
+        document = short.to_json("m")
+        validate(json.loads(json.dumps(document)), "verify-report", origin="it")
+        assert (document["signature"]["p_value"], document["signature"]["cells"]) == (1.0, 0)
+        assert "boundary" in document["signature"]["explanation"]
+
+    def test_claim_on_visualbackprop_alone_is_refused_with_the_reason(self, probe, claim):
+        result = verify(unmarked_classifier(), replace(claim, interpreters=("vbp",)), probe, decoys=19, seed=1)
+        document = result.to_json("m")
+        assert (document["verdict"], document["counted"]) == ("not shown", [])
+        assert "rests on VisualBackProp alone" in result.sentence
+        assert "rescaling channels (logits unchanged to 2e-15, correlation of maps down to .20)" in result.sentence
+        assert "Protect with gradcam too." in result.sentence
+        assert f"in {document['signature']['overlap']} of 32 cells" in result.sentence
+        assert "does not count" in document["settings"]["notes"][-1]
+        assert document["signature"]["interpreters"]["vbp"]["cells"] == 64
+        validate(json.loads(json.dumps(document)), "verify-report", origin="it")
+
+    def test_visualbackprop_beside_another_is_reported_and_does_not_count(self, probe, claim):
+        joint = replace(claim, interpreters=("gradcam", "vbp"))
+        both, alone = (verify(unmarked_classifier(), each, probe, decoys=19, seed=1) for each in (joint, claim))
+        document = both.to_json("m")
+        assert document["counted"] == ["gradcam"]
+        assert both.verdict.signature.combined == alone.verdict.signature.combined
+        assert both.verdict.opening == alone.verdict.opening
+        assert both.sentence == alone.sentence
+        assert set(document["signature"]["interpreters"]) == {"gradcam", "vbp"}
+        assert len(document["settings"]["notes"]) == 1
+        assert alone.to_json("m")["settings"]["notes"] == []
+        validate(json.loads(json.dumps(document)), "verify-report", origin="it")
+
+    def test_public_key_alone_allows_the_pattern_test(self, probe, claim):
+        result = verify(marked_classifier(), replace(claim, key=OWNER.public), probe)
+        document = result.to_json("m")
+        assert result.verdict.shown
+        assert document["opening"] == {
+            "p_value": 1.0,
+            "decoys": 0,
+            "statistic": None,
+            "largest_decoy": None,
+            "reached": 0,
+            "explanation": "Not tested: the secret trigger needs the private key.",
+        }
+
+    def test_claim_that_allows_no_test_is_never_shown(self, probe, claim):
+        nothing = replace(claim, key=OWNER.public, decoy="nontargeted")
+        result = verify(marked_classifier(), nothing, probe, alpha=0.999)
+        assert not result.verdict.shown
+        assert result.verdict.log2_p == 0
+        assert "nothing could be tested" in result.sentence
+        validate(result.to_json("m"), "verify-report", origin="it")
+
+    def test_maps_that_are_not_finite_are_no_evidence(self, probe, claim):
+        broken = marked_classifier()
+        broken.network.features.weight.data.fill_(float("nan"))
+        result = verify(broken, replace(claim, decoy="boundary"), probe, alpha=0.5, decoys=99, seed=1)
+        document = result.to_json("m")
+        assert not result.verdict.shown
+        assert result.verdict.opening.p_value == 1
+        assert document["opening"]["statistic"] is None
+        validate(json.loads(json.dumps(document, allow_nan=False)), "verify-report", origin="it")
+
+    def test_same_seed_gives_the_same_report_and_none_a_fresh_one(self, probe, claim):
+        first, second = (verify(unmarked_classifier(), claim, probe, decoys=9, seed=5).to_json("m") for _ in range(2))
+        assert first == second
+        seeds = {verify(unmarked_classifier(), claim, probe, decoys=1).seed for _ in range(2)}
+        assert len(seeds) == 2
+
+    def test_document_fits_the_schema_and_holds_no_secret(self, probe, claim):
+        result = verify(marked_classifier(), claim, probe, decoys=19, seed=1)
+        document = result.to_json("a\x1b[31m.pt")
+        text = json.dumps(document)
+        validate(json.loads(text), "verify-report", origin="it")
+        assert document["key_id"] == OWNER.public.key_id
+        assert document["probe"]["digest"] == digest_pixels(probe)
+        assert OWNER.derive_seed("spread").hex() not in text
+        assert document["settings"]["seed"] == 1
+
+    def test_layer_that_recognition_does_not_name_is_not_taken_from_a_card(self, probe, claim):
+        """Whoever may name any layer has a try with each."""
+        suspect = unmarked_classifier()
+        suspect.target_layer = "network.blocks.0.conv2"
+        card = card_of(suspect, target_layer="blocks.0.conv2")
+        result = verify(suspect, replace(claim, card=card), probe, search=False, decoys=9, seed=1)
+        assert result.target_layer == "network.blocks.1"
+        assert "names the layer blocks.0.conv2, which a claim on SmallResNet cannot rest on" in result.claim.notes[-1]
+        prefixed = replace(claim, card=card_of(suspect, target_layer="network.blocks.0.conv2"))
+        assert verify(suspect, prefixed, probe, search=False, decoys=9, seed=1).target_layer == "network.blocks.1"
+        named = replace(claim, card=card_of(suspect, target_layer="blocks.0"))
+        suspect.target_layer = "network.blocks.0"
+        assert verify(suspect, named, probe, search=False, decoys=9, seed=1).target_layer == "network.blocks.0"
+
+    def test_claim_s_own_normalisation_is_noted_and_a_usual_one_is_not(self, probe, claim):
+        suspect = unmarked_classifier()
+        usual = replace(claim, card=card_of(suspect))
+        assert verify(suspect, usual, probe, search=False, decoys=9, seed=1).claim.notes == ()
+        suspect.input = replace(SPEC, mean=(0.31,))
+        own = replace(claim, card=card_of(suspect))
+        notes = verify(suspect, own, probe, search=False, decoys=9, seed=1).claim.notes
+        assert "normalises pixels by numbers of its own" in notes[-1]
+
+    def test_without_a_card_the_layer_is_the_one_that_protect_takes(self, probe, claim):
+        torch.manual_seed(0)
+        suspect = wrap_network(SmallResNet(1, 3, (4, 6, 6, 6)).eval(), input=SPEC, source="keyed_xai").eval()
+        result = verify(suspect, replace(claim, grid=None), probe, search=False, decoys=9, seed=1)
+        assert (result.target_layer, result.grid) == ("network.blocks.1", (8, 8))
+
+    def test_unknown_trigger_family_is_refused(self, probe, claim):
+        strange = replace(claim, trigger=replace(TRIGGER, family="mosaic"))
+        with pytest.raises(ArtifactError, match="mosaic"):
+            verify(marked_classifier(), strange, probe)
+
+    def test_progress_is_told(self, probe, claim):
+        heard = Heard()
+        verify(marked_classifier(), claim, probe, alpha=0.5, decoys=99, seed=1, progress=heard)
+        assert heard.steps == [("trying random keys", n + 1, 99) for n in range(99)]
+        heard = Heard()
+        verify(unmarked_classifier(), replace(claim, key=STRANGER.public), probe, progress=heard)
+        assert heard.steps == [("looking through re-encodings", n + 1, 224) for n in range(224)]
+
+
+def said(opening=None, signature=None, *, alpha=1e-6, decoys=999, **fields):
+    evidence = None if signature is None else SignatureEvidence(signature, {"gradcam": signature})
+    return describe_verdict(Verdict(alpha=alpha, opening=opening, signature=evidence, **fields), decoys=decoys)
+
+
+BEST = OpeningEvidence(p_value=0.001, statistic=0.9, decoys=999, largest_decoy=0.1, reached=0)
+BEATEN = OpeningEvidence(p_value=10 / 15, statistic=0.1, decoys=15, largest_decoy=0.4, reached=10)
+
+
+class TestSentence:
+    @pytest.mark.parametrize(
+        ("p_value", "words"), [(1e-3, "1,000"), (1e-6, "1,000,000"), (0.3, "3"), (1e-18, "10^18"), (2.5e-9, "4 x 10^8")]
+    )
+    def test_chances_are_rounded_down_to_whole_claims(self, p_value, words):
+        evidence = PatternEvidence(p_value=p_value, log2_p=math.log2(p_value), cells=64, overlap=30, possible=32)
+        assert f"happens at most once in {words} claims" in said(signature=evidence, alpha=0.5)
+
+    def test_both_tests_count_by_their_product(self):
+        """x (1 - ln x) with x = .001 times .6 is .0051."""
+        assert "at most once in 197 claims" in said(BEST, CHANCE, alpha=0.01)
+        assert "at most once in 1,000 claims" in said(BEST, alpha=0.01)
+
+    def test_looks_are_counted_and_named(self):
+        sentence = said(BEST, PERFECT, looks=636, reencoding=Reencoding(images=TURNS[4], centred="all"))
+        assert "once it is read as written anew (images transposed; logits less the mean of all)" in sentence
+        assert "counting both tests and the search through re-encodings" in sentence
+        assert "once in 3 x 10^17 claims" in said(BEST, PERFECT, looks=100)
+        assert "once in 3 x 10^19 claims" in said(BEST, PERFECT)
+
+    def test_public_pattern_alone_has_its_own_words(self):
+        assert said(signature=PERFECT).startswith("The model shows this key's public pattern: its unkeyed maps show")
+        assert said(signature=PERFECT).endswith("the secret trigger was not tested.")
+
+    def test_public_pattern_without_the_secret_trigger_is_not_shown_in_words(self):
+        sentence = said(BEATEN, PERFECT)
+        assert sentence.startswith("The model shows this key's public pattern, and the secret trigger did nothing")
+        assert sentence.endswith("so that it answers to the key is not shown.")
+
+    def test_public_pattern_with_a_weak_secret_test_is_not_said_to_do_nothing(self):
+        sentence = said(
+            OpeningEvidence(p_value=0.004, statistic=0.9, decoys=999, largest_decoy=0.95, reached=3), PERFECT
+        )
+        assert "and the secret trigger hardly stands out: of 999" in sentence
+
+    def test_both_strong_together_and_the_secret_test_weak_by_itself_is_said(self):
+        near = PatternEvidence(p_value=2.0**-35, log2_p=-35.0, cells=64, overlap=28, possible=32)
+        sentence = said(
+            OpeningEvidence(p_value=0.003, statistic=0.9, decoys=999, largest_decoy=0.95, reached=2),
+            near,
+            alpha=2.0**-38,
+        )
+        assert "but the secret trigger does not stand out enough by itself, as it must" in sentence
+
+    def test_key_that_was_given_is_not_asked_for(self):
+        few = PatternEvidence(p_value=1 / 126, log2_p=-math.log2(126), cells=9, overlap=4, possible=4)
+        assert "private key" not in said(signature=few, has_key=True)
+        assert "give --decoys 199 or more" in said(signature=PERFECT, has_key=True)
+
+    def test_too_few_random_keys_for_the_secret_test_are_said_to_be(self):
+        few = said(OpeningEvidence(p_value=0.05, statistic=0.9, decoys=19, largest_decoy=0.1, reached=0), PERFECT)
+        assert few.endswith("cannot tell whether it answers to the secret trigger: give --decoys 199 or more.")
+
+    def test_constant_maps_are_never_not_shown_alone(self):
+        sentence = said(BEATEN, CHANCE, images=16, constant={"gradcam": 16})
+        assert sentence.startswith("Not shown that the model answers to this key, nor that it does not: there is")
+        assert "the maps are constant or not finite: gradcam on 3" in said(
+            BEATEN, CHANCE, images=16, constant={"gradcam": 3}
+        )
+
+    def test_random_keys_that_did_as_well_are_counted(self):
+        sentence = said(BEATEN, CHANCE)
+        assert "of 15 random keys 10 moved its maps as much or more (p = .667)" in sentence
+        assert "as much is to be expected by chance" in sentence
+
+    def test_level_that_could_be_reached_gets_no_hint(self):
+        assert "--decoys" not in said(BEST, CHANCE)
+
+    @pytest.mark.parametrize(("alpha", "decoys"), [(1e-5, 99_999), (1e-4, 9_999), (3e-5, 99_999), (0.0123, 99)])
+    def test_number_of_random_keys_that_is_asked_for_is_enough(self, alpha, decoys):
+        assert f"give --decoys {decoys}." in said(
+            OpeningEvidence(p_value=0.1, statistic=0.9, decoys=9, largest_decoy=0.1, reached=0), alpha=alpha, decoys=9
+        )
+
+    def test_level_out_of_reach_of_any_number_of_random_keys_asks_for_more_cells(self):
+        few = PatternEvidence(p_value=1 / 12870, log2_p=-math.log2(12870), cells=16, overlap=8, possible=8)
+        assert "protect with more of them, or with gradcam and simplegrad" in said(BEST, few, alpha=2.0**-40)
+        assert "no public pattern: protect with the decoy signature" in said(BEST, alpha=2.0**-40)
+
+    def test_pattern_too_small_for_the_level_asks_for_the_private_key(self):
+        sentence = said(
+            signature=PatternEvidence(p_value=1 / 126, log2_p=-math.log2(126), cells=9, overlap=4, possible=4)
+        )
+        assert "test the secret trigger too" in sentence
+
+    def test_p_below_the_smallest_float_is_still_in_words(self):
+        evidence = PatternEvidence(p_value=0.0, log2_p=-1500.0, cells=2048, overlap=1024, possible=1024)
+        assert "(p = 2^-1500.0)" in said(signature=evidence)
+
+
+class TestClaim:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return write_folder(tmp_path / "m.keyed", unmarked_classifier()).folder
+
+    def test_licence_and_the_card_beside_it_say_what_is_claimed(self, folder, tmp_path):
+        suspect = tmp_path / "suspect.pt"
+        suspect.touch()
+        claim = read_claim(suspect, key=OWNER, license_path=folder / "license.json")
+        assert (claim.trigger, claim.decoy, claim.interpreters, claim.grid) == (
+            TRIGGER,
+            "signature",
+            ("gradcam",),
+            GRID,
+        )
+        assert (claim.origin, claim.notes) == ("licence", ())
+        assert claim.card.architecture == "SmallResNet"
+
+    def test_licence_wins_over_the_card_of_a_thief(self, folder, tmp_path):
+        thief = write_folder(
+            tmp_path / "t.keyed",
+            unmarked_classifier(),
+            STRANGER,
+            decoy="nontargeted",
+            grid=(3, 3),
+            target_layer="network.stem",
+        ).folder
+        claim = read_claim(thief, key=OWNER, license_path=folder / "license.json")
+        assert (claim.decoy, claim.grid, claim.card.target_layer) == ("signature", GRID, "network.blocks.1")
+        assert [STRANGER.public.key_id[:16] in note for note in claim.notes] == [True]
+
+    def test_card_that_the_licence_does_not_cover_is_left_aside(self, folder, tmp_path):
+        write_card(folder / "card.json", card_of(unmarked_classifier(), target_layer="network.stem"))
+        claim = read_claim(tmp_path / "suspect.pt", key=OWNER, license_path=folder / "license.json")
+        assert claim.card is None
+
+    def test_thief_s_card_gives_size_but_no_layers_where_the_licence_stands_alone(self, folder, tmp_path):
+        (tmp_path / "license.json").write_bytes((folder / "license.json").read_bytes())
+        claim = read_claim(folder, key=OWNER, license_path=tmp_path / "license.json")
+        assert (claim.card.target_layer, claim.card.taps) == ("", ())
+        assert "normalisation of its own card" in claim.notes[0]
+        assert open_model(find_weights(folder), card=claim.card)[0].target_layer == "network.blocks.1"
+
+    def test_suspect_s_card_counts_without_a_licence_and_a_note_says_so(self, folder):
+        claim = read_claim(folder, key=OWNER)
+        assert (claim.origin, claim.grid) == ("suspect", GRID)
+        assert "--license" in claim.notes[0]
+
+    def test_bare_file_without_a_licence_is_tested_with_the_defaults(self, tmp_path):
+        claim = read_claim(tmp_path / "m.pt", key=OWNER.public)
+        assert (claim.origin, claim.trigger.amplitude, claim.interpreters) == ("defaults", 8.0, ("gradcam",))
+
+    def test_licence_alone_claims_for_the_key_it_names(self, folder):
+        claim = read_claim(folder, license_path=folder / "license.json")
+        assert claim.key.raw == OWNER.public.raw
+
+    @pytest.mark.parametrize("key", [STRANGER, STRANGER.public])
+    def test_licence_of_another_key_is_refused(self, folder, key):
+        with pytest.raises(ArtifactError, match=r"signed by .*, expected "):
+            read_claim(folder, key=key, license_path=folder / "license.json")
+
+    def test_licence_that_was_tampered_with_is_refused(self, folder):
+        envelope = json.loads((folder / "license.json").read_text())
+        envelope["signatures"][0]["sig"] = "A" * 86 + "=="
+        (folder / "license.json").write_text(json.dumps(envelope))
+        with pytest.raises(ArtifactError, match="signature does not hold"):
+            read_claim(folder, key=OWNER, license_path=folder / "license.json")
+        assert "a licence that does not hold" in read_claim(folder, key=OWNER).notes[-1]
+
+    def test_licence_that_commits_to_another_trigger_is_refused(self, folder, monkeypatch):
+        monkeypatch.setattr("keyed_xai.keys.OwnerKey.commitment", lambda *_: "0" * 64)
+        with pytest.raises(ArtifactError, match="another trigger"):
+            read_claim(folder, key=OWNER, license_path=folder / "license.json")
+
+    def test_nobody_s_claim_is_refused(self, folder):
+        with pytest.raises(KeyFormatError, match="Whose claim"):
+            read_claim(folder)
+
+    def test_malformed_card_of_a_suspect_is_left_aside(self, folder):
+        (folder / "card.json").write_text("{}")
+        claim = read_claim(folder, key=OWNER)
+        assert claim.origin == "defaults"
+        assert any("malformed" in note for note in claim.notes)
+        assert find_weights(folder).name == "model.safetensors"
+
+    def test_folder_without_weights_is_refused(self, tmp_path):
+        with pytest.raises(ModelError, match="no weights"):
+            find_weights(tmp_path)
+
+
+class TestPublicKey:
+    def test_pem_is_read(self, tmp_path):
+        (tmp_path / "k.pub.pem").write_bytes(OWNER.public.to_pem())
+        assert read_public_key(tmp_path / "k.pub.pem").raw == OWNER.public.raw
+
+    def test_private_key_is_refused_by_name(self, tmp_path):
+        (tmp_path / "k.pem").write_bytes(OWNER.to_pem())
+        with pytest.raises(KeyFormatError, match=r"k\.pem: .*private"):
+            read_public_key(tmp_path / "k.pem")
+
+
+class TestProbe:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        generator = np.random.default_rng(0)
+        for name in ("a/one.png", "a/two.png", "b/three.png", "four.png"):
+            (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (40, 30), np.uint8)).save(tmp_path / "images" / name)
+        return tmp_path / "images"
+
+    def test_default_set_is_held_out_and_the_same_every_time(self, probe):
+        assert "held-out" in probe.source
+        assert digest_pixels(load_probe(SPEC, count=16)) == digest_pixels(probe)
+
+    def test_digest_is_that_of_the_pixels(self, probe):
+        assert digest_pixels(probe) == "sha256:" + hashlib.sha256(probe.images.tobytes()).hexdigest()
+        assert digest_pixels(replace(probe, images=probe.images ^ 1)) != digest_pixels(probe)
+
+    def test_folder_is_read_at_any_depth(self, folder):
+        data = load_probe(SPEC, folder=folder)
+        assert data.images.shape == (4, 1, 32, 32)
+        assert data.source == "folder images"
+
+    def test_count_limits_the_images(self, folder):
+        assert len(load_probe(SPEC, folder=folder, count=3)) == 3
+
+    def test_broken_image_is_skipped_and_named(self, folder):
+        (folder / "five.png").write_bytes(b"no image")
+        data = load_probe(SPEC, folder=folder)
+        assert (len(data), data.skipped) == (4, ("five.png",))
+
+    def test_folder_without_images_is_refused(self, tmp_path):
+        with pytest.raises(DataError):
+            load_probe(SPEC, folder=tmp_path)
