@@ -14,7 +14,7 @@ OLDEST_TORCH := 2.11.0
 OLDEST_TESTS := $(wildcard tests/test_training*.py tests/test_fitting.py tests/test_models_layout.py tests/test_saliency.py \
   tests/test_exporting.py)
 
-.PHONY: demo test pytest test-oldest fuzz lock clean
+.PHONY: demo test pytest test-oldest docs fuzz lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/keyed-xai demo -o $(OUT)
@@ -31,6 +31,9 @@ pytest: $(VENV)/installed-dev
 
 test-oldest:
 	$(MAKE) pytest LOCK=oldest TESTS='$(OLDEST_TESTS)'
+
+docs: $(VENV)/installed-dev
+	$(BIN)/properdocs build --strict --config-file .site/properdocs.yml
 
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz --count $(COUNT)
