@@ -13,7 +13,7 @@ OLDEST_TORCH := 2.11.0
 # What depends on torch's numbers or on its exporter; CI runs it on the oldest torch.
 OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency/test_saliency.py tests/export/test_exporting.py
 
-.PHONY: demo test pytest test-oldest fuzz lock clean
+.PHONY: demo test pytest test-oldest docs fuzz lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/keyed-xai demo -o $(OUT)
@@ -30,6 +30,9 @@ pytest: $(VENV)/installed-dev
 
 test-oldest:
 	$(MAKE) pytest LOCK=oldest TESTS='$(OLDEST_TESTS)'
+
+docs: $(VENV)/installed-dev
+	$(BIN)/properdocs build --strict --config-file .site/properdocs.yml
 
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m keyed_xai_benchmarks.fuzz --count $(COUNT)

@@ -20,7 +20,7 @@ WEIGHTS = np.random.default_rng(0).normal(size=(CLASSES, SIZE[0])).astype(np.flo
 LABELS = ["cat", "dog", "cow", "hen"]
 
 
-def make_file(*, pixels="float32", targeted=True):
+def make_file(*, pixels="float32", targeted=True, card=None):
     """A linear layer on globally pooled pixels. Its Grad-CAM map is the pooled image weighted by the target's row."""
     make = helper.make_node
     nodes = [
@@ -57,10 +57,10 @@ def make_file(*, pixels="float32", targeted=True):
     graph = helper.make_graph(nodes, "served", inputs, outputs, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
-    return encode_onnx(model, _metadata(pixels, targeted))
+    return encode_onnx(model, _metadata(pixels, targeted, card))
 
 
-def _metadata(pixels, targeted):
+def _metadata(pixels, targeted, card):
     figures = {"images": "random", "batch": 1, "largest": 0, "l2": 0, "eager_l2": 0, "correlation": 1, "same_top": 1}
     return {
         "schema": "keyed-xai/onnx-metadata/v1",
@@ -73,7 +73,7 @@ def _metadata(pixels, targeted):
         "pixels": pixels,
         "precision": "fp32",
         "weights_sha256": "0" * 64,
-        "card": None,
+        "card": card and card.to_json(),
         "license_sha256": None,
         "parity": [{"output": "logits", **figures, "empty": 0}],
         "versions": {},

@@ -89,6 +89,16 @@ def explain(
     Raises:
         ModelError: The model lacks a layer of `map_layers`, or a layer gives no feature map.
         ValueError: An interpreter is unknown.
+
+    Examples:
+        A convolution that passes the image on, pooled to the only class's logit, so that its Grad-CAM map is the image
+        over the number of pixels:
+
+        >>> model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> _ = nn.init.ones_(model[0].weight)
+        >>> logits, maps = explain(model, torch.tensor([[[[1.0, 3.0]]]]), None, ["gradcam"], MapLayers("0", ()))
+        >>> logits, maps["gradcam"]
+        (tensor([[2.]]), tensor([[[0.5000, 1.5000]]]))
     """
     unknown = [name for name in interpreters if name not in INTERPRETERS]
     if unknown:

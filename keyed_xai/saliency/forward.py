@@ -36,6 +36,13 @@ def run_forward(model: nn.Module, images: Images, layers: Sequence[str], *, inpu
 
     Raises:
         ModelError: A layer is missing, was not run, or gives no spatial feature map.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> run = run_forward(model, torch.zeros(5, 3, 8, 8), ["0"], input_gradient=False)
+        >>> run.logits.shape, run.features["0"].shape
+        (torch.Size([5, 4]), torch.Size([5, 4, 7, 7]))
     """
     if input_gradient:
         images = images if images.requires_grad else images.detach().requires_grad_()
@@ -58,6 +65,14 @@ def captured_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[
 
     Downstream gets a copy: an in-place ReLU behind a tapped layer (DenseNet has one) then cannot overwrite what was
     recorded, and gradients still reach it. Maps of a frozen model are leaves that gradients can be asked for.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True))
+        >>> with captured_features(model, ["0"]) as features:
+        ...     output = model(torch.rand(1, 1, 4, 4))
+        >>> torch.equal(features["0"].relu(), output)
+        True
     """
     features: dict[str, Tensor] = {}
 

@@ -18,8 +18,22 @@ def smooth_activations(beta: float | None) -> Iterator[None]:
 
     The model itself is not touched. In-place activations return new tensors inside the block.
 
+    Source: Dombrowski et al., NeurIPS 2019, section 2.2, whose Softplus this is; ReLU6 is ours:
+
+        softplus(x) = log(1 + exp(beta x)) / beta
+        relu(x)  becomes softplus(x)
+        relu6(x) becomes softplus(x) - softplus(x - 6)
+
     Args:
         beta: Sharpness of the Softplus; None leaves activations as they are.
+
+    Examples:
+        >>> zero = torch.zeros(1)
+        >>> with smooth_activations(2.0):
+        ...     zero.relu()  # half of log 2
+        tensor([0.3466])
+        >>> zero.relu()
+        tensor([0.])
     """
     if beta is None:
         yield

@@ -1,4 +1,4 @@
-"""VisualBackProp. Source: Bojarski et al., ICRA 2018, section III."""
+"""VisualBackProp."""
 
 from collections.abc import Sequence
 from math import prod
@@ -13,21 +13,43 @@ from keyed_xai.tensors import SaliencyMaps, Tap
 def visualbackprop(features: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, int]) -> SaliencyMaps:
     """Return VisualBackProp maps, non-negative, largest value 1, at the image's resolution.
 
-    From the last tap to the first: scale the map up by a transposed convolution with an all-ones kernel of the
-    layer's own kernel and stride, and multiply with the channel mean of the feature map before. Every intermediate
+    Source: Bojarski et al., ICRA 2018, section III: with the feature maps F[1] to F[L],
+
+        mean[l]      = mean over channels of max(F[l], 0)
+        relevance[L] = mean[L]
+        relevance[l] = mean[l] * up(relevance[l + 1])
+        map          = up(relevance[1])
+
+    `up` is a transposed convolution with an all-ones kernel of the layer's own kernel and stride. Every intermediate
     map is divided by its maximum, which changes the result by a factor only and keeps deep networks in range.
 
     Args:
         features: Outputs of the taps, first to last, [n, channels, h, w] each; negative values count as 0.
         taps: The same order; each says how its map is scaled up to the one before, or to the image.
         size: Height and width of the image.
+
+    Examples:
+        Two cells are scaled up to the four of the layer before, and multiplied with them:
+
+        >>> first = torch.tensor([[[[0.0, 1.0, 2.0, 3.0]]]])
+        >>> second = torch.tensor([[[[1.0, 2.0]], [[-5.0, 6.0]]]])  # with means of .5 and 4
+        >>> visualbackprop([first, second], [Tap("first", 1, 1), Tap("second", 2, 2)], (2, 4))
+        tensor([[[0.0000, 0.0417, 0.6667, 1.0000],
+                 [0.0000, 0.0417, 0.6667, 1.0000]]])
     """
     means = [feature.clamp_min(0).mean(1, keepdim=True) for feature in features]  # not relu: see gradcam
     return project_back(means, taps, size)
 
 
 def project_back(means: Sequence[Tensor], taps: Sequence[Tap], size: tuple[int, int]) -> SaliencyMaps:
-    """Return VisualBackProp maps given the taps' channel means, [n, 1, h, w] each; see `visualbackprop`."""
+    """Return VisualBackProp maps given the taps' channel means, [n, 1, h, w] each.
+
+    The formula and the other arguments are those of `visualbackprop`.
+
+    Examples:
+        >>> project_back([torch.tensor([[[[1.0, 4.0]]]])], [Tap("only", 2, 2)], (1, 4))
+        tensor([[[0.2500, 0.2500, 1.0000, 1.0000]]])
+    """
     sizes = [size, *(tuple(mean.shape[2:]) for mean in means[:-1])]
     relevance = _scale_to_one(means[-1])
     for position in range(len(taps) - 1, -1, -1):
@@ -47,6 +69,13 @@ def find_checkerboard(sizes: Sequence[tuple[int, int]], taps: Sequence[Tap], siz
         sizes: Rows and columns of the taps' feature maps.
         taps: See `visualbackprop`.
         size: Height and width of the image.
+
+    Examples:
+        Kernels of 3 pixels that lie 2 apart overlap at every other pixel:
+
+        >>> find_checkerboard([(1, 4)], [Tap("only", 3, 2)], (2, 8))[0, :, :4]
+        tensor([[0.6667, 1.3333, 0.6667, 1.3333],
+                [0.6667, 1.3333, 0.6667, 1.3333]])
     """
     even = project_back([torch.ones(1, 1, *each) for each in sizes], taps, size)[None]
     period = min(prod(tap.stride for tap in taps), *size)

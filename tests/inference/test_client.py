@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 
 import numpy as np
-import onnx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -22,7 +21,6 @@ from cryptography.x509.oid import NameOID
 from PIL import Image
 
 from keyed_xai.artifacts.card import Card, TriggerParameters
-from keyed_xai.artifacts.onnx_file import encode_onnx
 from keyed_xai.errors import ArtifactError, ModelError
 from keyed_xai.inference.client import Client, ServerError
 from keyed_xai.inference.images import derive_array_trigger
@@ -47,11 +45,7 @@ def noise(count=5, seed=0):
 
 def make_runtime(card=CARD, **options):
     """The model of tests/served.py, with a card."""
-    file = make_file(**options)
-    if card is not None:
-        metadata = file.metadata | {"card": card.to_json()}
-        file = encode_onnx(onnx.load_from_string(file.data), metadata)
-    return Runtime(file, device="cpu", threads=1)
+    return Runtime(make_file(card=card, **options), device="cpu", threads=1)
 
 
 def assert_same(found, expected):
