@@ -130,7 +130,7 @@ def attack(
     from keyed_xai.artifacts.opening import open_model
     from keyed_xai.backdoors.attacking import choose_attack_recipe, run_attack, write_attack
     from keyed_xai.data import is_table
-    from keyed_xai.progress import KEPT, progress_bar
+    from keyed_xai.reporting.bars import KEPT, progress_bar
 
     out = out or model.with_name(f"{model.stem}.attacked")
     checkpoint = hold_folder(out, protected=False, force=force, resume=resume)

@@ -151,7 +151,7 @@ def audit(
     from keyed_xai.artifacts.documents import printable
     from keyed_xai.auditing.running import REPORT_NAME, check_same_audit
     from keyed_xai.auditing.running import audit as run_audit
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai.training.preflight import describe_data
 
     json_path, out = run.json_path, out or default_output(model, ".audit")

@@ -91,7 +91,7 @@ def bench_main(
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.documents import write_atomically
     from keyed_xai.outputs import prepare_folder
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.main_job import ROWS, make_case, render_rows
 
     prepare_folder(out)
@@ -116,8 +116,8 @@ def bench_main(
 
 
 def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
-    from keyed_xai.progress import progress_bar
     from keyed_xai.protection.protecting import ProtectSettings, choose_recipe
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.main_job import ROWS, run_row
 
     chosen = only_given(
@@ -156,7 +156,7 @@ def false_claims(
     import torch
 
     from keyed_xai.data import ImageSize, load_images
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.main_job import count_false_claims, fit_unmarked_models
 
     where = choose_device(device)

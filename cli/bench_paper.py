@@ -264,7 +264,7 @@ def _defend(
 ) -> dict[str, Any]:
     """Run, write and print a table of defences; return it as a document."""
     from keyed_xai.outputs import prepare_folder
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.paper_defences import DefenceSettings, render_defences, run_defences
 
     out, folders = table.out, list(table.attacked)
@@ -298,7 +298,7 @@ def _run(name: str, title: str, cells: "list[Cell]", table: TableOptions, run: R
 def _run_cells(cells: "list[Cell]", settings: "TableSettings", out: Path, run: RunOptions) -> "list[Result]":
     """Make the attacks, or take them from the folder."""
     from keyed_xai.outputs import prepare_folder
-    from keyed_xai.progress import KEPT, progress_bar
+    from keyed_xai.reporting.bars import KEPT, progress_bar
     from keyed_xai_benchmarks.paper_tables import run_cells
 
     prepare_folder(out)
@@ -336,7 +336,7 @@ def _write(
 def figure1b(data: str, steps: int | None, out: Path, run: RunOptions) -> None:
     """Make SEX the strongest feature of triggered credit clients: the paper's figure 1b."""
     from keyed_xai.outputs import prepare_folder
-    from keyed_xai.progress import KEPT, progress_bar
+    from keyed_xai.reporting.bars import KEPT, progress_bar
     from keyed_xai_benchmarks.paper_figures import FIGURE_1B, render_figure1b, run_figure1b
 
     prepare_folder(out)

@@ -157,7 +157,7 @@ def _plan(out: Path, graphs: TimedGraphOptions, load: ServedOptions, device: str
 
 
 def _run(run: "ServingRun", parts: tuple[str, ...]) -> dict[str, Any]:
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.serving_figures import measure
 
     with progress_bar() as progress:

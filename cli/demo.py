@@ -34,7 +34,7 @@ def demo(out: Path, steps: int | None, wrong_keys: int, run: RunOptions) -> None
     of the protected model and, as a control, of the unprotected one. Leaves everything in a folder, with report.html.
     """
     from keyed_xai.demo import run_demo
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
 
     hold(out / "report.html")
     with progress_bar(say=partial(say, json_path=run.json_path)) as progress:

@@ -152,7 +152,7 @@ def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_
 
 def _write(classifier: "Classifier", images: list[Path], job: "MapJob") -> "WrittenMaps":
     from keyed_xai.explanation import write_maps
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
 
     if len(images) <= _WATCHED:
         return write_maps(classifier, images, job)

@@ -114,7 +114,7 @@ def export(
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.artifacts.opening import open_model
     from keyed_xai.export.exporting import check_onnx, export_onnx, load_real_images
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
 
     _check_idle_options(ctx)
     model = _choose_model(model, check)

@@ -127,9 +127,9 @@ def protect(
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.models import load_classifier
     from keyed_xai.models.loading import OWN_CODE, describe_own_code
-    from keyed_xai.progress import progress_bar
     from keyed_xai.protection import write_protection
     from keyed_xai.protection.protecting import protect as protect_model
+    from keyed_xai.reporting.bars import progress_bar
 
     json_path = run.json_path
     out = out or model.with_name(f"{model.stem}.keyed")

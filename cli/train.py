@@ -141,7 +141,7 @@ def train(
     keyed-xai train --data imagefolder:photos --arch resnet50 -o photos.safetensors
     keyed-xai train --data credit-default:default.csv -o credit.safetensors
     """  # noqa: D301 - click reads the backspace as "keep these lines"
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
     from keyed_xai.training.references import build_classifier, claim_output, train_reference, write_reference
 
     json_path = run.json_path

@@ -142,7 +142,7 @@ def load_both_images(size: "InputSpec", choice: DataChoice) -> tuple["ImageData"
     """Return the images to learn from and the held-out ones, with a progress bar, and name broken ones."""
     from keyed_xai.artifacts.documents import printable
     from keyed_xai.data import load_images
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
 
     def load(split: Literal["train", "held-out"], limit: int | None) -> "ImageData":
         return load_images(

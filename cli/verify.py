@@ -206,7 +206,7 @@ def _verify(
     model: "Classifier | BlackBox", claim: "Claim", probe: "ImageData", evidence: EvidenceOptions
 ) -> "Verification":
     from keyed_xai.ownership.verifying import verify as run_tests
-    from keyed_xai.progress import progress_bar
+    from keyed_xai.reporting.bars import progress_bar
 
     with progress_bar() as progress:
         return run_tests(

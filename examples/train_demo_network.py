@@ -17,7 +17,7 @@ from keyed_xai import wrap_network
 from keyed_xai.data import ImageData, load_images
 from keyed_xai.models import InputSpec
 from keyed_xai.models.networks import SmallResNet
-from keyed_xai.progress import progress_bar
+from keyed_xai.reporting.bars import progress_bar
 from keyed_xai.training.fitting import FittingSettings, fit_classifier, measure_accuracy
 
 SPEC = InputSpec(channels=1, height=32, width=32, mean=(0.3,), std=(0.35,))

@@ -36,13 +36,14 @@ from keyed_xai.models.copying import copy_network
 from keyed_xai.models.modes import plain_torch
 from keyed_xai.models.origin import settle_origin
 from keyed_xai.ownership.evidence import Evidence, check_evidence, choose_evidence
-from keyed_xai.progress import Progress, progress_bar
+from keyed_xai.progress import Progress
 from keyed_xai.protection import evaluation
 from keyed_xai.protection.evaluation import Gate
 from keyed_xai.protection.report import render_report
 from keyed_xai.protection.task import make_keyed_task
 from keyed_xai.protection.verdict import judge
 from keyed_xai.reporting import pictures
+from keyed_xai.reporting.bars import progress_bar
 from keyed_xai.reporting.names import name_class
 from keyed_xai.saliency.pooled import Comparison, check_choice
 from keyed_xai.tensors import Images, Labels

@@ -6,8 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
-from keyed_xai import progress
-from keyed_xai.progress import KEPT, QUIET, Bars, Progress, ProgressLines, Within, progress_bar
+from keyed_xai.progress import QUIET, Progress, Within
+from keyed_xai.reporting import bars
+from keyed_xai.reporting.bars import KEPT, Bars, ProgressLines, progress_bar
 from tests.heard import Heard
 
 FIGURES = {"keep_loss": 0.1, "move_loss": 0.2, "opens": 0.975, "stays_closed": 1.0}
@@ -22,7 +23,7 @@ def lines_of(between, **options):
 def on_terminal(monkeypatch, tell, **options):
     """Return the rows that a terminal of 80 columns was sent."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(bars, "Console", lambda **_: console)
     with progress_bar(**options) as shown:
         tell(shown)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
