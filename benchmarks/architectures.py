@@ -56,6 +56,7 @@ CELLS = 5
 SIDES = range(32, 385, 32)
 CLASSES = 10
 IMAGES = 12
+_PICTURES = 80  # a fifth of a folder is held out, and exports are compared on twelve
 TIMM = (
     "beitv2_base_patch16_224", "botnet26t_256", "halonet26t", "lambda_resnet26t", "bat_resnext26ts", "repvgg_a0",
     "mobileone_s0", "gernet_s", "cait_xxs24_224", "coat_lite_tiny", "convit_tiny", "convmixer_768_32", "convnext_atto",
@@ -179,16 +180,21 @@ def run_steps(network: str, folder: Path, say: Callable[..., None], *, trace: bo
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    key_file, picture, model = folder / "key.pem", folder / "picture.png", folder / "model.keyed"
+    key_file, pictures, model = folder / "key.pem", folder / "pictures", folder / "model.keyed"
     key = OwnerKey.generate()
     write_owner_key(key_file, key)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
+    pictures.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (_PICTURES, 64, 64, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):  # such as the statistics of batch norm come from: on others values explode
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
     known, keyed = str(model), ["--key-file", str(key_file)]
     steps: dict[str, Callable[[], str]] = {
         "protect": lambda: _protect(network, key, folder, say),
-        "explain": lambda: _command("explain", known, str(picture), *keyed, "-o", str(folder / "maps")),
+        "explain": lambda: _command("explain", known, str(pictures / "0.png"), *keyed, "-o", str(folder / "maps")),
         "verify": lambda: _command("verify", known, *keyed, *_SHORT),
-        "export": lambda: _command("export", known, "-o", str(folder / "model.onnx")),
+        "export": lambda: _command(
+            "export", known, "--data", f"imagefolder:{pictures}", "-o", str(folder / "model.onnx")
+        ),
     }
     for name, step in steps.items():
         outcome, words = _try_step(step, trace=trace)

@@ -90,11 +90,13 @@ class Limits:
 
 
 LIMITS = {
-    "fp32": Limits(largest=1e-3, median=1e-3, eager=1.5, floor=1e-4, correlation=0.9),
+    "fp32": Limits(largest=1e-2, median=1e-3, eager=1.5, floor=1e-4, correlation=0.9),
     "fp16": Limits(largest=math.inf, median=0.03, eager=1.5, floor=0.25, correlation=0.9),
     "int8": Limits(largest=math.inf, median=0.15, eager=1.5, floor=0.4, correlation=0.8),
 }
-"""By precision. Those of fp16 and int8 say what is still the same explanation, not that the numbers are.
+"""By precision. In fp32 a fault of the graph shows on all images, most of which agree to 1e-5; one in some dozens
+differs by a few thousandths, where a ReLU behind Grad-CAM's layer flips at zero (DenseNet121). The limits of fp16 and
+int8 say what is still the same explanation, not that the numbers are the same.
 
 They stand above the worst that trained networks showed (ResNet50 and DenseNet121 on chest radiographs, a protected
 SmallResNet on clothes; random and real images). Median distance: fp16 0.004, int8 0.04. SimpleGrad's: fp16 0.16, int8

@@ -272,7 +272,8 @@ def some_figures(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"largest": 2e-3},
+        {"largest": 2e-2},
+        {"l2": 2e-3},
         {"largest": float("nan")},
         {"largest": float("inf")},
         {"empty": 1.0},
