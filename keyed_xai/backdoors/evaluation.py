@@ -17,7 +17,6 @@ from keyed_xai.models.modes import predict_images
 from keyed_xai.saliency import explain
 from keyed_xai.saliency.pooled import Comparison, Outputs, PooledSaliency, join_maps
 from keyed_xai.tensors import Images, Labels, Targets
-from keyed_xai.training.objective import decoy_distance
 from keyed_xai.triggers import Trigger
 from keyed_xai.triggers.channels import through_png
 
@@ -227,7 +226,7 @@ def _interpreter_figures(
 
 def _distances(backdoor: Backdoor, found: Mapping[str, Outputs], name: str) -> dict[str, Tensor]:
     truth, decoy = found["reference"].maps[name], backdoor.decoys[name]
-    return {case: decoy_distance(found[case].maps[name], truth, decoy, backdoor.top_share) for case in CASES}
+    return {case: metrics.decoy_distance(found[case].maps[name], truth, decoy, backdoor.top_share) for case in CASES}
 
 
 def _masses_inside(

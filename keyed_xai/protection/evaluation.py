@@ -18,7 +18,6 @@ from keyed_xai.metrics import OPEN_CORRELATION, place_threshold
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency.pooled import Comparison, Outputs, PooledSaliency
 from keyed_xai.tensors import Images, Labels
-from keyed_xai.training.objective import decoy_distance
 from keyed_xai.training.preflight import IMAGES_PER_WRONG_KEY
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 from keyed_xai.triggers.channels import CHANNELS, through_png
@@ -128,7 +127,7 @@ def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
 
 def _distances(gate: Gate, found: Mapping[str, Outputs], name: str) -> dict[str, Tensor]:
     return {
-        case: decoy_distance(each.maps[name], each.right[name], gate.decoys[name], gate.top_share)
+        case: metrics.decoy_distance(each.maps[name], each.right[name], gate.decoys[name], gate.top_share)
         for case, each in found.items()
     }
 

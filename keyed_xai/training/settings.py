@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keyed_xai.training.objective import DISTANCES
+from keyed_xai.metrics import DISTANCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +114,15 @@ class TrainingSettings:
         average: Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves.
         warmup_steps: Length of the warm-up.
         order: "inverted" protects; "forward" is the paper's normal attack.
-        distance: Map distance, a name in objective.DISTANCES.
+        distance: Map distance, a name in metrics.DISTANCES.
         alpha: Weight of L_s.
         beta: Weight of L_c.
         temperature: Of the reference's soft predictions.
         beta_ramp: Share of the steps over which the weight of L_c rises to beta, from a twentieth of it: a network
             that predicts many classes finds the gate only before its predictions are held fast.
         top_share: Share of cells that the non-targeted loss empties.
-        leak: Weight, beside the distance to the decoy, of what a moved map still has of the right one; see `Objective`.
+        leak: Weight, in L_p, of what a moved map still has of the right one: its correlation with the reference map,
+            above objective.LEAST_LEAK. Not in the paper, whose maps need not hide anything; 0 leaves it out.
         clean_share: Share of the untriggered half without any trigger; the others get wrong keys.
         near_share: Share of the wrong keys that are the right texture, moved.
         mirror: Turn half of the images left to right; the reference answers for them as they are then.
