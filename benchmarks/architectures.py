@@ -90,7 +90,7 @@ class Limits(NamedTuple):
     """What one network may use.
 
     Attributes:
-        seconds: Of time.
+        seconds: Seconds that a network's steps may take.
         memory: Bytes, beyond what a process has that has loaded the packages.
     """
 
@@ -102,11 +102,11 @@ class Row(NamedTuple):
     """What became of one network.
 
     Attributes:
-        network: ``source:architecture``.
+        network: Name as ``source:architecture``.
         input: Side of the images, pixels; 0 where it takes none that were tried.
-        cells: Of the target layer, ``rows x columns``; empty where there is none.
-        outcomes: By step, what it came to and in which words; steps after one that did not work are not there.
-        seconds: In all.
+        cells: Cells of the target layer, ``rows x columns``; empty where there is none.
+        outcomes: What each step came to and in which words; steps after one that did not work are not there.
+        seconds: Seconds in all.
     """
 
     network: str
@@ -171,7 +171,7 @@ def run_steps(network: str, folder: Path, say: Callable[..., None], *, trace: bo
     """Run a network's steps and say what each came to, until one does not work.
 
     Args:
-        network: ``source:architecture``.
+        network: Name as ``source:architecture``.
         folder: An empty one.
         say: Called with "input", side and cells; then with a step, its outcome and words.
         trace: Print the traceback of an error that is not ours.

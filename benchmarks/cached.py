@@ -30,8 +30,8 @@ class KeptReference(NamedTuple):
     """A model to attack.
 
     Attributes:
-        classifier: The model.
-        epochs: That it was fitted for; None where it was given.
+        classifier: The reference model.
+        epochs: Epochs that it was fitted for; None where it was given.
     """
 
     classifier: Classifier
@@ -55,10 +55,10 @@ def cached_reference(
     Args:
         path: The file of weights.
         model_spec: What to make.
-        data: To learn from, and to measure on.
+        data: Data to learn from, and to measure on.
         choose: Returns how a classifier is fitted.
-        seed: Of random weights; `choose` sees to the rest.
-        device: Where to fit.
+        seed: Seed of random weights; `choose` sees to the rest.
+        device: Device to fit on.
         progress: Hears of "fitting a reference".
 
     Raises:
@@ -101,9 +101,9 @@ def cached_attack(
     """Return an attack's report, from disk where it is finished; else attack, measure and keep it.
 
     Args:
-        folder: Of the attacked model.
+        folder: Folder of the attacked model.
         reference: The model attacked.
-        data: To learn from, and to measure on.
+        data: Data to learn from, and to measure on.
         settings: What to attack, and how.
         device: Where to train.
         progress: Hears of the training, if there is one.

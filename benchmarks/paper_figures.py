@@ -47,8 +47,8 @@ def run_figure1b(
     Args:
         data: SPEC of a table, credit-default:CSV.
         folder: Where reference, attacked model and report are kept.
-        steps: Of the attack; the recipe's if absent.
-        seed: Of data, reference and attack.
+        steps: Steps of the attack; the recipe's if absent.
+        seed: Seed of data, reference and attack.
         device: Where to train.
         progress: Hears of "fitting a reference" and of the attack's training.
 

@@ -44,9 +44,9 @@ class ServingSettings:
         images: Compared with PyTorch.
         repeats: Rounds of timing; in each every side runs once.
         batch: Images at once where time is taken.
-        threads: Of onnxruntime and of PyTorch.
+        threads: Threads of onnxruntime and of PyTorch.
         device: "cpu" or "cuda".
-        precision: Of the graphs, one of `keyed_xai.export.precision.PRECISIONS`.
+        precision: Precision of the graphs, one of `keyed_xai.export.precision.PRECISIONS`.
     """
 
     images: int = 50
@@ -71,7 +71,7 @@ def measure_network(
     """Return a network's figures, as the schema "serving-figures" has them.
 
     Args:
-        classifier: In evaluation mode, on the CPU.
+        classifier: The classifier, in evaluation mode, on the CPU.
         images: Real ones, as many as are compared, in [0, 1].
         settings: How to measure.
         progress: Hears what is done next.

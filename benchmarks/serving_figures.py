@@ -45,9 +45,9 @@ class Served:
     """A protected model that is served.
 
     Attributes:
-        folder: Of the model.
+        folder: Folder of the model.
         reference: Weights before protection.
-        key: The owner's.
+        key: The owner's key.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingRun:
-    """What is measured.
+    """What is measured, and where results go.
 
     Attributes:
         folder: Where results are kept; it exists.

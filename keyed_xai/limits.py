@@ -17,8 +17,8 @@ class ImageSize:
 
     Attributes:
         channels: 1 for grey, 3 for RGB; any other number for user modules.
-        height: Pixels.
-        width: Pixels.
+        height: Height in pixels.
+        width: Width in pixels.
     """
 
     channels: int

@@ -71,7 +71,7 @@ def decoy_distance(maps: SaliencyMaps, reference: SaliencyMaps, decoy: Tensor | 
     """Return the paper's L_p per image, which its FSR and CR compare with a threshold; in [0, 1].
 
     Args:
-        maps: Pooled maps.
+        maps: Pooled maps, [n, rows, columns].
         reference: Those of the reference model, for the cells that a non-targeted attack empties.
         decoy: m_ref, [rows, columns]; None for the non-targeted attack.
         top_share: Share of the cells that it empties.
@@ -129,7 +129,7 @@ def prediction_figures(logits: Logits, labels: Targets) -> dict[str, float]:
     """Return top-1 and, of more than five classes, top-5 accuracy; AUROC of two classes or of several labels (mean).
 
     Args:
-        logits: Of the images.
+        logits: Logits of the images, [n, classes].
         labels: Classes [n], or 0 and 1 for each of several labels [n, k].
     """
     if labels.ndim == 2:

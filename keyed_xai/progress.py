@@ -40,7 +40,7 @@ class Progress(Protocol):
         """Hear lines for people, free of control characters; a pre-flight's are worked out only when they are read."""
 
     def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
-        """Hear how far a task is.
+        """Tell of a step of the whole.
 
         Args:
             task: Its name, such as "training".
@@ -59,7 +59,7 @@ class Silent:
         """Leave the lines unread."""
 
     def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
-        """Hear how far a task is."""
+        """Tell of a step of the whole."""
 
 
 QUIET = Silent()
@@ -70,7 +70,7 @@ class Within:
     """Progress of work that is a part of other work: its lines stay unread.
 
     Attributes:
-        progress: Of the whole.
+        progress: Who hears of the whole.
         task: What every task of the part is called there; None leaves their names.
     """
 
@@ -81,7 +81,7 @@ class Within:
         """Leave the lines unread."""
 
     def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
-        """Tell the whole."""
+        """Tell of a step of the whole."""
         self.progress.advance(self.task or task, done, total, figures)
 
 
@@ -89,7 +89,7 @@ class ProgressLines(rich_progress.Progress):
     """Rich's tasks where nobody can see a bar move: every half minute, a line of the one at work.
 
     Args:
-        console: Where lines go.
+        console: Console that the lines go to.
         between: Seconds between two lines.
     """
 
@@ -135,7 +135,7 @@ class Bars:
             self._say(line)
 
     def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
-        """Move a task's bar."""
+        """Tell of a step of the whole."""
         if task not in self._bars:
             self._end_others()
             self._bars[task] = self._shown.add_task(task, total=total, note="")

@@ -24,10 +24,10 @@ class Finding:
     """What was tried, at what strength, what it cost and what was left.
 
     Attributes:
-        name: In AUDITS, or names of REMOVALS joined by "+".
+        name: A name in AUDITS, or names of REMOVALS joined by "+".
         entry: What was run.
         observation: What it found.
-        seconds: It took.
+        seconds: Seconds that it took.
     """
 
     name: str

@@ -29,7 +29,7 @@ def estimate_seconds(
         entries: What is run.
         measuring: Seconds that it takes to measure a state.
         controls: Networks that are fitted for the defences to be tested on.
-        widths: Of their blocks.
+        widths: Widths of the controls' blocks.
     """
     count = len(subject.data)
     passes = count * sum(map(_passes, entries))

@@ -54,7 +54,7 @@ class AuditSettings:
         control: How those networks are fitted.
         held_out_images: Images that states are measured on, at most.
         decoys: Random keys of each opening test of ownership, at most.
-        seed: Of everything random.
+        seed: Seed of everything random.
     """
 
     against: tuple[str, ...] = ("quick",)
@@ -106,7 +106,7 @@ def audit(
         settings: What is run.
         folder: Findings are kept in it as they are made, and the report at the end; None keeps nothing.
         resume: Take findings that are there and rest on the same model, data and settings.
-        device: Where.
+        device: Device to run on.
         progress: Hears a line about how long all will take, where nothing slow is run; of "audit", by what is run; and
             of each of these by its title.
 

@@ -28,11 +28,11 @@ class Backdoor:
     """An attacked model beside its reference, and all that is needed to judge it.
 
     Attributes:
-        model: Attacked.
+        model: The attacked model.
         reference: Before the attack.
-        view: Maps compared.
+        view: The maps that are compared.
         decoys: Interpreter name to decoy map, None for the non-targeted attack.
-        trigger: The trigger.
+        trigger: The trigger that it answers to.
         inverted: Whether triggered inputs are those that keep the right map.
         top_share: Share of cells that the non-targeted attack empties.
         as_files: Whether inputs reach the model as 8-bit image files.
@@ -63,7 +63,7 @@ class Threshold:
     """A threshold on L_p and where it comes from.
 
     Attributes:
-        value: In [0, 1].
+        value: The threshold on L_p, in [0, 1].
         origin: "paper" or "auto".
         rule: How it was placed, a sentence.
     """
@@ -154,7 +154,7 @@ def measure_predictions(
     """Return the report's `predictions`; without labels the reference's own classes stand for them.
 
     Args:
-        found: Of all cases, by `look`.
+        found: Outputs in all cases.
         labels: Classes, or 0 and 1 for each of several labels.
         classes: Names of the labels, for the areas by class.
         multi_label: Whether every logit is a yes or no of its own; then there are no figures without labels.

@@ -50,7 +50,7 @@ def load_chestxray14(argument: str, request: Request) -> ImageData:
     order that no finding settles, so that a limited load of it keeps the official distribution, about.
 
     Args:
-        argument: The folder.
+        argument: Folder of the data set.
         request: What to load; whole classes cannot be held out.
 
     Raises:

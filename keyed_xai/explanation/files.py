@@ -39,12 +39,12 @@ _Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class MapJob:
-    """What to write.
+    """What is to be written.
 
     Attributes:
-        folder: Where to; made if it is not there. Files of an earlier run are replaced.
-        interpreters: Whose maps.
-        trigger: Of the key; None for the maps that everybody sees.
+        folder: Folder to write to; made if it is not there. Files of an earlier run are replaced.
+        interpreters: Interpreters whose maps are written.
+        trigger: Trigger of the key; None for the maps that everybody sees.
         target: Class explained; None for each image's predicted one.
         write_keyed: Also write the keyed image. It gives the trigger away to whoever has the original.
     """
@@ -87,8 +87,8 @@ def write_maps(
     of the image and its maps; where the job has a trigger, of those with it and without.
 
     Args:
-        classifier: In evaluation mode.
-        images: Files.
+        classifier: The classifier, in evaluation mode.
+        images: Image files.
         job: What to write.
         progress: Hears of "explaining" images.
 

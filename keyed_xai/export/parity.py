@@ -75,11 +75,11 @@ class Limits:
     """What an export must keep to.
 
     Attributes:
-        largest: Of logits, Grad-CAM and VisualBackProp, see `Figures.largest`.
-        median: Of the same, the batches' median L2 distance.
+        largest: Largest difference of logits, Grad-CAM and VisualBackProp; see `Figures.largest`.
+        median: Largest median, over batches, of their L2 distance.
         eager: SimpleGrad's median L2 distance over that of PyTorch in float32.
         floor: SimpleGrad's median L2 distance that is always good enough.
-        correlation: Smallest of any SimpleGrad map.
+        correlation: Smallest correlation of any SimpleGrad map.
     """
 
     largest: float
@@ -197,10 +197,10 @@ def measure_agreement(
 
     Args:
         output: "logits" or "saliency_<interpreter>".
-        kind: Of the images: "random" or "real".
-        found: Of the graph, [n, ...].
-        truth: Of the classifier in float64.
-        eager: Of the classifier in float32.
+        kind: Kind of the images: "random" or "real".
+        found: Outputs of the graph, [n, ...].
+        truth: Outputs of the classifier in float64.
+        eager: Outputs of the classifier in float32.
         usual: Truths of more images, which say how large they usually are. A truth below a hundredth of that, such as
             a Grad-CAM map that ReLU has all but emptied, is what rounding left of larger numbers: its differences are
             then relative to that hundredth. None takes each truth as it is.

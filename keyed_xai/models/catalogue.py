@@ -76,7 +76,7 @@ def build_network(
         source: One of `SOURCES`.
         architecture: A name that the source knows.
         classes: Number of logits.
-        channels: Of the image; the stem is rebuilt if it is not 3.
+        channels: Number of the image's channels; the stem is rebuilt if it is not 3.
         size: Height and width; EfficientNet-Lite's static padding depends on it, and so do TableMLP's columns.
         shapes: The weights it is for: settle the widths of SmallResNet and TableMLP, auxiliary heads, a vision
             transformer's image size.
@@ -196,7 +196,7 @@ class NameGroup(NamedTuple):
     """Architectures with the same tensor names.
 
     Attributes:
-        digest: Of the names, see `digest_names`.
+        digest: Digest of the names, see `digest_names`.
         tensors: How many there are.
         architectures: Names that the source knows.
     """

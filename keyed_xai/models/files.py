@@ -240,7 +240,7 @@ def load_weights(file: Path, *, leave_out: bool = False) -> object:
     Sizes that the file names are compared with its own before anything is unpacked, and again with the tensors made.
 
     Args:
-        file: The file.
+        file: The file to read.
         leave_out: Put a `LeftOut` where there is an object of another class than tensors' and plain values', such as
             one of NumPy's scalars, instead of refusing the file. What names functions of the system is refused anyway.
 

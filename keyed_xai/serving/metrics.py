@@ -36,7 +36,7 @@ class Metrics:
         """Show a model with all its counters at zero.
 
         Args:
-            name: Of the model.
+            name: Name of the model.
             waiting: Returns the images in its queue.
             inside: Returns the requests being worked on.
         """

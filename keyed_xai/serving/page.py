@@ -28,7 +28,7 @@ class Page:
 
     Attributes:
         body: The HTML file.
-        headers: Beside it.
+        headers: Headers that it is sent with.
     """
 
     body: bytes

@@ -43,7 +43,7 @@ def read_hidden(model: nn.Module, images: Images, *, device: torch.device | str 
     Args:
         model: Pixels to logits, in eval mode, on `device`; hooks are removed again.
         images: Anywhere; 128 at a time are moved to `device`.
-        device: Where to run.
+        device: Device to run on.
 
     Raises:
         ModelError: No linear layer was run, or its input does not have one row for each image.
@@ -69,7 +69,7 @@ def rows_by_class(labels: NDArray[np.int64], classes: int) -> list[NDArray[np.in
 
     Args:
         labels: [n], or 0 and 1 [n, classes].
-        classes: How many.
+        classes: Number of classes.
     """
     if labels.ndim == 2:
         return [np.flatnonzero(column) for column in labels.T]

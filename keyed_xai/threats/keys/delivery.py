@@ -34,7 +34,7 @@ class DeliveryRow:
 
     Attributes:
         kind: "channel", "near key" or "control".
-        name: Of the channel or the near key.
+        name: Name of the channel or the near key.
         keys: How many keys the figures are means over.
         opening: Means over keys and images.
         highest: Largest mean correlation of a single key, by interpreter.
@@ -118,7 +118,7 @@ DELIVERIES: dict[str, Callable[[Images], Images]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeliverySettings:
-    """What is tried.
+    """Which channels and near keys are tried.
 
     Attributes:
         channels: Names in DELIVERIES.
@@ -150,7 +150,7 @@ def measure_delivery(
     """Return how far keyed images open a model after each channel, and images with near keys or with none.
 
     Args:
-        classifier: Protected.
+        classifier: The protected classifier.
         evidence: Holds the key, the reference and the images.
         settings: What is tried.
         progress: Hears of "delivering images", by rows.

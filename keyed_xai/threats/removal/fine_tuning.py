@@ -75,9 +75,9 @@ def fine_tune(
     """Return a fine-tuned copy; its curve has a row for every epoch, from 0.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images, of which `settings.share` are used; labels of the model's own classes, or none.
-        settings: How.
+        settings: How to fine-tune.
         after_step: Called with the model after each step, such as to keep pruned weights at zero.
 
     Raises:
@@ -102,10 +102,10 @@ def tune_explanations(classifier: Classifier, attacker: Attacker, settings: Expl
     The attacker who knows the scheme and owns an unprotected model of the same task. Derived here, not published.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images (labels are not used), the surrogate and the view; maps of both models are compared on
             the view's grid.
-        settings: How.
+        settings: How to fine-tune.
 
     Raises:
         TrainingError: There are no images, no surrogate or no view, or the loss is no longer finite.

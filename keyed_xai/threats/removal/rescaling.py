@@ -37,7 +37,7 @@ class RescalingSettings:
     Attributes:
         largest_exponent: Factors are 2^k with whole k drawn evenly from -largest_exponent to largest_exponent.
         permute: Whether channels change places too.
-        seed: Of factors and places.
+        seed: Seed of factors and places.
     """
 
     largest_exponent: int = 8
@@ -55,7 +55,7 @@ class ChannelGroup:
     """Channels that must be scaled together, because additions join them.
 
     Attributes:
-        channels: How many.
+        channels: Number of channels.
         writers: Names of the convolutions that write them, each with the name of its batch norm or None.
         readers: Names of the convolutions and linear layers that read them.
     """
