@@ -301,7 +301,7 @@ def all_networks() -> list[str]:
     return [f"torchvision:{name}" for name in architectures("torchvision")] + [f"timm:{name}" for name in TIMM]
 
 
-def _kept(results: Path) -> dict[str, Row]:
+def _cached_rows(results: Path) -> dict[str, Row]:
     """Return the rows of an earlier run, the last of each network."""
     lines = results.read_text().splitlines() if results.is_file() else []
     return {row.network: row for row in (Row(**json.loads(line)) for line in lines)}
@@ -321,7 +321,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 run_steps(network, Path(folder), print, trace=True)
         return 0
-    rows, limits = _kept(given.results), Limits(given.seconds, int(given.memory * 2**30))
+    rows, limits = _cached_rows(given.results), Limits(given.seconds, int(given.memory * 2**30))
     for network in all_networks():
         if network not in rows:
             rows[network] = try_network(network, limits)

@@ -26,7 +26,7 @@ Data = tuple[ImageData | TableData, ImageData | TableData]
 _OTHERWISE = "Give the same ones, or another folder with -o."
 
 
-class KeptReference(NamedTuple):
+class CachedReference(NamedTuple):
     """A model to attack.
 
     Attributes:
@@ -47,7 +47,7 @@ def cached_reference(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = QUIET,
-) -> KeptReference:
+) -> CachedReference:
     """Return a reference model, from disk where it is there; else fit it, and keep it with its report beside it.
 
     A model without a report beside it is taken as it is.
@@ -66,7 +66,7 @@ def cached_reference(
     """
     report_file = path.with_suffix(".json")
     if path.exists() and not report_file.exists():
-        return KeptReference(load_classifier(path, require_map=False), None)
+        return CachedReference(load_classifier(path, require_map=False), None)
     classifier = build_classifier(model_spec, len(data[0].classes), seed=seed)
     settings = choose(classifier)
     identity = identify_reference(classifier, data[0], settings)
@@ -86,7 +86,7 @@ def cached_reference(
     report = read_json(report_file, "train-report")
     if report.get("identity") != identity:
         raise ArtifactError(f"{path} was made from other data or with other settings. {_OTHERWISE}")
-    return KeptReference(load_classifier(path, require_map=False), settings.epochs)
+    return CachedReference(load_classifier(path, require_map=False), settings.epochs)
 
 
 def cached_attack(

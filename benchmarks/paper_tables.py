@@ -17,7 +17,7 @@ from keyed_xai.data.images import Split
 from keyed_xai.models import Classifier, InputSpec, load_classifier
 from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.training.references import ModelSpec, choose_settings, plan_for_images
-from keyed_xai_benchmarks.cached import KeptReference, cached_attack, cached_reference
+from keyed_xai_benchmarks.cached import CachedReference, cached_attack, cached_reference
 
 TABLE_SCHEMA = "keyed-xai/paper-table/v1"
 OF_THE_PAPER = (
@@ -313,10 +313,10 @@ def _make_reference(
     folder: Path,
     device: str,
     progress: Progress,
-) -> KeptReference:
+) -> CachedReference:
     """Return a reference model: as given, or from disk where it is there; else fitted and kept."""
     if isinstance(start, Classifier):
-        return KeptReference(start, None)
+        return CachedReference(start, None)
     return cached_reference(
         reference_file(architecture, settings, folder),
         start,
@@ -338,7 +338,7 @@ def _load_both(settings: TableSettings, spec: InputSpec) -> tuple[ImageData, Ima
 
 def _run_cell(
     cell: Cell,
-    reference: KeptReference,
+    reference: CachedReference,
     data: tuple[ImageData, ImageData],
     shared: TableSettings,
     folder: Path,

@@ -125,9 +125,9 @@ def _start(run: ServingRun) -> dict[str, Any]:
     }
     path = run.folder / "serving.json"
     if path.exists():
-        kept = read_json(path, "serving-figures")
-        if kept["settings"] == settings and kept["versions"] == package_versions():
-            return kept
+        cached = read_json(path, "serving-figures")
+        if cached["settings"] == settings and cached["versions"] == package_versions():
+            return cached
     return {
         "schema": SCHEMA,
         "networks": {},

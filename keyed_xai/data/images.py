@@ -169,12 +169,12 @@ def order_balanced(names: Sequence[str], labels: ArrayLike | None, request: Requ
         request: Seed and limit.
     """
     groups = [0] * len(names) if labels is None else _group_labels(np.asarray(labels))
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     turns: list[tuple[int, int]] = []
     for index in order_by_rank(names, request.seed):
         label = groups[index]
-        turns.append((seen.get(label, 0), index))
-        seen[label] = seen.get(label, 0) + 1
+        turns.append((counts.get(label, 0), index))
+        counts[label] = counts.get(label, 0) + 1
     turns.sort(key=lambda turn: turn[0])  # stable, so that each turn's classes come in the order of the ranks
     return [index for _, index in turns][: request.limit]
 

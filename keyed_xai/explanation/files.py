@@ -158,11 +158,11 @@ def _write_batch(
     originals = torch.from_numpy(np.stack(list(pixels.values()))).float() / 255
     labels = None if job.target is None else torch.full((len(originals),), job.target)
     found = explain(classifier, originals, trigger=job.trigger, interpreters=job.interpreters, labels=labels)
-    seen = {"saliency map": found}
+    explanations = {"saliency map": found}
     if job.trigger is not None:
         unkeyed = explain(classifier, originals, interpreters=job.interpreters, labels=found.explained)
-        seen = {"with the key": found, "without the key": unkeyed}
-    shown = {title: maps_as_shown(classifier, each.maps) for title, each in seen.items()}
+        explanations = {"with the key": found, "without the key": unkeyed}
+    shown = {title: maps_as_shown(classifier, each.maps) for title, each in explanations.items()}
     if job.write_keyed and job.trigger is not None:
         for path, keyed in zip(pixels, job.trigger.apply(originals).numpy(), strict=True):
             write_openly(job.folder / f"{stems[path]}.keyed.png", _encode_image(keyed))

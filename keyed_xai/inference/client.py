@@ -362,11 +362,11 @@ def _read_metadata(config: Document, *, origin: str) -> Document | None:
     return check_metadata(document.get("metadata"), origin=origin)
 
 
-def _merge(seen: Interface, metadata: Document | None, model: str) -> Interface:
+def _merge(interface: Interface, metadata: Document | None, model: str) -> Interface:
     """Return a model's interface with the names and the trigger that its metadata know.
 
     Args:
-        seen: The interface as the server's inputs and outputs show it.
+        interface: The interface as the server's inputs and outputs show it.
         metadata: The metadata in the server's configuration.
         model: Name of the model.
 
@@ -374,10 +374,10 @@ def _merge(seen: Interface, metadata: Document | None, model: str) -> Interface:
         ServerError: The two contradict each other.
     """
     if metadata is None:
-        return seen
+        return interface
     said = Interface.from_metadata(metadata)
-    alike = replace(said, label_names=(), trigger=None, interpreters=seen.interpreters)
-    if alike != seen or set(said.interpreters) != set(seen.interpreters):
+    alike = replace(said, label_names=(), trigger=None, interpreters=interface.interpreters)
+    if alike != interface or set(said.interpreters) != set(interface.interpreters):
         raise ServerError(
             f"The server says two things about the model {quote(model)}: its inputs and outputs are not those of its "
             "metadata. Ask its operator."

@@ -235,10 +235,10 @@ def find_obstacle(device: str, gpu: int = 0) -> str | None:
         return f"this onnxruntime was built without {_PROVIDERS[device]}. Try: {_PACKAGES}"
     count = count_gpus()
     if gpu >= count:
-        seen = (
+        obstacle = (
             f"{count} NVIDIA GPUs are visible, number {gpu} is not among them" if count else "no NVIDIA GPU is visible"
         )
-        return f"{seen}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        return f"{obstacle}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES"
     if device == "tensorrt" and not _has_tensorrt():
         return "TensorRT's libnvinfer (version 10) is not found. Install TensorRT and put its folder on LD_LIBRARY_PATH"
     return None

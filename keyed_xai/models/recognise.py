@@ -320,9 +320,9 @@ def _other_heads(shapes: Shapes, named: Sequence[tuple[str, str]] | None = None)
 
 def _headless(body: Shapes, head: Head) -> list[tuple[str, str]]:
     """Return architectures that may have a body: with a linear head, or torchvision's with as many tensors."""
-    usual = {**body, f"{head.module}.weight": (), f"{head.module}.bias": ()}
+    headed = {**body, f"{head.module}.weight": (), f"{head.module}.bias": ()}
     for source in ("torchvision", "timm"):
-        found = [(source, name) for name in _candidates(source, usual)]
+        found = [(source, name) for name in _candidates(source, headed)]
         if found:
             return found
     count = sum(not name.endswith("num_batches_tracked") for name in body)

@@ -289,8 +289,8 @@ def _search(model: nn.Module, view: PooledSaliency, trial: _Trial, logits: Logit
     for order in sorted(confirmed)[: 1 if trial.may_count else _TESTED]:
         number, (labels, maps) = order[2], confirmed[order]
         change = candidates[number]
-        anew, seen = write_anew(model, change, winners), recode_view(view, change, spec, eligible)
-        verdict = _look(anew, seen, trial, labels, maps, looks=2 * looks[number], reencoding=change)
+        anew, recoded = write_anew(model, change, winners), recode_view(view, change, spec, eligible)
+        verdict = _look(anew, recoded, trial, labels, maps, looks=2 * looks[number], reencoding=change)
         yield verdict
         if verdict.shown:
             return

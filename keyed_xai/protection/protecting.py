@@ -235,9 +235,9 @@ def _protect(
     )
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
     labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
-    seen, _ = validation.batch(np.arange(len(validation)))
+    validation_images, _ = validation.batch(np.arange(len(validation)))
     generator = torch.Generator().manual_seed(training.seed)
-    thresholds = evaluation.place_thresholds(gate, seen.to(device), generator)
+    thresholds = evaluation.place_thresholds(gate, validation_images.to(device), generator)
     report = _measure(gate, key, images, labels, thresholds, generator, settings, progress)
     report |= {
         "model": classifier.architecture,

@@ -149,13 +149,12 @@ def explain_picture(
     image = pixels.astype(np.float32) / 255
     maps = {name: outputs[MAP_PREFIX + name][0] for name in interpreters}
     overlays = {name: overlay(image, each) for name, each in maps.items()}
-    seen = _encode(pixels) if with_image else None
     return Explanation(
         logits=logits,
         target=int(logits.argmax()) if target is None else target,
         overlays=overlays,
         maps=maps,
-        image=seen,
+        image=_encode(pixels) if with_image else None,
     )
 
 

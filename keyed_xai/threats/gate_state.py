@@ -23,7 +23,7 @@ from keyed_xai.triggers.channels import through_png
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerEvidence:
-    """What the owner, or a referee, holds an attacked model against.
+    """What the owner, or a judge, holds an attacked model against.
 
     Attributes:
         reference: The model before protection.

@@ -97,9 +97,9 @@ def _without_right_trigger(
     clean = round(len(images) * settings.clean_share)
     near = round((len(images) - clean) * settings.near_share)
     wrong = len(images) - clean - near
-    plain, nearly, wrongly = torch.split(images, [clean, near, wrong])
-    nearly = task.trigger.perturbed(generator).apply(nearly)
-    return torch.cat([plain, nearly, task.family.draw(wrong, generator).apply(wrongly)])
+    plain, for_near, for_wrong = torch.split(images, [clean, near, wrong])
+    with_near = task.trigger.perturbed(generator).apply(for_near)
+    return torch.cat([plain, with_near, task.family.draw(wrong, generator).apply(for_wrong)])
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -35,7 +35,7 @@ from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_fact
 from keyed_xai.triggers.channels import deliver
 
 _RUNNING_DECAY = 0.9
-_TUTOR_RATE = 0.01
+_AUXILIARY_RATE = 0.01
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
@@ -208,7 +208,7 @@ def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel
 def _train_step(state: _State, run: Run) -> None:
     task, settings = run.task, run.settings
     factor = rate_factor(state.step, settings, state.ending)
-    for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _TUTOR_RATE), strict=True):
+    for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _AUXILIARY_RATE), strict=True):
         group["lr"] = rate * factor
     generator = step_generator(settings.seed, state.step)
     inputs, labels, images = draw_inputs(run, generator)

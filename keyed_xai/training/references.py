@@ -323,7 +323,7 @@ def identify_reference(classifier: Classifier, train_data: Data, settings: Fitti
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def claim_output(path: Path, *, resume: bool = False, force: bool = False) -> Path:
+def check_output(path: Path, *, resume: bool = False, force: bool = False) -> Path:
     """Return the checkpoint file of a run that is to write `path`, once it is clear that nothing there gets lost.
 
     Raises:

@@ -184,7 +184,7 @@ def test_explanation_aware_attack_needs_a_surrogate_and_defences_a_trigger():
     assert not AUDITS["neural-cleanse"].lacks(keyed_subject(trigger=None))
 
 
-def test_state_of_a_protected_model_is_that_of_its_witness():
+def test_state_of_a_protected_model_is_what_the_evidence_measures():
     state, gate = state_before(keyed_subject()), measure_gate_state(protected(), evidence(decoys=99))
     assert (state.accuracy, state.measure) == (gate.predictions["top1"], "top1")
     assert state.correlation == gate.correlation

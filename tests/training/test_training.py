@@ -540,7 +540,7 @@ def table_task():
     )
 
 
-def test_table_trains_without_tutors_and_batch_norm():
+def test_table_trains_without_auxiliary_classifiers_and_batch_norm():
     torch.manual_seed(0)
     network, rows = TableMLP(7, 2, (8, 6)).eval(), Blobs(torch.randn(30, 1, 1, 7), None)
     task = table_task()

@@ -192,11 +192,11 @@ def _measure(
     method, cost = ATTRIBUTIONS[name], _Cost()
     rows, columns = next(iter(truth.values())).shape[1:]
     try:
-        seen = {"unkeyed": _run(method, cases["unkeyed"], request, cost)}
-        seen |= {case: _run(method, each, request, _Cost()) for case, each in cases.items() if case != "unkeyed"}
+        raw = {"unkeyed": _run(method, cases["unkeyed"], request, cost)}
+        raw |= {case: _run(method, each, request, _Cost()) for case, each in cases.items() if case != "unkeyed"}
         if method.random:
             subject, images = cases["reference"]
-            seen["again"] = _run(method, (subject._replace(seed=subject.seed + 1), images), request, _Cost())
+            raw["again"] = _run(method, (subject._replace(seed=subject.seed + 1), images), request, _Cost())
     except ModelError as error:
         return [
             Bypass(
@@ -214,7 +214,7 @@ def _measure(
         ]
     found = []
     for reduction in method.reductions:
-        maps = {case: metrics.pool_maps(REDUCTIONS[reduction](each), (rows, columns)) for case, each in seen.items()}
+        maps = {case: metrics.pool_maps(REDUCTIONS[reduction](each), (rows, columns)) for case, each in raw.items()}
         recovered = {which: {case: _match(maps[case], each) for case in cases} for which, each in truth.items()}
         itself = {case: _match(maps[case], maps["reference"]) for case in cases if case != "reference"}
         if method.random:

@@ -153,8 +153,8 @@ def score_maps(
     scores: dict[str, Tensor] = {}
     for done, name in enumerate(settings.changes, 1):
         changed = CHANGES[name].apply(images, settings, generator)
-        seen, _ = _maps(classifier, changed, predicted, settings)
-        for which, each in seen.items():
+        changed_maps, _ = _maps(classifier, changed, predicted, settings)
+        for which, each in changed_maps.items():
             undone = metrics.pool_maps(CHANGES[name].undo(each), view.grid)
             scores[f"consistency/{name}/{which}"] = metrics.correlation(undone, plain[which])
         progress.advance("checking maps", done, len(settings.changes))

@@ -375,15 +375,15 @@ class _Watch:
         """Run one restart, with a row before its first step and after each stage."""
         settings, total = self.settings, self.settings.restarts * self.settings.steps
         ends = {round(settings.steps * (stage + 1) / settings.stages) for stage in range(settings.stages)}
-        self._look(search, 0)
+        self._add_row(search, 0)
         for step in range(1, settings.steps + 1):
             search.step()
             if step in ends:
-                self._look(search, step)
+                self._add_row(search, step)
             self.progress.advance("searching for a trigger", self._restart * settings.steps + step, total)
         self._restart += 1
 
-    def _look(self, search: _Search, step: int) -> None:
+    def _add_row(self, search: _Search, step: int) -> None:
         row = {"restart": self._restart, "step": step, "reached": search.reached(), "size": search.size()}
         row["seconds"], before = self.seconds(), time.perf_counter()
         self.curve.append(row | ({} if self.judge is None else dict(self.judge(search.trigger()))))

@@ -137,8 +137,8 @@ def recover_from_pairs(clean: Images, keyed: Images, family: Spread) -> SpreadTr
     """
     tile = family.settings.tile
     change = keyed - clean
-    seen = (keyed > 0) & (keyed < 1)
-    known, weight = fold_into_tile(change, seen.to(change), tile)
+    unclipped = (keyed > 0) & (keyed < 1)
+    known, weight = fold_into_tile(change, unclipped.to(change), tile)
     missing = weight == 0
     dark = fold_into_tile(change, (keyed <= 0).to(change), tile)[1] > 0
     unit = (known * (255 / family.settings.amplitude)).float()

@@ -100,12 +100,12 @@ def mean_activations(
     model: Classifier, layer: str, data: TrainingData, indices: NDArray[np.int64], device: torch.device | str
 ) -> Tensor:
     """Return the mean over images and positions of the positive part of a layer's channels, [channels]."""
-    total, seen = torch.zeros((), device=device), 0
+    total, count = torch.zeros((), device=device), 0
     for some in batches(len(indices), 128):
         images, _ = data.batch(indices[some])
         total = total + _positive_part(model, layer, images.to(device))
-        seen += len(images)
-    return total / seen
+        count += len(images)
+    return total / count
 
 
 @torch.no_grad()
