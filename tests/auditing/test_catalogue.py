@@ -310,9 +310,11 @@ def test_neural_cleanse_flags_the_class_of_the_patch():
 
 
 def test_training_data_are_clustered_as_the_network_was_fitted():
-    seen = run_entry("activation-clusters", control_subject("badnets")).observation
-    assert seen.outcome in ("flagged", "left alone")
-    assert sum(each["rows"] for each in seen.figures["classes"]) == len(control_subject("badnets").fitted)
+    caught, spared = (
+        run_entry("activation-clusters", control_subject(attack)).observation for attack in ("badnets", None)
+    )
+    assert (caught.outcome, spared.outcome) == ("flagged", "left alone")
+    assert sum(each["rows"] for each in caught.figures["classes"]) == len(control_subject("badnets").fitted)
 
 
 def test_spectral_signatures_look_at_a_tenth_of_triggered_images_where_the_data_are_clean():
