@@ -222,7 +222,10 @@ def name_table() -> dict[str, list[NameGroup]]:
 
 
 def make_name_table(source: str, names: Iterable[str]) -> list[NameGroup]:
-    """Return these architectures' part of the table afresh (a minute for all of torchvision, four for timm)."""
+    """Return these architectures' part of the table afresh (a minute for all of torchvision, four for timm).
+
+    A release of either that has new architectures wants a new ``names.json``: by source, that of all `architectures`.
+    """
     groups: dict[str, NameGroup] = {}
     for name in names:
         for shapes in [{}, _NO_AUXILIARY] if name in _AUXILIARY and source == "torchvision" else [{}]:
