@@ -22,7 +22,7 @@ from keyed_xai.training.references import (
 )
 
 Data = tuple[ImageData | TableData, ImageData | TableData]
-"""What to learn from, and what to measure on."""
+"""Data to learn from, and data to measure on."""
 _OTHERWISE = "Give the same ones, or another folder with -o."
 
 

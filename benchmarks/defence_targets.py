@@ -32,7 +32,7 @@ from keyed_xai_benchmarks.paper_tables import TableSettings, reference_file
 BACKDOORS = ("badnets", "blended")
 """Plain backdoors that a defence must catch, if what it misses is to mean anything."""
 Data = tuple[ImageData, ImageData]
-"""What a defender has, and held-out images."""
+"""Images that a defender has, and held-out ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

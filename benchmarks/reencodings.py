@@ -269,7 +269,7 @@ SEARCHED = {
         turn_kernels(TURNS[4]), NEGATED, Rewriting(add_to_all_logits)
     ),
 }
-"""What only the search undoes."""
+"""Rewritings that only the search undoes."""
 KEPT = {
     "nothing": Rewriting(lambda network, _: network),
     "a class without weights added that always wins": add_classes(1, 0.0),
@@ -283,12 +283,12 @@ KEPT = {
     "a 1 x 1 convolution after": Rewriting(put_after),
     "a layer split in two": Rewriting(split_layer),
 }
-"""What leaves the maps as they are."""
+"""Rewritings that leave the maps as they are."""
 HIDDEN = {
     "pixels normalised by .37 and .9": takes(0.37, 0.9),
     f"{MANY} classes added that win against each other": add_classes(MANY, 1.0),
 }
-"""What the search does not undo."""
+"""Rewritings that the search does not undo."""
 
 
 def keeps(rewriting: Rewriting, classifier: Classifier, images: Tensor) -> float:

@@ -23,7 +23,7 @@ from keyed_xai.errors import ArtifactError
 from keyed_xai.limits import describe_excess
 
 METADATA_KEY = "keyed_xai"
-"""Under which metadata stand in a file, and in the parameters of a served model's configuration."""
+"""Name under which metadata stand in a file, and in the parameters of a served model's configuration."""
 METADATA_SCHEMA = "keyed-xai/onnx-metadata/v1"
 LARGEST_MODEL = 2**31 - 1
 """Bytes; what one protobuf message can hold."""

@@ -25,13 +25,13 @@ Outcome = Literal[
     "not applicable",
     "failed",
 ]
-"""Of a defence or check: flagged, unclear, left alone. Of a removal attack: survives, gate leaks, gate opened, maps
-damaged (the keyed ones), removed (the ownership claim, or the backdoor). Of an attack on the key: resists, gate leaks,
-gate opened, forged. Of either, where no gate, mark or backdoor was there before: nothing to remove."""
+"""What came of an entry. A defence or check: flagged, unclear, left alone. A removal attack: survives, gate leaks, gate
+opened, maps damaged (the keyed ones), removed (the ownership claim, or the backdoor). An attack on the key: resists,
+gate leaks, gate opened, forged. Either, where no gate, mark or backdoor was there before: nothing to remove."""
 CAUGHT = ("flagged", "removed")
 """Outcomes by which a defence catches a positive control."""
 ACCEPTED_LOSS = 0.02
-"""Of accuracy, a fraction: an attack that costs more spoils what it wants to keep."""
+"""Loss of accuracy, as a fraction, beyond which an attack spoils what it wants to keep."""
 KEYED_FLOOR = 0.8
 UNKEYED_CEILING = 0.3
 """A gate holds while keyed maps correlate at least, and unkeyed ones at most, so much with the right maps."""

@@ -354,7 +354,7 @@ REMOVALS: dict[str, Removal[Any]] = {
         controlled=True,
     ),
 }
-"""Attacks by the names that `audit --against` takes."""
+"""Removal attacks by the names that `audit --against` takes."""
 STACKED = (
     "re-bn+ftal-mild",
     "prune-50+ftal-mild",

@@ -32,7 +32,7 @@ from keyed_xai.errors import DataError
 LARGEST_IMAGE = 89_478_485
 """Pixels; Pillow's own limit, where it only warns."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What may come as bytes, from anybody."""
+"""Formats of pictures that may come as bytes, from anybody."""
 _FILE_FORMATS = (*FORMATS, "DIB", "AVIF", "JPEG2000", "TGA", "PCX", "SGI", "QOI")
 _SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",

@@ -433,4 +433,4 @@ RULES: dict[Any, Rule] = {
     ATEN.adaptive_avg_pool2d.default: _adaptive_pool,
     ATEN.max_pool2d_with_indices.default: _max_pool,
 }
-"""ATen operator to its rule."""
+"""Rules by ATen operator."""

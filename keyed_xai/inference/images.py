@@ -35,7 +35,7 @@ Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Floats: TypeAlias = NDArray[np.float32]
 Target: TypeAlias = int | Sequence[int] | NDArray[Any]
 BATCH = 16
-"""Images at once."""
+"""Images run at once."""
 PREDICTED = -1
 """The target that asks for the map of the predicted class."""
 LOGITS = "logits"

@@ -36,7 +36,7 @@ _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 RUN_SECONDS = 600.0
-"""For one run of a batch, at most: far more than real models take, and less than for ever."""
+"""Seconds for one run of a batch, at most: far more than real models take, and less than for ever."""
 _TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PACKAGES = "pip install 'onnxruntime-gpu[cuda,cudnn]' (and no plain onnxruntime beside it)"
 

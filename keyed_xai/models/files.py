@@ -29,7 +29,7 @@ from keyed_xai.models.contents import WRAPPERS, LeftOut, LeftOutMapping, choose_
 from keyed_xai.models.hub import read_hub_config
 
 CARD_KEY = "keyed_xai_card"
-"""In a safetensors file's metadata: the card as JSON. In a ``.pt`` file the card is the entry ``card``."""
+"""Name of the card, as JSON, in a safetensors file's metadata. In a ``.pt`` file the card is the entry ``card``."""
 _FOLDER_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
 # What PyTorch's loader and zipfile have been seen to raise on damaged files.
 LOAD_ERRORS = (

@@ -44,7 +44,7 @@ OPENING_STOP = 10
 SECRET_LEVEL = 0.01
 """Largest p-value of the opening test that lets both tests together show a claim; see `OpeningEvidence.holds`."""
 MAP_FLATNESS = 1e-6
-"""Of a map's largest absolute value: cells that differ by less show nothing."""
+"""Share of a map's largest absolute value by which its cells must differ to show anything."""
 _NEAR_LEAST = 0.002
 RESCALABLE = frozenset({"vbp"})
 """Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from keyed_xai.serving.refusal import Refused, malformed, shown
 
 VERSION = "1"
-"""The only version of each model."""
+"""The only version that each model has."""
 _DTYPES: dict[str, str] = {"FP32": "<f4", "UINT8": "<u1", "INT64": "<i8"}
 _TEXT_OF_NUMBER = 32  # bytes, with comma and spaces; 22 digits and signs at most
 _FURTHER_TEXT = 2**16  # bytes besides the numbers

@@ -19,7 +19,7 @@ from keyed_xai.tensors import Logits
 from keyed_xai.training import TrainingData
 
 Measure = Callable[[Classifier], Mapping[str, Any]]
-"""What is looked at along the way: figures of a model in eval mode, ready for JSON."""
+"""Measures a model in eval mode along an attack's way, and returns figures ready for JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

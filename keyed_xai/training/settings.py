@@ -72,7 +72,7 @@ class Hardening:
 
 
 HARDENINGS: dict[str, Hardening | None] = {"none": None, "standard": Hardening()}
-"""What `protect --hardening` takes."""
+"""Hardenings by the names that `protect --hardening` takes."""
 
 
 @dataclass(frozen=True)

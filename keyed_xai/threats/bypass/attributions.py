@@ -433,4 +433,4 @@ ATTRIBUTIONS: dict[str, Method] = {
     "gradcam": Method(attribute=_gradcam, reductions=("positive",), layered=True),
     "gradient-x-activation": Method(attribute=_gradient_x_activation, reductions=("positive",), layered=True),
 }
-"""Name to method."""
+"""Methods by name."""

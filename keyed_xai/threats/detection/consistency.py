@@ -298,4 +298,4 @@ CHANGES: dict[str, Change] = {
     "jpeg": Change(_compress, _leave),
     "mirror": Change(_mirror, _mirror_back),
 }
-"""Name to change."""
+"""Harmless changes by name."""

@@ -42,7 +42,7 @@ from keyed_xai.tensors import Images
 from keyed_xai.training.batches import TrainingData
 
 CONSISTENCY = 1.4826
-"""Times the median absolute deviation: the standard deviation, where values are normally distributed."""
+"""Factor that makes a median absolute deviation the standard deviation, where values are normally distributed."""
 LARGEST_INDEX = 2.0
 _FEWEST_CLASSES = 3
 _BETAS = (0.5, 0.9)

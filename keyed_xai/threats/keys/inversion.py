@@ -38,7 +38,7 @@ from keyed_xai.triggers import Spread, SpreadTrigger, Trigger, derive_trigger
 from keyed_xai.triggers.spread import COMPONENTS
 
 Judge = Callable[[Trigger], Mapping[str, Any]]
-"""What is looked at along the way, and the attacker does not see: figures ready for JSON."""
+"""Measures a trigger along the way, unseen by the attacker, and returns figures ready for JSON."""
 _CHECKED = 256
 _MOVE, _SURROGATE = "move", "agree with a surrogate"
 

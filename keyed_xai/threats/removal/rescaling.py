@@ -21,7 +21,7 @@ from keyed_xai.tensors import Logits
 from keyed_xai.threats.attempt import RemovalResult, copy_model
 
 LARGEST_DIFFERENCE = 1e-5
-"""Of logits, in units of the largest one or of 1: more, and a group of channels is left as it was."""
+"""Largest change of logits, in units of the largest one or of 1; with more a group of channels is left as it was."""
 _PASSING = {
     "relu", "relu_", "leaky_relu", "leaky_relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
     "adaptive_max_pool2d", "dropout", "contiguous",
