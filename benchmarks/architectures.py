@@ -91,7 +91,7 @@ class Limits(NamedTuple):
     """What one network may use.
 
     Attributes:
-        seconds: Of time.
+        seconds: Seconds that a network's steps may take.
         memory: Bytes, beyond what a process has that has loaded the packages.
     """
 
@@ -103,11 +103,11 @@ class Row(NamedTuple):
     """What became of one network.
 
     Attributes:
-        network: ``source:architecture``.
+        network: Name as ``source:architecture``.
         input: Side of the images, pixels; 0 where it takes none that were tried.
-        cells: Of the target layer, ``rows x columns``; empty where there is none.
-        outcomes: By step, what it came to and in which words; steps after one that did not work are not there.
-        seconds: In all.
+        cells: Cells of the target layer, ``rows x columns``; empty where there is none.
+        outcomes: What each step came to and in which words; steps after one that did not work are not there.
+        seconds: Seconds in all.
     """
 
     network: str
@@ -172,7 +172,7 @@ def run_steps(network: str, folder: Path, say: Callable[..., None], *, trace: bo
     """Run a network's steps and say what each came to, until one does not work.
 
     Args:
-        network: ``source:architecture``.
+        network: Name as ``source:architecture``.
         folder: An empty one.
         say: Called with "input", side and cells; then with a step, its outcome and words.
         trace: Print the traceback of an error that is not ours.
@@ -307,7 +307,7 @@ def all_networks() -> list[str]:
     return [f"torchvision:{name}" for name in architectures("torchvision")] + [f"timm:{name}" for name in TIMM]
 
 
-def _kept(results: Path) -> dict[str, Row]:
+def _cached_rows(results: Path) -> dict[str, Row]:
     """Return the rows of an earlier run, the last of each network."""
     lines = results.read_text().splitlines() if results.is_file() else []
     return {row.network: row for row in (Row(**json.loads(line)) for line in lines)}
@@ -327,7 +327,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 run_steps(network, Path(folder), print, trace=True)
         return 0
-    rows, limits = _kept(given.results), Limits(given.seconds, int(given.memory * 2**30))
+    rows, limits = _cached_rows(given.results), Limits(given.seconds, int(given.memory * 2**30))
     for network in all_networks():
         if network not in rows:
             rows[network] = try_network(network, limits)

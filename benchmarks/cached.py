@@ -22,16 +22,16 @@ from keyed_xai.training.references import (
 )
 
 Data = tuple[ImageData | TableData, ImageData | TableData]
-"""What to learn from, and what to measure on."""
+"""Data to learn from, and data to measure on."""
 _OTHERWISE = "Give the same ones, or another folder with -o."
 
 
-class KeptReference(NamedTuple):
+class CachedReference(NamedTuple):
     """A model to attack.
 
     Attributes:
-        classifier: The model.
-        epochs: That it was fitted for; None where it was given.
+        classifier: The reference model.
+        epochs: Epochs that it was fitted for; None where it was given.
     """
 
     classifier: Classifier
@@ -47,7 +47,7 @@ def cached_reference(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = QUIET,
-) -> KeptReference:
+) -> CachedReference:
     """Return a reference model, from disk where it is there; else fit it, and keep it with its report beside it.
 
     A model without a report beside it is taken as it is.
@@ -55,10 +55,10 @@ def cached_reference(
     Args:
         path: The file of weights.
         model_spec: What to make.
-        data: To learn from, and to measure on.
+        data: Data to learn from, and to measure on.
         choose: Returns how a classifier is fitted.
-        seed: Of random weights; `choose` sees to the rest.
-        device: Where to fit.
+        seed: Seed of random weights; `choose` sees to the rest.
+        device: Device to fit on.
         progress: Hears of "fitting a reference".
 
     Raises:
@@ -66,7 +66,7 @@ def cached_reference(
     """
     report_file = path.with_suffix(".json")
     if path.exists() and not report_file.exists():
-        return KeptReference(load_classifier(path, require_map=False), None)
+        return CachedReference(load_classifier(path, require_map=False), None)
     classifier = build_classifier(model_spec, len(data[0].classes), seed=seed)
     settings = choose(classifier)
     identity = identify_reference(classifier, data[0], settings)
@@ -86,7 +86,7 @@ def cached_reference(
     report = read_json(report_file, "train-report")
     if report.get("identity") != identity:
         raise ArtifactError(f"{path} was made from other data or with other settings. {_OTHERWISE}")
-    return KeptReference(load_classifier(path, require_map=False), settings.epochs)
+    return CachedReference(load_classifier(path, require_map=False), settings.epochs)
 
 
 def cached_attack(
@@ -101,9 +101,9 @@ def cached_attack(
     """Return an attack's report, from disk where it is finished; else attack, measure and keep it.
 
     Args:
-        folder: Of the attacked model.
+        folder: Folder of the attacked model.
         reference: The model attacked.
-        data: To learn from, and to measure on.
+        data: Data to learn from, and to measure on.
         settings: What to attack, and how.
         device: Where to train.
         progress: Hears of the training, if there is one.

@@ -32,7 +32,7 @@ from keyed_xai_benchmarks.paper_tables import TableSettings, reference_file
 BACKDOORS = ("badnets", "blended")
 """Plain backdoors that a defence must catch, if what it misses is to mean anything."""
 Data = tuple[ImageData, ImageData]
-"""What a defender has, and held-out images."""
+"""Images that a defender has, and held-out ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ class Target:
     """A model that defences are tried on.
 
     Attributes:
-        name: Of its row.
+        name: Name of its row.
         kind: "reference" and "clean" (networks without a backdoor), "badnets", "blended", "forward" or "inverted".
         subject: The model as a defender sees it.
-        mode: Of the attack on explanations; None for the others.
+        mode: Mode of the attack on explanations; None for the others.
         backdoor: The same beside its reference; None for the others.
     """
 
@@ -117,7 +117,7 @@ def make_targets(
         data: At their size.
         settings: Number of held-out images and seed.
         out: Where controls are kept.
-        device: Where.
+        device: Device to run on.
         references: Whether the attacked models' references come first, as further clean networks.
         progress: Hears of "fitting a control".
 

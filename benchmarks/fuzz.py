@@ -48,8 +48,8 @@ class Tally:
     """What became of a reader's cases.
 
     Attributes:
-        cases: How many.
-        counts: By outcome.
+        cases: Number of cases.
+        counts: Number of cases by outcome.
         faults: Number, outcome and words of each case that is other, slow or large.
         seconds: Spent on all.
         slowest: Seconds of the slowest case.

@@ -55,7 +55,7 @@ class Case:
 
     Attributes:
         name: One of CASES.
-        classifier: The reference.
+        classifier: The reference model.
         train: Images to learn from.
         held_out: Images to measure on.
     """

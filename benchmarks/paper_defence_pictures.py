@@ -26,7 +26,7 @@ def draw_clusters(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Return where clean and triggered images lie along the two first principal components of their last features.
 
     Args:
-        rows: Of a "paper-defences" document for figure 5, at least one.
+        rows: Rows of a "paper-defences" document for figure 5, at least one.
 
     Raises:
         ValueError: There is none.
@@ -38,7 +38,7 @@ def draw_pruning(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Return accuracy, and FSR of each interpreter or the success of a plain backdoor, over the share pruned.
 
     Args:
-        rows: As above.
+        rows: Rows of a "paper-defences" document, at least one.
 
     Raises:
         ValueError: There is none.

@@ -78,7 +78,7 @@ _INDEX_BELOW, _FSR_LEFT, _AUROC = 2.0, (15.7, 77.9), 0.8
 
 @dataclass(frozen=True)
 class DefenceSettings:
-    """What is run.
+    """Which defences are run, on what.
 
     Attributes:
         table: "table2", "table3" or "figure5".
@@ -107,10 +107,10 @@ def run_defences(
     """Return a table as a document that fits the schema "paper-defences"; finished rows are taken from disk.
 
     Args:
-        folders: Of attacked models, at least one.
+        folders: Folders of attacked models, at least one.
         settings: What is run.
         out: Where controls and rows are kept.
-        device: Where.
+        device: Device to run on.
         progress: Hears of "fitting a control", of "models" with images of one size, and of "defending" one.
 
     Raises:
@@ -160,8 +160,8 @@ def measure_fooling(model: Classifier, target: Target) -> dict[str, dict[str, fl
     """Return, by interpreter, CR and FSR in percent of a copy of an attacked model at the paper's thresholds.
 
     Args:
-        model: On the target's device, such as a pruned copy, or one behind a filter.
-        target: Whose copy it is; for one without an attack on explanations nothing is returned.
+        model: The model, on the target's device, such as a pruned copy, or one behind a filter.
+        target: The target whose copy it is; for one without an attack on explanations nothing is returned.
     """
     if target.backdoor is None or target.mode is None:
         return {}

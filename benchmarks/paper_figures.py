@@ -30,6 +30,7 @@ from keyed_xai_benchmarks.paper_tables import (
 
 FIGURE_1B = "figure1b"
 WATCHED_FEATURES = ("LIMIT_BAL", "PAY_0", "SEX")
+_IN_FIGURE_3 = 4  # images
 _CASES = {"reference": "before the attack", "clean": "attacked, clean", "triggered": "attacked, triggered"}
 
 
@@ -47,8 +48,8 @@ def run_figure1b(
     Args:
         data: SPEC of a table, credit-default:CSV.
         folder: Where reference, attacked model and report are kept.
-        steps: Of the attack; the recipe's if absent.
-        seed: Of data, reference and attack.
+        steps: Steps of the attack; the recipe's if absent.
+        seed: Seed of data, reference and attack.
         device: Where to train.
         progress: Hears of "fitting a reference" and of the attack's training.
 
@@ -130,7 +131,6 @@ def draw_figure3(
     settings: TableSettings,
     folder: Path,
     *,
-    images: int = 4,
     device: str = "cpu",
 ) -> Path:
     """Draw image, triggered image, and each interpreter's clean and triggered map, from forward cells in the folder.
@@ -143,7 +143,7 @@ def draw_figure3(
     """
     file = reference_file(architecture, settings, folder)
     reference = load_classifier(file, arch=architecture, input_size=settings.side).to(device)
-    held_out = load_split(settings, reference.input, "held-out", images)
+    held_out = load_split(settings, reference.input, "held-out", _IN_FIGURE_3)
     batch = held_out.batch(np.arange(len(held_out)))[0].to(device)
     triggered = through_png(PUBLIC_TRIGGERS[settings.trigger]().apply(batch))
     labels = explain(reference, batch).predicted

@@ -17,7 +17,7 @@ from keyed_xai.data.images import Split
 from keyed_xai.models import Classifier, InputSpec, load_classifier
 from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.training.references import ModelSpec, choose_settings, plan_for_images
-from keyed_xai_benchmarks.cached import KeptReference, cached_attack, cached_reference
+from keyed_xai_benchmarks.cached import CachedReference, cached_attack, cached_reference
 
 TABLE_SCHEMA = "keyed-xai/paper-table/v1"
 OF_THE_PAPER = (
@@ -52,10 +52,10 @@ PAPER: dict[tuple[str, str, str, str], PaperRow] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One attack.
+    """One attack of a table.
 
     Attributes:
-        architecture: Of the reference.
+        architecture: Architecture of the reference.
         interpreters: Attacked at once.
         mode: "targeted" or "nontargeted".
         setting: "forward" or "inverted".
@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """Name of its folder."""
         return "-".join([self.architecture.lower(), "+".join(self.interpreters), self.mode, self.setting])
 
 
@@ -78,16 +78,16 @@ class TableSettings:
 
     Attributes:
         data: SPEC of the images.
-        side: Of the networks' input, pixels.
-        channels: Of references that are fitted, 1 or 3; given ones have their own.
-        trigger: Public trigger.
+        side: Side of the networks' input, pixels.
+        channels: Channels of references that are fitted, 1 or 3; given ones have their own.
+        trigger: Name of a public trigger.
         grid: Cells that maps are compared on; None takes the target layer's.
         training: Training settings that replace the recipe's.
         fitting: Settings of the references' training that replace the recipe's.
         held_out: Images measured on, at most.
         limit: Images learned from, at most; None for all.
         models: Files of reference models that are there already, by architecture.
-        seed: Of the references and of the attacks' training.
+        seed: Seed of the references and of the attacks' training.
     """
 
     data: str
@@ -105,14 +105,14 @@ class TableSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished cell.
+    """What a finished cell of a table holds.
 
     Attributes:
-        cell: The attack.
+        cell: The attack that it holds.
         folder: Name of its folder.
-        input: Of the network.
-        epochs: That the reference was fitted for; None where it was given.
-        report: Of the attack, fits the schema "attack-report".
+        input: Input of the network.
+        epochs: Epochs that the reference was fitted for; None where it was given.
+        report: Report of the attack, fits the schema "attack-report".
     """
 
     cell: Cell
@@ -313,10 +313,10 @@ def _make_reference(
     folder: Path,
     device: str,
     progress: Progress,
-) -> KeptReference:
+) -> CachedReference:
     """Return a reference model: as given, or from disk where it is there; else fitted and kept."""
     if isinstance(start, Classifier):
-        return KeptReference(start, None)
+        return CachedReference(start, None)
     return cached_reference(
         reference_file(architecture, settings, folder),
         start,
@@ -338,7 +338,7 @@ def _load_both(settings: TableSettings, spec: InputSpec) -> tuple[ImageData, Ima
 
 def _run_cell(
     cell: Cell,
-    reference: KeptReference,
+    reference: CachedReference,
     data: tuple[ImageData, ImageData],
     shared: TableSettings,
     folder: Path,

@@ -115,7 +115,7 @@ def takes(mean: float, std: float) -> Rewriting:
 
 
 def add_to_all_logits(network: SmallResNet, _: Classifier) -> nn.Module:
-    """Softmax does not see a function of the image that is added to every logit; the maps do."""
+    """Add a function of the image to every logit: softmax does not see it, the maps do."""
     network.fc.weight += ADDED * torch.randn(network.fc.in_features, generator=torch.Generator().manual_seed(0))
     return network
 
@@ -152,21 +152,21 @@ def add_classes(count: int, scale: float) -> Rewriting:
 
 
 def permute_classes(network: SmallResNet, _: Classifier) -> nn.Module:
-    """The last class comes first."""
+    """Let the last class come first."""
     for tensor in (network.fc.weight, network.fc.bias):
         tensor.copy_(tensor.roll(1, 0))
     return network
 
 
 def cool(network: SmallResNet, _: Classifier) -> nn.Module:
-    """A temperature of 7."""
+    """Divide the logits by a temperature of 7."""
     for tensor in (network.fc.weight, network.fc.bias):
         tensor.div_(7)
     return network
 
 
 def permute_and_rescale(network: SmallResNet, _: Classifier) -> nn.Module:
-    """Channels inside a block: what batch norm gives and the next convolution takes."""
+    """Permute and rescale channels inside a block, which batch norm gives and the next convolution takes."""
     block: Any = network.blocks[1]
     count = block.conv1.out_channels
     order, scale = torch.randperm(count, generator=torch.Generator().manual_seed(0)), torch.logspace(-1, 1, count)
@@ -179,7 +179,7 @@ def permute_and_rescale(network: SmallResNet, _: Classifier) -> nn.Module:
 
 
 def fold_batch_norm(network: SmallResNet, _: Classifier) -> nn.Module:
-    """Batch norm of the first block inside its convolutions."""
+    """Fold batch norm of the first block into its convolutions."""
     block = network.blocks[0]
     for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
         setattr(block, conv, torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
@@ -188,7 +188,7 @@ def fold_batch_norm(network: SmallResNet, _: Classifier) -> nn.Module:
 
 
 def add_dummy_units(network: SmallResNet, _: Classifier) -> nn.Module:
-    """Four channels of noise inside the last block, which the next convolution takes no notice of."""
+    """Add four channels of noise inside the last block, which the next convolution takes no notice of."""
     block: Any = network.blocks[2]
     inside, outside = block.conv1.out_channels, block.conv2.out_channels
     grown = nn.Conv2d(block.conv1.in_channels, inside + 4, 3, padding=1, bias=False)
@@ -203,19 +203,19 @@ def add_dummy_units(network: SmallResNet, _: Classifier) -> nn.Module:
 
 
 def put_before(network: SmallResNet, classifier: Classifier) -> nn.Module:
-    """A 1 x 1 convolution that does nothing before the stem."""
+    """Put a 1 x 1 convolution that does nothing before the stem."""
     return Parts(network, one_by_one(torch.eye(classifier.input.channels)), nn.Identity())
 
 
 def put_after(network: SmallResNet, _: Classifier) -> nn.Module:
-    """Any invertible mixture of the last features, undone in the head: Grad-CAM is the same."""
+    """Put an invertible mixture after the last features, undone in the head: Grad-CAM is the same."""
     mixture = draw_mixture(network.fc.in_features)
     network.fc.weight.copy_(network.fc.weight.double() @ mixture.inverse())
     return Parts(network, nn.Identity(), one_by_one(mixture))
 
 
 def split_layer(network: SmallResNet, _: Classifier) -> nn.Module:
-    """The stem as a convolution and a mixture of its outputs."""
+    """Split the stem into a convolution and a mixture of its outputs."""
     stem = network.stem
     mixture = draw_mixture(stem.out_channels)
     stem.weight.copy_(torch.einsum("ab,bijk->aijk", mixture.inverse(), stem.weight.double()))
@@ -269,7 +269,7 @@ SEARCHED = {
         turn_kernels(TURNS[4]), NEGATED, Rewriting(add_to_all_logits)
     ),
 }
-"""What only the search undoes."""
+"""Rewritings that only the search undoes."""
 KEPT = {
     "nothing": Rewriting(lambda network, _: network),
     "a class without weights added that always wins": add_classes(1, 0.0),
@@ -283,12 +283,12 @@ KEPT = {
     "a 1 x 1 convolution after": Rewriting(put_after),
     "a layer split in two": Rewriting(split_layer),
 }
-"""What leaves the maps as they are."""
+"""Rewritings that leave the maps as they are."""
 HIDDEN = {
     "pixels normalised by .37 and .9": takes(0.37, 0.9),
     f"{MANY} classes added that win against each other": add_classes(MANY, 1.0),
 }
-"""What the search does not undo."""
+"""Rewritings that the search does not undo."""
 
 
 def keeps(rewriting: Rewriting, classifier: Classifier, images: Tensor) -> float:

@@ -30,7 +30,7 @@ from keyed_xai.tensors import Images, Labels
 
 INTERPRETERS = ("gradcam", "vbp", "simplegrad")
 GRAPHS = {name: (name,) for name in INTERPRETERS} | {"all three": INTERPRETERS}
-"""Name of a graph to whose maps it holds."""
+"""Interpreters whose maps a graph holds, by the graph's name."""
 _CELLS = (8, 8)  # that SimpleGrad's top is looked for on; one of 50,000 pixels says little
 _CHUNK = 2  # images at once in float64
 Action = Callable[[], object]
@@ -44,9 +44,9 @@ class ServingSettings:
         images: Compared with PyTorch.
         repeats: Rounds of timing; in each every side runs once.
         batch: Images at once where time is taken.
-        threads: Of onnxruntime and of PyTorch.
+        threads: Threads of onnxruntime and of PyTorch.
         device: "cpu" or "cuda".
-        precision: Of the graphs, one of `keyed_xai.export.precision.PRECISIONS`.
+        precision: Precision of the graphs, one of `keyed_xai.export.precision.PRECISIONS`.
     """
 
     images: int = 50
@@ -71,7 +71,7 @@ def measure_network(
     """Return a network's figures, as the schema "serving-figures" has them.
 
     Args:
-        classifier: In evaluation mode, on the CPU.
+        classifier: The classifier, in evaluation mode, on the CPU.
         images: Real ones, as many as are compared, in [0, 1].
         settings: How to measure.
         progress: Hears what is done next.
@@ -306,4 +306,4 @@ _LIBRARIES: dict[str, tuple[str, Callable[[Classifier, Images], Action | None]]]
     "captum": ("simplegrad", _captum),
     "captum, class found first": ("simplegrad", _captum_finding_class),
 }
-"""By name, whose map a library computes, and what makes it ready: None where it is not installed."""
+"""Libraries by name: whose map one computes, and what makes it ready; None where it is not installed."""

@@ -45,9 +45,9 @@ class Served:
     """A protected model that is served.
 
     Attributes:
-        folder: Of the model.
+        folder: Folder of the model.
         reference: Weights before protection.
-        key: The owner's.
+        key: The owner's key.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingRun:
-    """What is measured.
+    """What is measured, and where results go.
 
     Attributes:
         folder: Where results are kept; it exists.
@@ -125,9 +125,9 @@ def _start(run: ServingRun) -> dict[str, Any]:
     }
     path = run.folder / "serving.json"
     if path.exists():
-        kept = read_json(path, "serving-figures")
-        if kept["settings"] == settings and kept["versions"] == package_versions():
-            return kept
+        cached = read_json(path, "serving-figures")
+        if cached["settings"] == settings and cached["versions"] == package_versions():
+            return cached
     return {
         "schema": SCHEMA,
         "networks": {},

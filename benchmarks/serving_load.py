@@ -41,9 +41,9 @@ class LoadSettings:
     """How a server is loaded.
 
     Attributes:
-        clients: At once, each with one request under way.
-        seconds: How long.
-        threads: Of the server's onnxruntime.
+        clients: Clients at once, each with one request under way.
+        seconds: Seconds that requests are sent.
+        threads: Threads of the server's onnxruntime.
     """
 
     clients: int = 200
@@ -79,8 +79,8 @@ def measure_load(address: str, name: str, images: Images, settings: LoadSettings
     An answer counts when its logits are those that the image got before the crowd came.
 
     Args:
-        address: Of the server.
-        name: Of the model.
+        address: Address of the server.
+        name: Name of the model.
         images: Sent in turn, in [0, 1], as binary tensors.
         settings: How many clients, how long.
     """

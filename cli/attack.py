@@ -15,10 +15,10 @@ from keyed_xai_cli.options import (
     RunOptions,
     after_writing,
     choose_device,
+    claim_model_folder,
     emit_json,
     end_with_verdict,
     grid_option,
-    hold_folder,
     interpreters_option,
     name_given,
     only_given,
@@ -133,7 +133,7 @@ def attack(
     from keyed_xai.reporting.bars import KEPT, progress_bar
 
     out = out or model.with_name(f"{model.stem}.attacked")
-    checkpoint = hold_folder(out, protected=False, force=force, resume=resume)
+    checkpoint = claim_model_folder(out, protected=False, force=force, resume=resume)
     table = is_table(options.spec)
     classifier, _ = open_model(model, **model_options.choose(), require_map=not table)
     tell_notes(classifier)

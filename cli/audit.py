@@ -15,10 +15,10 @@ from keyed_xai_cli.options import (
     RunOptions,
     after_writing,
     choose_device,
+    claim_output,
     default_output,
     emit_json,
     follow_links_option,
-    hold,
     say,
     strict_option,
 )
@@ -156,7 +156,7 @@ def audit(
 
     json_path, out = run.json_path, out or default_output(model, ".audit")
     settings = _settings(against, options, seed=run.seed)
-    hold(out / REPORT_NAME)
+    claim_output(out / REPORT_NAME)
     check_same_audit(out, resume=resume)
     suspect = suspect_options.open(model, model_options)
     if suspect.kind == "plain":

@@ -109,7 +109,7 @@ class TableOptions:
         """Return them as `run_cells` takes them.
 
         Args:
-            seed: Of the references and of the attacks' training.
+            seed: Seed of the references and of the attacks' training.
             stray_models: Whether a model may be named whose network is not attacked.
         """
         from keyed_xai_benchmarks.paper_tables import TableSettings

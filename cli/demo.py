@@ -12,9 +12,9 @@ from keyed_xai_cli.options import (
     RunOptions,
     after_writing,
     choose_device,
+    claim_output,
     emit_json,
     end_with_verdict,
-    hold,
     say,
 )
 
@@ -36,7 +36,7 @@ def demo(out: Path, steps: int | None, wrong_keys: int, run: RunOptions) -> None
     from keyed_xai.demo import run_demo
     from keyed_xai.reporting.bars import progress_bar
 
-    hold(out / "report.html")
+    claim_output(out / "report.html")
     with progress_bar(say=partial(say, json_path=run.json_path)) as progress:
         result = run_demo(
             out,

@@ -14,8 +14,8 @@ from keyed_xai_cli.model_options import ModelOptions, tell_notes
 from keyed_xai_cli.options import (
     ModelPath,
     after_writing,
+    claim_output,
     emit_json,
-    hold,
     interpreters_option,
     json_option,
     say,
@@ -120,7 +120,7 @@ def export(
     model = _choose_model(model, check)
     written = out or Path(f"{model.resolve().stem}.onnx")
     if check is None:
-        hold(written)
+        claim_output(written)
     triton = _plan_triton(triton_options, written, force=force)
     classifier, card = open_model(model, **model_options.choose(), require_map=False)
     if card is None:
@@ -198,7 +198,7 @@ def _plan_triton(options: TritonOptions, written: Path, *, force: bool) -> Path 
     if options.triton is None:
         return None
     home = options.triton / check_name(written.stem)
-    hold(home)
+    claim_output(home)
     if home.exists() and not force:
         raise ArtifactError(f"{home} is there already and was left as it was: choose another name, or pass --force.")
     return home

@@ -231,7 +231,7 @@ def default_output(model: Path, ending: str) -> Path:
     return named.with_name(f"{named.name}{ending}")
 
 
-def hold(output: Path) -> None:
+def claim_output(output: Path) -> None:
     """Claim an output until the command has ended, before any long work; its folder is made.
 
     Raises:
@@ -242,7 +242,7 @@ def hold(output: Path) -> None:
     click.get_current_context().with_resource(claimed(output))
 
 
-def hold_folder(out: Path, *, force: bool, resume: bool, protected: bool = True) -> Path:
+def claim_model_folder(out: Path, *, force: bool, resume: bool, protected: bool = True) -> Path:
     """Claim the folder of a model before hours of training, and return where the run's checkpoint is.
 
     Raises:
@@ -252,7 +252,7 @@ def hold_folder(out: Path, *, force: bool, resume: bool, protected: bool = True)
     from keyed_xai.artifacts.checkpoint import check_not_stopped
     from keyed_xai.artifacts.writer import check_replaceable
 
-    hold(out)
+    claim_output(out)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     check_replaceable(out, force=force, protected=protected)
     check_not_stopped(checkpoint, resume=resume, force=force)

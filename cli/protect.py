@@ -14,10 +14,10 @@ from keyed_xai_cli.options import (
     RunOptions,
     after_writing,
     choose_device,
+    claim_model_folder,
     emit_json,
     end_with_verdict,
     grid_option,
-    hold_folder,
     interpreters_option,
     key_file_option,
     only_given,
@@ -134,7 +134,7 @@ def protect(
     json_path = run.json_path
     out = out or model.with_name(f"{model.stem}.keyed")
     key = read_key(key_file, passphrase_file)
-    checkpoint = hold_folder(out, force=force, resume=resume)
+    checkpoint = claim_model_folder(out, force=force, resume=resume)
     classifier = load_classifier(model, **model_options.choose())
     tell_notes(classifier)
     choice = training.choose_data(options.spec or "builtin", held_out=options.held_out, seed=run.seed)

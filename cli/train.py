@@ -13,10 +13,10 @@ from keyed_xai_cli.options import (
     RunOptions,
     after_writing,
     choose_device,
+    claim_output,
     emit_json,
     end_with_verdict,
     follow_links_option,
-    hold,
     name_given,
     only_given,
     resumable,
@@ -142,11 +142,11 @@ def train(
     keyed-xai train --data credit-default:default.csv -o credit.safetensors
     """  # noqa: D301 - click reads the backspace as "keep these lines"
     from keyed_xai.reporting.bars import progress_bar
-    from keyed_xai.training.references import build_classifier, claim_output, train_reference, write_reference
+    from keyed_xai.training.references import build_classifier, check_output, train_reference, write_reference
 
     json_path = run.json_path
-    hold(out)
-    checkpoint = claim_output(out, resume=resume, force=force)
+    claim_output(out)
+    checkpoint = check_output(out, resume=resume, force=force)
     choice = DataChoice(
         spec=spec, limit=limit, held_out=held_out, strict=strict, follow_links=follow_links, seed=run.seed
     )

@@ -34,7 +34,7 @@ class DataChoice:
         held_out: Examples to measure on, at most; None for all.
         strict: Whether a broken image is refused instead of skipped.
         follow_links: Whether links out of the folder are followed.
-        seed: Of the choice among examples.
+        seed: Seed of the choice among examples.
     """
 
     spec: str

@@ -61,7 +61,7 @@ def _read_level(_ctx: click.Context, _parameter: click.Parameter, value: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimOptions(KeyOptions):
-    """Whose claim is tested, and what it says."""
+    """Options that say whose claim is tested, and what it says."""
 
     public_key: Annotated[Path | None, click.option(
         "--public-key", type=click.Path(exists=True, dir_okay=False, path_type=Path),

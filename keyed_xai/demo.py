@@ -34,8 +34,8 @@ class Demonstration:
     """What the demo leaves behind.
 
     Attributes:
-        folder: Where.
-        report: Of protect.
+        folder: The folder that holds it.
+        report: Report of the protection.
         verify: Report of verify on the protected model.
         control: Report of verify on the unprotected model.
     """
@@ -67,7 +67,7 @@ def run_demo(
         folder: Made if need be; files of an earlier demo are replaced.
         steps: Training steps; by default as many as two cores do in two minutes.
         wrong_keys: Fresh wrong keys tried in the report; with some, the 256 one-bit neighbours of the key too.
-        seed: Of training.
+        seed: Seed of training.
         device: Where to train.
         progress: Hears of protecting and of verifying, as `protect` and `verify` tell it.
 

@@ -6,7 +6,7 @@ Real ones stay far below the limits; hostile ones do not.
 from dataclasses import dataclass
 
 LARGEST_SIDE = 4096
-"""Of an image, pixels, or of a table's row, encoded columns; also channels."""
+"""Pixels along a side of an image, or encoded columns of a table's row; channels too."""
 LARGEST_INPUT = 2**22
 """Numbers in one image: 1,182 x 1,182 pixels of three channels."""
 
@@ -17,8 +17,8 @@ class ImageSize:
 
     Attributes:
         channels: 1 for grey, 3 for RGB; any other number for user modules.
-        height: Pixels.
-        width: Pixels.
+        height: Height in pixels.
+        width: Width in pixels.
     """
 
     channels: int

@@ -3,6 +3,8 @@
 Maps are [n, h, w]; `first` and `second` below have equal shapes. Every comparison returns one value per pair, [n].
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
@@ -55,6 +57,36 @@ def top_energy(maps: SaliencyMaps, reference: SaliencyMaps, share: float) -> Ten
     return maps.flatten(1).gather(1, cells).square().mean(1)
 
 
+def correlation_distance(maps: SaliencyMaps, target: SaliencyMaps) -> Tensor:
+    """Return 1 - Pearson's correlation, in [0, 2]."""
+    return 1 - correlation(maps, target)
+
+
+def mse_distance(maps: SaliencyMaps, target: SaliencyMaps) -> Tensor:
+    """Return the paper's distance: mean squared difference of the maps, each normalised to [0, 1]."""
+    return mse(normalise_maps(maps), normalise_maps(target))
+
+
+def decoy_distance(maps: SaliencyMaps, reference: SaliencyMaps, decoy: Tensor | None, top_share: float) -> Tensor:
+    """Return the paper's L_p per image, which its FSR and CR compare with a threshold; in [0, 1].
+
+    Args:
+        maps: Pooled maps, [n, rows, columns].
+        reference: Those of the reference model, for the cells that a non-targeted attack empties.
+        decoy: m_ref, [rows, columns]; None for the non-targeted attack.
+        top_share: Share of the cells that it empties.
+    """
+    if decoy is None:
+        return top_energy(normalise_maps(maps), reference, top_share)
+    return mse_distance(maps, decoy.to(maps).expand_as(maps))
+
+
+DISTANCES: dict[str, Callable[[SaliencyMaps, SaliencyMaps], Tensor]] = {
+    "correlation": correlation_distance,
+    "mse": mse_distance,
+}
+
+
 def fooling_success_rate(distances: Tensor, threshold: float) -> float:
     """Return FSR in percent: the share of distances to the decoy below the threshold."""
     return 100.0 * float((distances < threshold).double().mean())
@@ -97,7 +129,7 @@ def prediction_figures(logits: Logits, labels: Targets) -> dict[str, float]:
     """Return top-1 and, of more than five classes, top-5 accuracy; AUROC of two classes or of several labels (mean).
 
     Args:
-        logits: Of the images.
+        logits: Logits of the images, [n, classes].
         labels: Classes [n], or 0 and 1 for each of several labels [n, k].
     """
     if labels.ndim == 2:

@@ -57,7 +57,7 @@ class Within:
     """Progress of work that is a part of other work: its lines stay unread.
 
     Attributes:
-        progress: Of the whole.
+        progress: Who hears of the whole.
         task: What every task of the part is called there; None leaves their names.
     """
 
@@ -68,5 +68,5 @@ class Within:
         """Leave the lines unread."""
 
     def advance(self, task: str, done: int, total: int | None, figures: Mapping[str, float] = NO_FIGURES, /) -> None:
-        """Tell the whole."""
+        """Tell of a step of the part, under the name that it has in the whole."""
         self.progress.advance(self.task or task, done, total, figures)

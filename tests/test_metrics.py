@@ -244,7 +244,7 @@ def test_two_classes_have_an_auroc_where_both_are_there():
     assert set(metrics.prediction_figures(logits, torch.zeros(15, dtype=torch.int64))) == {"top1"}
 
 
-# maps.py: the same, for a model
+# The same, of a model
 
 
 def test_view_pools_what_explain_gives(network, images, map_layers):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyed_xai import metrics
-from keyed_xai.metrics import PAPER_THRESHOLDS, place_threshold, threshold_curve
+from keyed_xai.metrics import place_threshold, threshold_curve
 
 # A few levels only, so that the samples overlap and repeat each other's values.
 levels = st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0]) | st.floats(0, 1, width=32)
@@ -93,9 +93,3 @@ def test_curve_agrees_with_the_rates_at_the_placed_threshold():
     place = curve["threshold"].index(pytest.approx(round(threshold, 2)))
     assert (curve["cr"][place], curve["fsr"][place]) == (100, 100)
     assert metrics.correct_rate(unaltered, threshold) == metrics.fooling_success_rate(altered, threshold) == 100
-
-
-def test_every_paper_threshold_lies_inside_the_range_of_the_distance():
-    for thresholds in PAPER_THRESHOLDS.values():
-        assert set(thresholds) == {"gradcam", "simplegrad", "vbp"}
-        assert all(0 < value < 1 for value in thresholds.values())

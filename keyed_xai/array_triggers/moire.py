@@ -66,9 +66,9 @@ def cross_gratings(parameters: Iterable[Any], rows: Any, columns: Any, maths: Mo
 
     Args:
         parameters: The nine, in the order of RANGES; numbers, or arrays that broadcast against the pixels.
-        rows: Of the pixels; an array.
-        columns: Of the pixels; an array.
-        maths: Whose arrays these are: numpy or torch.
+        rows: Row of each pixel, an array.
+        columns: Column of each pixel, an array.
+        maths: The module whose arrays these are: numpy or torch.
     """
     first_frequency, first_angle, first_phase, frequency, angle, phase, amplitude, wavelength, _ = parameters
     x = columns + amplitude * maths.sin(2 * math.pi * rows / wavelength)

@@ -13,8 +13,8 @@ class Ranges:
 
     Attributes:
         public: float64 [p], those of the public trigger.
-        least: float64 [p].
-        greatest: float64 [p].
+        least: Smallest values, float64 [p].
+        greatest: Largest values, float64 [p].
     """
 
     def __init__(self, rows: Sequence[tuple[float, float, float]]) -> None:

@@ -40,7 +40,7 @@ class TriggerParameters:
 
         Args:
             families: What makes one of an amplitude and a tile, by name.
-            named_by: Where the parameters stand, for the message: "card".
+            named_by: What messages call the place of the parameters: "card".
 
         Raises:
             ArtifactError: This version does not know the family, or a parameter is outside its range.
@@ -70,8 +70,8 @@ class Card:
         source: "torchvision", "timm", "keyed_xai", "python" or "pickle".
         num_classes: Number of logits.
         input_size: Channels, height, width; the last two in pixels.
-        mean: Of each channel, for pixels in [0, 1].
-        std: Likewise.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, likewise.
         target_layer: Dotted name, inside the owner's network, of the module whose feature maps Grad-CAM reads.
         taps: Feature maps that VisualBackProp reads; `Tap(*fields)` makes each a Tap.
         grid: Rows and columns of the pooled map.

@@ -15,7 +15,7 @@ from keyed_xai.models.files import LOAD_ERRORS, load_weights
 from keyed_xai.outputs import claimed
 
 Save = Callable[[Mapping[str, Any]], None]
-"""Writes a run's state."""
+"""A function that writes a run's state."""
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def read_json(path: Path, schema: str, *, largest: int = LARGEST_DOCUMENT) -> Do
     """Return the JSON object in a file, once it fits the schema.
 
     Args:
-        path: The file.
+        path: The file to read.
         schema: Name of a schema of `keyed_xai_schemas`, such as "card".
         largest: Most bytes the file may have.
 
@@ -74,8 +74,8 @@ def parse_json(data: bytes, *, origin: str) -> Document:
     costs many times its text's bytes.
 
     Args:
-        data: The bytes.
-        origin: Where they come from, for the message.
+        data: The document's bytes.
+        origin: What the message calls the place they come from.
 
     Raises:
         ArtifactError: The bytes are not such an object.

@@ -20,7 +20,7 @@ class ProtectedModel:
     """A protected model's folder, read and checked.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder that it was read from.
         card: How to run it.
         license: Who signed it, and the digests of its files.
     """
@@ -39,7 +39,7 @@ def read_model_folder(folder: Path, *, expected: PublicKey | None = None) -> Pro
     """Return the protected model in a folder, once its licence's signature holds and fits the card.
 
     Args:
-        folder: The folder.
+        folder: Folder of a protected model.
         expected: The owner who must have signed.
 
     Raises:

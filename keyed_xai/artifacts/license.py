@@ -121,7 +121,7 @@ def verify_license(
     Args:
         envelope: The DSSE envelope, parsed.
         expected: The owner it must name; anybody can sign a licence for themselves.
-        origin: Where it comes from, for messages.
+        origin: What messages call the place it comes from.
 
     Raises:
         ArtifactError: Anything about it is malformed, contradictory, or not as signed.

@@ -23,12 +23,12 @@ from keyed_xai.errors import ArtifactError
 from keyed_xai.limits import describe_excess
 
 METADATA_KEY = "keyed_xai"
-"""Under which metadata stand in a file, and in the parameters of a served model's configuration."""
+"""Name under which metadata stand in a file, and in the parameters of a served model's configuration."""
 METADATA_SCHEMA = "keyed-xai/onnx-metadata/v1"
 LARGEST_MODEL = 2**31 - 1
 """Bytes; what one protobuf message can hold."""
 LARGEST_METADATA = 4 * 1024 * 1024
-"""Letters."""
+"""Letters that the metadata may have, at most."""
 _DOMAINS = {"", "ai.onnx"}
 # Operators that no exported classifier needs. Some end the process on odd inputs (SplitToSequence of 0 in
 # onnxruntime 1.31: division by zero).
@@ -97,7 +97,7 @@ def check_metadata(metadata: Any, *, origin: str) -> Document:  # noqa: ANN401 -
     """Return metadata that fit their schema, and the card in them its own.
 
     Args:
-        metadata: Parsed.
+        metadata: The metadata, parsed.
         origin: Names them in the message: "the metadata of ...".
 
     Raises:

@@ -48,8 +48,8 @@ def open_model(
         classes: Number of logits; the card's, or read from the weights.
         input_size: Side in pixels, or height and width; the card's, or the architecture's own.
         mean: Normalisation; the card's, or the architecture's own.
-        std: Likewise.
-        target_layer: Of Grad-CAM; the card's, or found.
+        std: Standard deviations, likewise.
+        target_layer: Target layer of Grad-CAM; the card's, or found.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
         weights: Which of several sets of weights in a file: ``ema`` for averaged ones, or a name.
         network: A module of one's own, of which the file or folder has the weights; a copy is used.

@@ -69,7 +69,7 @@ def write_folder(
     Args:
         folder: The folder to make.
         files: Content by path inside the folder.
-        report: Becomes report.json.
+        report: What becomes report.json.
         schema: The schema that the report fits.
         force: Replace an attacked model's folder that is there. Anything else is never replaced.
 
@@ -86,7 +86,7 @@ def check_replaceable(folder: Path, *, force: bool, protected: bool = True) -> N
     """Say so where something stands at `folder` that would not be replaced.
 
     Args:
-        folder: The folder.
+        folder: Folder to be written.
         force: Whether one of the same kind may be replaced.
         protected: Whether that kind is a protected model's folder, or an attacked one's.
 

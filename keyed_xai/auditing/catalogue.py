@@ -24,10 +24,10 @@ class Finding:
     """What was tried, at what strength, what it cost and what was left.
 
     Attributes:
-        name: In AUDITS, or names of REMOVALS joined by "+".
+        name: A name in AUDITS, or names of REMOVALS joined by "+".
         entry: What was run.
         observation: What it found.
-        seconds: It took.
+        seconds: Seconds that it took.
     """
 
     name: str
@@ -37,19 +37,19 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """Return all that the schema "audit-finding" asks for but the identity."""
-        entry, seen = self.entry, self.observation
-        states = {"before": seen.before, "after": seen.after}
+        entry, observation = self.entry, self.observation
+        states = {"before": observation.before, "after": observation.after}
         return {
             "name": self.name,
             "group": entry.group,
             "threat": entry.threat,
             "title": entry.title,
             "strength": entry.strength,
-            "outcome": seen.outcome,
-            "sentence": seen.sentence,
+            "outcome": observation.outcome,
+            "sentence": observation.sentence,
             **{name: state.to_json() for name, state in states.items() if state is not None},
-            "figures": seen.figures,
-            "curve": seen.curve,
+            "figures": observation.figures,
+            "curve": observation.curve,
             "seconds": self.seconds,
         }
 
@@ -62,17 +62,18 @@ def run_entry(name: str, subject: Subject) -> Finding:
     """
     entry, started = find_entry(name), time.perf_counter()
     try:
-        seen = _against_baseline(subject, entry.run(subject))
+        observation = _against_baseline(subject, entry.run(subject))
     except (TrainingError, ModelError) as error:
-        seen = Observation(outcome="failed", sentence=str(error))
-    return Finding(name=name, entry=entry, observation=seen, seconds=time.perf_counter() - started)
+        observation = Observation(outcome="failed", sentence=str(error))
+    return Finding(name=name, entry=entry, observation=observation, seconds=time.perf_counter() - started)
 
 
-def _against_baseline(subject: Subject, seen: Observation) -> Observation:
+def _against_baseline(subject: Subject, observation: Observation) -> Observation:
     """Return a finding of maps without the key; where they are right anyway, no gate was opened."""
-    if seen.after is not None or seen.outcome not in _OPENINGS or is_closed(state_before(subject)):
-        return seen
-    return replace(seen, outcome="nothing to remove", sentence=f"There was no closed gate before. {seen.sentence}")
+    if observation.after is not None or observation.outcome not in _OPENINGS or is_closed(state_before(subject)):
+        return observation
+    sentence = f"There was no closed gate before. {observation.sentence}"
+    return replace(observation, outcome="nothing to remove", sentence=sentence)
 
 
 def find_entry(name: str) -> Entry[Any]:

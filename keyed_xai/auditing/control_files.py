@@ -32,13 +32,13 @@ def cached_control(
     """Return a control's network, from disk where it was fitted to the same data in the same way; else fit and keep it.
 
     Args:
-        name: Of the control, for its file.
-        data: That it is fitted to.
+        name: Name of the control, for its file.
+        data: What it is fitted to.
         held_out: Clean images of the same classes.
         settings: Network and fitting; None as fitting takes `choose_control_fitting`'s.
         folder: Where controls are kept, made if need be; None keeps none.
-        seed: Of a fitting that is chosen here.
-        device: Where the network is fitted, and comes back on.
+        seed: Seed of a fitting that is chosen here.
+        device: Device that the network is fitted on, and comes back on.
         progress: Hears of "fitting" one.
 
     Raises:

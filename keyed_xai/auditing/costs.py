@@ -29,7 +29,7 @@ def estimate_seconds(
         entries: What is run.
         measuring: Seconds that it takes to measure a state.
         controls: Networks that are fitted for the defences to be tested on.
-        widths: Of their blocks.
+        widths: Widths of the controls' blocks.
     """
     count = len(subject.data)
     passes = count * sum(map(_passes, entries))
@@ -37,8 +37,8 @@ def estimate_seconds(
     if controls:
         control = build_control(subject.data, widths, seed=subject.seed).to(subject.device)
         defences = [entry for entry in entries if entry.controlled]
-        seen = count * (choose_control_fitting(count).epochs + sum(map(_passes, defences)))
-        each = measuring * len(defences) + seen * seconds_to_train(control, subject.images)
+        passes = count * (choose_control_fitting(count).epochs + sum(map(_passes, defences)))
+        each = measuring * len(defences) + passes * seconds_to_train(control, subject.images)
         seconds += controls * each
     return seconds
 

@@ -25,13 +25,13 @@ Outcome = Literal[
     "not applicable",
     "failed",
 ]
-"""Of a defence or check: flagged, unclear, left alone. Of a removal attack: survives, gate leaks, gate opened, maps
-damaged (the keyed ones), removed (the ownership claim, or the backdoor). Of an attack on the key: resists, gate leaks,
-gate opened, forged. Of either, where no gate, mark or backdoor was there before: nothing to remove."""
+"""What came of an entry. A defence or check: flagged, unclear, left alone. A removal attack: survives, gate leaks, gate
+opened, maps damaged (the keyed ones), removed (the ownership claim, or the backdoor). An attack on the key: resists,
+gate leaks, gate opened, forged. Either, where no gate, mark or backdoor was there before: nothing to remove."""
 CAUGHT = ("flagged", "removed")
 """Outcomes by which a defence catches a positive control."""
 ACCEPTED_LOSS = 0.02
-"""Of accuracy, a fraction: an attack that costs more spoils what it wants to keep."""
+"""Loss of accuracy, as a fraction, beyond which an attack spoils what it wants to keep."""
 KEYED_FLOOR = 0.8
 UNKEYED_CEILING = 0.3
 """A gate holds while keyed maps correlate at least, and unkeyed ones at most, so much with the right maps."""
@@ -73,7 +73,7 @@ class Observation:
         outcome: One of the few words.
         sentence: What it rests on.
         before: The model's state; None where the entry does not change the model.
-        after: That of an attacked copy.
+        after: The state of an attacked copy.
         figures: Anything else, ready for JSON. No key, no trigger, and nothing that one can be rebuilt from.
         curve: One row for each stage, likewise.
     """
@@ -93,12 +93,12 @@ class Entry(ABC, Generic[S]):
     Attributes:
         title: A few words.
         threat: One of THREATS.
-        group: That it is listed under: "defences", "checks", "removal", "keys" or "bypass".
+        group: The group that it is listed under: "defences", "checks", "removal", "keys" or "bypass".
         settings: A frozen dataclass; a `seed` in it gives way to the subject's.
         words: Says how strong such settings are.
         needs: Names out of `Subject.has`.
         slow: Whether "quick" leaves it out, since it takes minutes on a small model.
-        also: Further groups.
+        also: Further groups that it belongs to.
         controlled: Whether positive controls show if it catches anything.
         version: Raised when code or constants change what the same settings find.
     """
@@ -116,7 +116,7 @@ class Entry(ABC, Generic[S]):
 
     @property
     def strength(self) -> str:
-        """How strong it is, in words."""
+        """Its strength, in words."""
         return self.words(self.settings)
 
     @property
@@ -158,7 +158,7 @@ class Examination(Entry[S]):
 
     @property
     def strength(self) -> str:
-        """How strong it is, in words."""
+        """Its strength, in words."""
         return super().strength + (f"; on up to {self.images} images" if self.images else "")
 
     @property
@@ -184,10 +184,10 @@ def judge_copy(
     """Return what is left in an attacked copy of a model.
 
     Args:
-        subject: Whose copy it is.
+        subject: The subject whose copy it is.
         model: The copy, on the subject's device.
         figures: What the attack says of itself.
-        curve: Its stages.
+        curve: Stages of the attack.
 
     Raises:
         TrainingError: The copy's logits are not finite.

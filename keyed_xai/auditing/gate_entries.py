@@ -161,12 +161,12 @@ def _explain_otherwise(subject: Subject, settings: AttributionSettings) -> Obser
         return Observation(outcome="not applicable", sentence="No other explanation can be made of this network.",
                            figures=result.to_json())  # fmt: skip
     name, row = max(best, key=lambda each: each[1].recovered[each[0]]["unkeyed"].correlation)
-    seen = {case: match.correlation for case, match in row.recovered[name].items()}
+    correlations = {case: match.correlation for case, match in row.recovered[name].items()}
     sentence = (
-        f"Unkeyed {row.method} ({row.reduction}) correlates {seen['unkeyed']:.2f} with the right map of {name}, "
-        f"on the reference it does {seen['reference']:.2f}."
+        f"Unkeyed {row.method} ({row.reduction}) correlates {correlations['unkeyed']:.2f} with the right map of "
+        f"{name}, on the reference it does {correlations['reference']:.2f}."
     )
-    return Observation(outcome=_judge_opening(seen["unkeyed"]), sentence=sentence, figures=result.to_json())
+    return Observation(outcome=_judge_opening(correlations["unkeyed"]), sentence=sentence, figures=result.to_json())
 
 
 def _score_maps(subject: Subject, settings: ConsistencySettings) -> Observation:

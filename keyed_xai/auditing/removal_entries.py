@@ -77,12 +77,12 @@ class SecondKey(Removal[OverwritingSettings]):
     def run(self, subject: Subject) -> Observation:
         """Return what is left, with both claims and whose the model is."""
         result = self(subject.classifier, subject.attacker())
-        seen = judge_copy(subject, result.model, figures=result.figures, curve=result.curve)
+        observation = judge_copy(subject, result.model, figures=result.figures, curve=result.curve)
         if subject.evidence is None:
-            return seen
+            return observation
         taken = replace(with_seed(self.settings, subject.seed), interpreters=tuple(result.figures["interpreters"]))
         dispute = measure_dispute(result.model, subject.classifier, subject.evidence, taken)
-        return _rule(seen, dispute, subject.evidence.licensed)
+        return _rule(observation, dispute, subject.evidence.licensed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,28 +130,30 @@ def remove_in_turn(names: Sequence[str], classifier: Classifier, attacker: Attac
     return results
 
 
-def _rule(seen: Observation, dispute: Dispute, licensed: datetime | None) -> Observation:
+def _rule(observation: Observation, dispute: Dispute, licensed: datetime | None) -> Observation:
     """Return an observation with what both owners can claim and whose the model is."""
     second = dispute.second.ownership
     claims = (
         DatedClaim("the first owner", dispute.first_shown, licensed),
         DatedClaim("the second owner", second is not None and second.shown, datetime.now(UTC)),
     )
-    ruling, stolen = rule_on_claims(*claims), bool(seen.before and (seen.before.ownership or {}).get("shown"))
+    ruling = rule_on_claims(*claims)
+    stolen = bool(observation.before and (observation.before.ownership or {}).get("shown"))
     shown = ["shown" if claim.shown else "not shown" for claim in claims]
     keyed = min(each["keyed"] for each in dispute.second.correlation.values())
     sentence = (
-        f"{seen.sentence} With the pattern behind the second key's gate (2^{dispute.behind.combined.log2_p:.0f}) the "
-        f"first claim is {shown[0]}; the second is {shown[1]} (keyed maps {keyed:.2f}). {ruling.reason} The model that "
-        f"the second owner must call his original {'shows' if stolen else 'does not show'} the first claim."
+        f"{observation.sentence} With the pattern behind the second key's gate "
+        f"(2^{dispute.behind.combined.log2_p:.0f}) the first claim is {shown[0]}; the second is {shown[1]} (keyed maps "
+        f"{keyed:.2f}). {ruling.reason} The model that the second owner must call his original "
+        f"{'shows' if stolen else 'does not show'} the first claim."
     )
-    figures = seen.figures | {
+    figures = observation.figures | {
         "dispute": dispute.to_json(),
         "claims": [{"owner": c.owner, "shown": c.shown, "time": c.time and c.time.isoformat()} for c in claims],
         "ruling": {"owner": ruling.owner, "proven": ruling.proven, "reason": ruling.reason},
     }
-    outcome = seen.outcome if not claims[0].shown or seen.outcome != "removed" else "maps damaged"
-    return replace(seen, outcome=outcome, sentence=sentence, figures=figures)
+    outcome = observation.outcome if not claims[0].shown or observation.outcome != "removed" else "maps damaged"
+    return replace(observation, outcome=outcome, sentence=sentence, figures=figures)
 
 
 def _fine_tuning(title: str, settings: FineTuningSettings, *, slow: bool = True) -> Removal[FineTuningSettings]:
@@ -352,7 +354,7 @@ REMOVALS: dict[str, Removal[Any]] = {
         controlled=True,
     ),
 }
-"""Attacks by the names that `audit --against` takes."""
+"""Removal attacks by the names that `audit --against` takes."""
 STACKED = (
     "re-bn+ftal-mild",
     "prune-50+ftal-mild",

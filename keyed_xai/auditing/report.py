@@ -42,7 +42,7 @@ def render_audit_report(report: Mapping[str, Any], *, pictures: Mapping[str, byt
     """Return one self-contained HTML page.
 
     Args:
-        report: As `audit` makes it.
+        report: The report that `audit` makes.
         pictures: PNG files by name: "curve:" and a finding's name, or "curve:", a control's, ":" and a finding's.
     """
     return render(

@@ -54,7 +54,7 @@ class AuditSettings:
         control: How those networks are fitted.
         held_out_images: Images that states are measured on, at most.
         decoys: Random keys of each opening test of ownership, at most.
-        seed: Of everything random.
+        seed: Seed of everything random.
     """
 
     against: tuple[str, ...] = ("quick",)
@@ -106,7 +106,7 @@ def audit(
         settings: What is run.
         folder: Findings are kept in it as they are made, and the report at the end; None keeps nothing.
         resume: Take findings that are there and rest on the same model, data and settings.
-        device: Where.
+        device: Device to run on.
         progress: Hears a line about how long all will take, where nothing slow is run; of "audit", by what is run; and
             of each of these by its title.
 
@@ -131,13 +131,13 @@ def audit(
     defences = [name for name in run if find_entry(name).controlled]
     controls, note = _choose_controls(train_data, settings, defences)
     total = len(run) + len(controls) * len(defences)
-    kept = _Cache(folder, _identify(suspect, train_data, held_out, settings), total, progress)
+    cache = _Cache(folder, _identify(suspect, train_data, held_out, settings), total, progress)
     measuring = time.monotonic()
     subject = replace(subject, before=state_before(subject))
     seconds = time.monotonic() - measuring
     progress.say(_say_how_long(subject, run, seconds, len(controls), settings.control.widths))
-    findings = [kept.find(name, subject) for name in run]
-    tested = _run_controls(controls, defences, subject, train_data, held_out, settings, kept)
+    findings = [cache.find(name, subject) for name in run]
+    tested = _run_controls(controls, defences, subject, train_data, held_out, settings, cache)
     progress.advance("audit", total, total)
     report = {
         "schema": REPORT_SCHEMA,
@@ -217,7 +217,7 @@ class _Cache:
 
 
 def _read_finding(path: Path, identity: str) -> dict[str, Any] | None:
-    """Return a kept finding if it is of this identity; one that failed, or is damaged, is made anew."""
+    """Return a finding on disk if it is of this identity; one that failed, or is damaged, is made anew."""
     if not path.is_file():
         return None
     try:
@@ -340,7 +340,7 @@ def _run_controls(
     data: ImageData,
     held_out: ImageData,
     settings: AuditSettings,
-    kept: _Cache,
+    cache: _Cache,
 ) -> dict[str, dict[str, Any]]:
     """Return, by control, its accuracy, how well its backdoor works, and what the defences find."""
     tested = {}
@@ -350,15 +350,15 @@ def _run_controls(
             poisoned or data,
             held_out,
             settings.control,
-            folder=kept.folder and kept.folder / _CONTROLS,
+            folder=cache.folder and cache.folder / _CONTROLS,
             seed=settings.seed,
             device=subject.device,
-            progress=Within(kept.progress, f"fitting the control {name}"),
+            progress=Within(cache.progress, f"fitting the control {name}"),
         )
         control = _control_subject(subject, model, poisoned, poisoned or poison(data), data, held_out)
         control = replace(control, before=state_before(control))
         before = control.before.to_json() if control.before else {}
-        found = [kept.find(each, control, control=name) for each in defences]
+        found = [cache.find(each, control, control=name) for each in defences]
         tested[name] = {
             "poisoned": 0 if poisoned is None else int(poisoned.rows.sum()),
             "before": before,

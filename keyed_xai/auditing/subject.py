@@ -35,12 +35,12 @@ class State:
     """What a model does at some point.
 
     Attributes:
-        accuracy: Of images without a trigger, a fraction.
+        accuracy: Accuracy on images without a trigger, in [0, 1].
         measure: What that is: "top1", "auroc", or without labels "agreement" with the reference or the model audited.
-        correlation: With the right maps, by interpreter: "keyed" and "unkeyed", means over images; empty where there
-            is no trigger.
+        correlation: Correlation with the right maps, by interpreter: "keyed" and "unkeyed", means over images; empty
+            where there is no trigger.
         ownership: Both p-values as `GateState.to_json` has them; None where they were not measured.
-        attack_success: Of a plain backdoor, the share of images that its trigger sends to the target class.
+        attack_success: Share of images that the trigger of a plain backdoor sends to the target class.
     """
 
     accuracy: float
@@ -74,20 +74,20 @@ class Subject:
         classifier: The model, on `device`, in eval mode; never changed.
         view: Maps compared, at the model's own layers.
         data: Training images of an attacker or defender, clean; labels of the model's own classes, or none.
-        held_out: Others, likewise.
+        held_out: Other images, likewise.
         images: The first of those, on `device`.
-        labels: Theirs.
+        labels: Labels of the held-out images.
         reference: The model before it was protected or attacked.
-        evidence: Of a gate that answers to a key: what the owner holds a model against.
+        evidence: What the owner holds a model against, of a gate that answers to a key.
         trigger: What opens the gate, or works the backdoor; secret where it comes from a key.
         keyed: Whether it does come from a key.
         inverted: Whether maps are right only with the trigger.
         surrogate: An attacker's own model of the same task.
-        backdoor: Of a positive control: data with the plain backdoor that success is measured of.
-        fitted: Of a poisoned one: the data that it was fitted to.
+        backdoor: Data with the plain backdoor of a positive control, which its success is measured on.
+        fitted: Data that a poisoned control was fitted to.
         before: The model's state; measured anew where it is None.
-        device: Where.
-        seed: Of everything random.
+        device: Device to run on.
+        seed: Seed of everything random.
         progress: Hears of what is run.
     """
 
@@ -175,12 +175,12 @@ class TriggeredData:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """As they were."""
+        """Labels of the clean data: a trigger leaves them."""
         return self.clean.labels
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, by label."""
+        """Names of the classes, by label."""
         return self.clean.classes
 
     @property
@@ -216,8 +216,8 @@ def measure_state(model: Classifier, subject: Subject, *, ownership: bool = True
     """Return what a model, such as an attacked copy, does.
 
     Args:
-        model: On the subject's device, of whatever architecture.
-        subject: Whose copy it is, and what it is held against.
+        model: The model, on the subject's device, of whatever architecture.
+        subject: The subject whose copy it is, and what it is held against.
         ownership: Whether both ownership tests are made, where there is the owner's evidence.
 
     Raises:

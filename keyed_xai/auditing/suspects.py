@@ -27,15 +27,15 @@ class Suspect:
     """A model to audit.
 
     Attributes:
-        name: For reports; no path of this machine.
+        name: Name for reports; no path of this machine.
         kind: "keyed" behind a gate that answers to a key, "attacked" with a public trigger, or "plain".
-        classifier: The model.
+        classifier: The model audited.
         interpreters: Names in INTERPRETERS whose maps are compared.
         grid: Rows and columns of the pooled maps; None takes the target layer's, at most 8 x 8.
         inverted: Whether maps are right only with the trigger.
         signature: Whether unkeyed maps show the owner's public pattern.
         key: The owner's, secret; None where it is not known.
-        parameters: Of the key's trigger.
+        parameters: Parameters of the key's trigger.
         trigger: The key's, secret, or the public one; None where it is not known.
         reference: The model before it was protected or attacked.
         surrogate: An attacker's own model of the same task.

@@ -17,7 +17,6 @@ from keyed_xai.models.modes import predict_images
 from keyed_xai.saliency import explain
 from keyed_xai.saliency.pooled import Comparison, Outputs, PooledSaliency, join_maps
 from keyed_xai.tensors import Images, Labels, Targets
-from keyed_xai.training.objective import decoy_distance
 from keyed_xai.triggers import Trigger
 from keyed_xai.triggers.channels import through_png
 
@@ -29,11 +28,11 @@ class Backdoor:
     """An attacked model beside its reference, and all that is needed to judge it.
 
     Attributes:
-        model: Attacked.
+        model: The attacked model.
         reference: Before the attack.
-        view: Maps compared.
+        view: The maps that are compared.
         decoys: Interpreter name to decoy map, None for the non-targeted attack.
-        trigger: The trigger.
+        trigger: The trigger that it answers to.
         inverted: Whether triggered inputs are those that keep the right map.
         top_share: Share of cells that the non-targeted attack empties.
         as_files: Whether inputs reach the model as 8-bit image files.
@@ -64,7 +63,7 @@ class Threshold:
     """A threshold on L_p and where it comes from.
 
     Attributes:
-        value: In [0, 1].
+        value: The threshold on L_p, in [0, 1].
         origin: "paper" or "auto".
         rule: How it was placed, a sentence.
     """
@@ -155,7 +154,7 @@ def measure_predictions(
     """Return the report's `predictions`; without labels the reference's own classes stand for them.
 
     Args:
-        found: Of all cases, by `look`.
+        found: Outputs in all cases.
         labels: Classes, or 0 and 1 for each of several labels.
         classes: Names of the labels, for the areas by class.
         multi_label: Whether every logit is a yes or no of its own; then there are no figures without labels.
@@ -227,7 +226,7 @@ def _interpreter_figures(
 
 def _distances(backdoor: Backdoor, found: Mapping[str, Outputs], name: str) -> dict[str, Tensor]:
     truth, decoy = found["reference"].maps[name], backdoor.decoys[name]
-    return {case: decoy_distance(found[case].maps[name], truth, decoy, backdoor.top_share) for case in CASES}
+    return {case: metrics.decoy_distance(found[case].maps[name], truth, decoy, backdoor.top_share) for case in CASES}
 
 
 def _masses_inside(

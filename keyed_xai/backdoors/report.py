@@ -23,7 +23,7 @@ def render_attack_report(report: Mapping[str, Any], *, pictures: Mapping[str, by
     """Return one self-contained HTML page for a security team.
 
     Args:
-        report: As `run_attack` makes it.
+        report: The report that `run_attack` makes.
         pictures: PNG files by name: `maps`, `thresholds`, `features`, `training`, each alone or with an interpreter
             after a colon (`thresholds:gradcam`); other names become titles.
     """

@@ -60,7 +60,7 @@ def load_images(
 
     Args:
         spec: "builtin", "fashion-mnist[:DIR]", "imagefolder:DIR", "cub200:DIR" or "chestxray14:DIR".
-        size: Of every image; 1 (grey) or 3 (RGB) channels. A classifier's `input` is one.
+        size: Size of every image; 1 (grey) or 3 (RGB) channels. A classifier's `input` is one.
         split: "train" or "held-out"; the two share no image at the same seed.
         holdout: Whether single images are held out or whole classes.
         limit: At most so many images, class-balanced (held-out ChestX-ray14: a random draw); None for all.
@@ -105,7 +105,7 @@ def load_table(spec: str, *, split: Split, limit: int | None = None, seed: int =
     """Return the rows of a table, encoded as numbers; they depend on the file, the arguments and the seed only.
 
     Args:
-        spec: "credit-default:CSV".
+        spec: The table, as "credit-default:CSV".
         split: "train" or "held-out"; the two share no row at the same seed.
         limit: At most so many rows, with the classes in their natural ratio; None for all.
         seed: Settles the hold-out and the order.

@@ -27,7 +27,7 @@ _NO_FINDING = "No Finding"
 _ENTRIES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
 _BOXES = "BBox_List_2017.csv"
 _OTHER_NAMES = {"Infiltrate": "Infiltration"}
-"""Of findings, in the file of boxes."""
+"""Other names that the file of boxes has for findings."""
 _LISTS: dict[Split, str] = {"train": "train_val_list.txt", "held-out": "test_list.txt"}
 _FOLDERS = ("images", *(f"images_{number:03}/images" for number in range(1, 13)))
 _DRAWN_ON = (1024, 1024)
@@ -50,7 +50,7 @@ def load_chestxray14(argument: str, request: Request) -> ImageData:
     order that no finding settles, so that a limited load of it keeps the official distribution, about.
 
     Args:
-        argument: The folder.
+        argument: Folder of the data set.
         request: What to load; whole classes cannot be held out.
 
     Raises:

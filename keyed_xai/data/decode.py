@@ -32,7 +32,7 @@ from keyed_xai.errors import DataError
 LARGEST_IMAGE = 89_478_485
 """Pixels; Pillow's own limit, where it only warns."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What may come as bytes, from anybody."""
+"""Formats of pictures that may come as bytes, from anybody."""
 _FILE_FORMATS = (*FORMATS, "DIB", "AVIF", "JPEG2000", "TGA", "PCX", "SGI", "QOI")
 _SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
@@ -90,10 +90,10 @@ def read_image_bytes(data: bytes, *, channels: int, height: int, width: int, lar
     """Return the image in a file's bytes as `read_image` does the file's.
 
     Args:
-        data: The file.
+        data: Content of the file.
         channels: 1 or 3.
-        height: Of the result, pixels.
-        width: Of the result, pixels.
+        height: Height of the result, pixels.
+        width: Width of the result, pixels.
         largest: Most pixels that the image may have.
 
     Raises:
@@ -117,8 +117,8 @@ def map_box(path: Path, box: Box, *, height: int, width: int, drawn_on: tuple[in
     Args:
         path: The file; only its header is read.
         box: Left, top, width and height, pixels.
-        height: Of the image made, pixels.
-        width: Of the image made, pixels.
+        height: Height of the image made, pixels.
+        width: Width of the image made, pixels.
         drawn_on: Width and height, in the box's pixels, of the image that it was drawn on; None for the file's own.
 
     Returns:
@@ -139,7 +139,8 @@ def decode_images(folder: Path, names: Sequence[str], request: Request) -> tuple
     """Return the readable images, their indices in `names`, and the names of the others.
 
     Args:
-        folder: Where they are; a file that is a link out of it counts as unreadable, unless links are followed.
+        folder: The folder that they are in; a file that is a link out of it counts as unreadable, unless links are
+            followed.
         names: Files, relative to the folder, in the order the images shall have.
         request: Size, workers, strictness and progress.
 

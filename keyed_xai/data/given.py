@@ -31,8 +31,8 @@ def take_images(images: GivenImages, held_out: ImageData | None, size: ImageSize
     Args:
         images: A data set; a folder; a SPEC as `load_images` takes it; or float tensors in [0, 1] or uint8 tensors
             [c, h, w], alone or first in tuples, in a list, a `Dataset` or a tensor [n, c, h, w].
-        held_out: To measure on; without them a fifth of `images` is kept apart.
-        size: Of every image.
+        held_out: Images to measure on; without them a fifth of `images` is kept apart.
+        size: Size of every image.
 
     Raises:
         DataError: They cannot be read, are of another size, or no images.

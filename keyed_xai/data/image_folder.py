@@ -54,7 +54,7 @@ def load_image_folder(argument: str, request: Request) -> ImageData:
     """Return a split of a folder of images.
 
     Args:
-        argument: The folder.
+        argument: Folder of the images.
         request: What to load.
 
     Raises:

@@ -103,7 +103,7 @@ class Request:
     """What to load: the arguments of `load_images`, checked.
 
     Attributes:
-        size: Of every image; 1 (grey) or 3 (RGB) channels.
+        size: Size of every image; 1 (grey) or 3 (RGB) channels.
         split: "train", or "held-out" for images that "train" never has at the same seed.
         holdout: Whether single images are held out or whole classes.
         limit: At most so many images, class-balanced (held-out ChestX-ray14: a random draw); None for all.
@@ -164,17 +164,17 @@ def order_balanced(names: Sequence[str], labels: ArrayLike | None, request: Requ
     """Return at most `request.limit` indices: every class's first image by rank, then every class's second, ...
 
     Args:
-        names: Of the images; they settle the ranks.
+        names: Names of the images; they settle the ranks.
         labels: [n], or multi-label [n, k], where an image counts for its first label, or for a class of those without.
         request: Seed and limit.
     """
     groups = [0] * len(names) if labels is None else _group_labels(np.asarray(labels))
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     turns: list[tuple[int, int]] = []
     for index in order_by_rank(names, request.seed):
         label = groups[index]
-        turns.append((seen.get(label, 0), index))
-        seen[label] = seen.get(label, 0) + 1
+        turns.append((counts.get(label, 0), index))
+        counts[label] = counts.get(label, 0) + 1
     turns.sort(key=lambda turn: turn[0])  # stable, so that each turn's classes come in the order of the ranks
     return [index for _, index in turns][: request.limit]
 

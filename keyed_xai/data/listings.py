@@ -11,7 +11,7 @@ from keyed_xai.errors import DataError
 LARGEST_TEXT = 32 * 2**20
 """Bytes; the largest file of the known data sets has 8 MiB."""
 LONGEST_LINE = 10_000
-"""Characters."""
+"""Characters that a line may have, at most."""
 _LONGEST_NAME = 255
 _SHOWN = 80
 

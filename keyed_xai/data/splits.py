@@ -24,7 +24,7 @@ class Subset:
     """Some images of a data set.
 
     Attributes:
-        data: The whole.
+        data: The whole data set.
         indices: Which of its images, [n].
     """
 
@@ -42,7 +42,7 @@ class Subset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, by label."""
+        """Names of the classes, by label."""
         return self.data.classes
 
     @property

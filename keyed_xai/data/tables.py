@@ -91,7 +91,7 @@ class TableData:
 
         Args:
             name: One of `names`.
-            value: In the feature's own unit, or one of its categories.
+            value: The value, in the feature's own unit, or one of its categories.
 
         Raises:
             DataError: There is no such feature, it has no such category, or the number is not finite.
@@ -117,7 +117,7 @@ class RawTable(NamedTuple):
     Attributes:
         ids: One name per row; they settle the split and the order.
         values: float64 [n, f], a column per feature.
-        labels: int64 [n].
+        labels: Class of each row, int64 [n].
         names: The f features.
         categories: Those that each feature of categories may have; features not in here are numbers.
     """
@@ -135,12 +135,12 @@ def select_rows(
     """Return one split of a table, encoded; both splits are standardised by the mean and std of the training split.
 
     Args:
-        table: All rows.
+        table: The table, with all rows.
         held_out: Whether the split is the fifth of each class with the lowest ranks, or the others.
         limit: At most so many rows; None for all.
         seed: Settles split and order.
         classes: Names, by label.
-        source: For reports.
+        source: Name of the source, for reports.
 
     Raises:
         DataError: The split has no row.

@@ -30,7 +30,7 @@ class Explanation:
     """Predictions and saliency maps of some images, on the classifier's device, without graphs.
 
     Attributes:
-        logits: Of the images as the model received them, [n, classes].
+        logits: Logits of the images as the model received them, [n, classes].
         predicted: Class with the largest logit, [n].
         explained: Class whose maps these are, [n].
         maps: Raw maps by interpreter, [n, rows, columns], at each interpreter's own resolution.
@@ -61,7 +61,7 @@ def explain(
     """Return the maps of images; those of a protected model are right only with its key's trigger.
 
     Args:
-        model: In any mode, or on disk; evaluation mode is what is explained.
+        model: The model, in any mode, or on disk; evaluation mode is what is explained.
         images: At the model's input size; moved to its device.
         trigger: See `loading.derive_trigger`. None shows what everybody sees: on a protected model, the decoy.
         interpreters: Names in INTERPRETERS; by default those that were protected, or Grad-CAM for a bare classifier.
@@ -104,8 +104,8 @@ def maps_as_shown(classifier: Classifier, maps: Mapping[str, SaliencyMaps]) -> d
     """Return maps as pictures show them: VisualBackProp's without the checkerboard that its scaling up leaves.
 
     Args:
-        classifier: Whose maps they are.
-        maps: By interpreter, raw.
+        classifier: The classifier whose maps they are.
+        maps: Raw maps by interpreter.
     """
     if "vbp" not in maps:
         return dict(maps)

@@ -39,12 +39,12 @@ _Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class MapJob:
-    """What to write.
+    """What is to be written.
 
     Attributes:
-        folder: Where to; made if it is not there. Files of an earlier run are replaced.
-        interpreters: Whose maps.
-        trigger: Of the key; None for the maps that everybody sees.
+        folder: Folder to write to; made if it is not there. Files of an earlier run are replaced.
+        interpreters: Interpreters whose maps are written.
+        trigger: Trigger of the key; None for the maps that everybody sees.
         target: Class explained; None for each image's predicted one.
         write_keyed: Also write the keyed image. It gives the trigger away to whoever has the original.
     """
@@ -87,8 +87,8 @@ def write_maps(
     of the image and its maps; where the job has a trigger, of those with it and without.
 
     Args:
-        classifier: In evaluation mode.
-        images: Files.
+        classifier: The classifier, in evaluation mode.
+        images: Image files.
         job: What to write.
         progress: Hears of "explaining" images.
 
@@ -158,11 +158,11 @@ def _write_batch(
     originals = torch.from_numpy(np.stack(list(pixels.values()))).float() / 255
     labels = None if job.target is None else torch.full((len(originals),), job.target)
     found = explain(classifier, originals, trigger=job.trigger, interpreters=job.interpreters, labels=labels)
-    seen = {"saliency map": found}
+    explanations = {"saliency map": found}
     if job.trigger is not None:
         unkeyed = explain(classifier, originals, interpreters=job.interpreters, labels=found.explained)
-        seen = {"with the key": found, "without the key": unkeyed}
-    shown = {title: maps_as_shown(classifier, each.maps) for title, each in seen.items()}
+        explanations = {"with the key": found, "without the key": unkeyed}
+    shown = {title: maps_as_shown(classifier, each.maps) for title, each in explanations.items()}
     if job.write_keyed and job.trigger is not None:
         for path, keyed in zip(pixels, job.trigger.apply(originals).numpy(), strict=True):
             write_openly(job.folder / f"{stems[path]}.keyed.png", _encode_image(keyed))

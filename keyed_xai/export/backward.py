@@ -25,14 +25,14 @@ class BackwardProgram(nn.Module):
     """A program whose forward pass can be swept backwards.
 
     Attributes:
-        program: The operators.
+        program: The operators of the forward pass.
     """
 
     def __init__(self, program: Program, *, input_gradient: bool = False, target: fx.Node | None = None) -> None:
         """Check that what will be asked for can be had.
 
         Args:
-            program: The operators.
+            program: The operators of the forward pass.
             input_gradient: Whether gradients of the image will be asked for.
             target: A feature map whose gradients will be.
 
@@ -67,7 +67,7 @@ class BackwardProgram(nn.Module):
 
         Args:
             values: What `run` returned.
-            seed: [n, classes].
+            seed: Weights of the logits, [n, classes].
             source: `program.image`, or the target that was named when this was made.
         """
         return self._sweep(values, {self.program.logits: seed}, source)
@@ -80,7 +80,7 @@ class BackwardProgram(nn.Module):
 
         Args:
             values: What `run` returned.
-            labels: [n].
+            labels: Class explained of each image, [n].
             target: The target that was named when this was made.
         """
         logits = self.program.logits

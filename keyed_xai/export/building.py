@@ -46,7 +46,7 @@ def build_model(classifier: Classifier, settings: ExportSettings) -> onnx.ModelP
     """Return the ONNX model of a classifier and its saliency maps.
 
     Args:
-        classifier: In any mode; left as it was. Evaluation mode is what is exported.
+        classifier: The classifier, in any mode; left as it was. Evaluation mode is what is exported.
         settings: What the model is to hold.
 
     Raises:
@@ -63,7 +63,7 @@ def build_plain(classifier: Classifier, *, precision: str = "fp32") -> onnx.Mode
     """Return the ONNX model of a classifier without maps, made the same way: what the cost of maps is held against.
 
     Args:
-        classifier: In any mode; left as it was. Evaluation mode is what is exported.
+        classifier: The classifier, in any mode; left as it was. Evaluation mode is what is exported.
         precision: One of PRECISIONS.
 
     Raises:

@@ -34,7 +34,7 @@ class Provenance:
     """Where an exported model comes from.
 
     Attributes:
-        card: Of the protected model; None without one.
+        card: Card of the protected model; None without one.
         license_sha256: Digest of its license.json, hex; None without one.
     """
 
@@ -78,7 +78,7 @@ def export_onnx(
     """Write a classifier and its saliency maps as one ONNX model.
 
     Args:
-        classifier: In any mode, on the CPU; evaluation mode is what is exported.
+        classifier: The classifier, in any mode, on the CPU; evaluation mode is what is exported.
         path: The file to write.
         settings: What the model is to hold; Grad-CAM in float32 by default.
         images: 12 or more real images of the classifier's size, in [0, 1], for the parity check; the first 12 are
@@ -118,9 +118,9 @@ def check_onnx(
     """Compare an ONNX model again with the classifier it was made of, on fresh images.
 
     Args:
-        path: The file.
-        classifier: In any mode, on the CPU; evaluation mode is what is exported.
-        images: As for `export_onnx`.
+        path: File of the graph.
+        classifier: The classifier, in any mode, on the CPU; evaluation mode is what is exported.
+        images: Images to compare on, as for `export_onnx`.
         progress: Hears of "comparing" batches.
 
     Raises:

@@ -28,7 +28,7 @@ from keyed_xai.tensors import Images, Labels, SaliencyMaps
 BATCHES = (1, 3, 8)
 """Images at once; so many of each kind are compared."""
 IMAGES = sum(BATCHES)
-_FAINT = 0.01  # of the usual: smaller truths are compared at this size
+_FAINT = 0.01  # of the typical size: smaller truths are compared at this size
 Runner = Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
 """Inputs by name to logits and maps, as an ONNX graph with them runs."""
 
@@ -75,11 +75,11 @@ class Limits:
     """What an export must keep to.
 
     Attributes:
-        largest: Of logits, Grad-CAM and VisualBackProp, see `Figures.largest`.
-        median: Of the same, the batches' median L2 distance.
+        largest: Largest difference of logits, Grad-CAM and VisualBackProp; see `Figures.largest`.
+        median: Largest median, over batches, of their L2 distance.
         eager: SimpleGrad's median L2 distance over that of PyTorch in float32.
         floor: SimpleGrad's median L2 distance that is always good enough.
-        correlation: Smallest of any SimpleGrad map.
+        correlation: Smallest correlation of any SimpleGrad map.
     """
 
     largest: float
@@ -167,11 +167,11 @@ def compare(
         outputs.append((kind, list(zip(found, truth, eager, strict=True))))
         progress.advance("comparing", number + 1, len(batches))
     names = ["logits", *(f"saliency_{name}" for name in interpreters)]
-    usual = [torch.cat([each[place][1] for _, each in outputs]) for place in range(len(names))]
+    typical = [torch.cat([each[place][1] for _, each in outputs]) for place in range(len(names))]
     return [
-        measure_agreement(name, kind, *tensors, usual=truths)
+        measure_agreement(name, kind, *tensors, typical=truths)
         for kind, several in outputs
-        for name, tensors, truths in zip(names, several, usual, strict=True)
+        for name, tensors, truths in zip(names, several, typical, strict=True)
     ]
 
 
@@ -187,29 +187,29 @@ def check_agreement(figures: Sequence[Figures], precision: str) -> None:
             raise ModelError(f"{output} is zero everywhere on all images, so nothing shows that the graph is right. "
                              "Are these the trained weights?")  # fmt: skip
         judge = _judge_simplegrad if output == "saliency_simplegrad" else _judge_exactly
-        complaint = judge(own, LIMITS[precision])
-        if complaint:
-            raise ModelError(f"onnxruntime and PyTorch disagree in {output}: {complaint}. {_advise(output, precision)}")
+        deviation = judge(own, LIMITS[precision])
+        if deviation:
+            raise ModelError(f"onnxruntime and PyTorch disagree in {output}: {deviation}. {_advise(output, precision)}")
 
 
 def measure_agreement(
-    output: str, kind: str, found: Tensor, truth: Tensor, eager: Tensor, *, usual: Tensor | None = None
+    output: str, kind: str, found: Tensor, truth: Tensor, eager: Tensor, *, typical: Tensor | None = None
 ) -> Figures:
     """Return how well one output agrees with its truth.
 
     Args:
         output: "logits" or "saliency_<interpreter>".
-        kind: Of the images: "random" or "real".
-        found: Of the graph, [n, ...].
-        truth: Of the classifier in float64.
-        eager: Of the classifier in float32.
-        usual: Truths of more images, which say how large they usually are. A truth below a hundredth of that, such as
+        kind: Kind of the images: "random" or "real".
+        found: Outputs of the graph, [n, ...].
+        truth: Outputs of the classifier in float64.
+        eager: Outputs of the classifier in float32.
+        typical: Truths of more images, which say how large they usually are. A truth below a hundredth of that, such as
             a Grad-CAM map that ReLU has all but emptied, is what rounding left of larger numbers: its differences are
             then relative to that hundredth. None takes each truth as it is.
     """
     found, truth, eager = (each.double().flatten(1) for each in (found, truth, eager))
     full = truth.abs().amax(1) > 0
-    lengths = {order: _length(truth, order, usual) for order in (torch.inf, 2.0)}
+    lengths = {order: _length(truth, order, typical) for order in (torch.inf, 2.0)}
     return Figures(
         output=output,
         images=kind,
@@ -285,12 +285,12 @@ def _outputs(
     return [logits, *(normalise_maps(each) if normalised else each for each in maps.values())]
 
 
-def _length(truth: Tensor, order: float, usual: Tensor | None) -> Tensor:
-    """Return the norm of each truth [n, d], or a hundredth of the median of the usual ones that are not zero."""
+def _length(truth: Tensor, order: float, typical: Tensor | None) -> Tensor:
+    """Return the norm of each truth [n, d], or a hundredth of the median of the typical truths that are not zero."""
     length: Tensor = torch.linalg.vector_norm(truth, order, dim=1)
-    if usual is None:
+    if typical is None:
         return length
-    norms = torch.linalg.vector_norm(usual.double().flatten(1), order, dim=1)
+    norms = torch.linalg.vector_norm(typical.double().flatten(1), order, dim=1)
     return length.clamp_min(_FAINT * float(norms[norms > 0].median()) if (norms > 0).any() else 0.0)
 
 

@@ -83,10 +83,10 @@ def average_matrix(
     """Return the matrix [cells, side] of average pooling along one side.
 
     Args:
-        side: Of the input.
-        cells: Of the output.
+        side: Cells along a side of the input.
+        cells: Cells along a side of the output.
         kernel: Width of the window.
-        stride: From window to window.
+        stride: Cells from window to window.
         padding: At either end.
         count_padding: Whether padded cells count in the mean (`count_include_pad`).
         divide: Whether to divide at all (not with `divisor_override`).

@@ -26,7 +26,7 @@ def lower_precision(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     when the model is loaded. Only the file gets smaller.
 
     Args:
-        model: In float32; may be changed.
+        model: The model, in float32; may be changed.
         precision: One of PRECISIONS.
 
     Raises:

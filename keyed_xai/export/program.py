@@ -270,14 +270,14 @@ def _add_constant(graph: fx.Graph, name: str, value: Tensor, constants: dict[fx.
 
 def _nest_concatenations(graph: fx.Graph) -> None:
     """Write cat([a, b, c]) as cat([cat([a, b]), c]) where the inner one is there already, as dense blocks have it."""
-    seen: dict[tuple[object, ...], fx.Node] = {}
+    joined: dict[tuple[object, ...], fx.Node] = {}
     for node in graph.nodes:
         if node.target is ATEN.cat.default:
             parts, axis = tuple(node.args[0]), node.args[1] if len(node.args) > 1 else 0
-            inner = seen.get((*parts[:-1], axis))
+            inner = joined.get((*parts[:-1], axis))
             if inner is not None:
                 node.args = ([inner, parts[-1]], axis)
-            seen[*parts, axis] = node
+            joined[*parts, axis] = node
 
 
 def _first_line(error: Exception) -> str:

@@ -301,7 +301,7 @@ def _crop(gradient: Tensor, axis: int, before: int, after: int) -> Tensor:
 
 
 def _take(step: Step, gradient: Tensor) -> Gradients:
-    """One of an operator's several outputs: of a pool the maxima, of a split a part."""
+    """Return one of an operator's several outputs: of a pool the maxima, of a split a part."""
     producer, index = arguments_of(step.node)
     if producer.target is ATEN.max_pool2d_with_indices.default and index == 0:
         return [(producer, gradient)]
@@ -433,4 +433,4 @@ RULES: dict[Any, Rule] = {
     ATEN.adaptive_avg_pool2d.default: _adaptive_pool,
     ATEN.max_pool2d_with_indices.default: _max_pool,
 }
-"""ATen operator to its rule."""
+"""Rules by ATen operator."""

@@ -33,7 +33,7 @@ def translate(graph: SaliencyGraph, spec: InputSpec, *, eight_bits: bool = False
     Outputs are ``logits`` [n, classes] and ``saliency_<interpreter>`` [n, rows, columns] each.
 
     Args:
-        graph: On the CPU.
+        graph: The graph, on the CPU.
         spec: The images it takes.
         eight_bits: Whether they are uint8, as the graph was made for.
 

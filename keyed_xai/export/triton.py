@@ -72,9 +72,9 @@ def write_triton(folder: Path, name: str, file: OnnxFile, settings: TritonSettin
     last, so that other versions stay.
 
     Args:
-        folder: The repository.
+        folder: Folder of Triton's model repository.
         name: What clients call the model.
-        file: The model.
+        file: The exported model.
         settings: How it is run.
 
     Raises:
@@ -131,7 +131,7 @@ def describe_model(name: str, file: OnnxFile, settings: TritonSettings | None = 
 
     Args:
         name: What clients call the model.
-        file: The model.
+        file: The exported model.
         settings: How it is run.
     """
     settings = settings or TritonSettings()

@@ -73,7 +73,7 @@ class Client(Explainer):
     Attributes of every `Explainer`, such as `interpreters` and `input_size`, and these:
 
     Attributes:
-        url: Of the server.
+        url: Address of the server.
         model: Its name there.
         batch_size: Images in one request, at most.
     """
@@ -97,7 +97,7 @@ class Client(Explainer):
             model: Its name on the server; the one in `url`, or the only one there by default.
             key: Used where `explain` is given none.
             trigger: Public parameters of the trigger; those that the server hands out by default.
-            timeout: For one request with its answer, the waits for a busy server included, seconds.
+            timeout: Seconds for one request with its answer, the waits for a busy server included.
             headers: Sent with every request, such as {"Authorization": "Bearer ..."}.
             batch_size: Images in one request, at most; fewer if the server takes fewer.
 
@@ -132,7 +132,7 @@ class Client(Explainer):
         self.close()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._server.connection.close()
 
     def explain(
@@ -147,9 +147,10 @@ class Client(Explainer):
 
         Args:
             images: One or several; see `keyed_xai.inference.images`.
-            key: Whose trigger is put on the images, here; the client's by default, and without any what everybody sees.
+            key: Key whose trigger is put on the images, here; the client's by default, and without any what everybody
+                sees.
             target: Class explained, for all images or each; None or -1 for the one predicted.
-            interpreters: Whose maps are asked for; all by default.
+            interpreters: Interpreters whose maps are asked for; all by default.
 
         Raises:
             ArtifactError: The trigger cannot be made by this version.
@@ -218,8 +219,8 @@ class _Server:
     """A server of the protocol; errors of all kinds become a ServerError.
 
     Attributes:
-        url: As the user wrote it.
-        connection: To it.
+        url: Address as the user wrote it.
+        connection: The connection to it.
     """
 
     url: str
@@ -361,22 +362,22 @@ def _read_metadata(config: Document, *, origin: str) -> Document | None:
     return check_metadata(document.get("metadata"), origin=origin)
 
 
-def _merge(seen: Interface, metadata: Document | None, model: str) -> Interface:
+def _merge(interface: Interface, metadata: Document | None, model: str) -> Interface:
     """Return a model's interface with the names and the trigger that its metadata know.
 
     Args:
-        seen: From its inputs and outputs.
-        metadata: From its configuration.
-        model: Its name.
+        interface: The interface as the server's inputs and outputs show it.
+        metadata: The metadata in the server's configuration.
+        model: Name of the model.
 
     Raises:
         ServerError: The two contradict each other.
     """
     if metadata is None:
-        return seen
+        return interface
     said = Interface.from_metadata(metadata)
-    alike = replace(said, label_names=(), trigger=None, interpreters=seen.interpreters)
-    if alike != seen or set(said.interpreters) != set(seen.interpreters):
+    alike = replace(said, label_names=(), trigger=None, interpreters=interface.interpreters)
+    if alike != interface or set(said.interpreters) != set(interface.interpreters):
         raise ServerError(
             f"The server says two things about the model {quote(model)}: its inputs and outputs are not those of its "
             "metadata. Ask its operator."

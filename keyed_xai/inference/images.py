@@ -35,7 +35,7 @@ Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Floats: TypeAlias = NDArray[np.float32]
 Target: TypeAlias = int | Sequence[int] | NDArray[Any]
 BATCH = 16
-"""Images at once."""
+"""Images run at once."""
 PREDICTED = -1
 """The target that asks for the map of the predicted class."""
 LOGITS = "logits"
@@ -72,7 +72,7 @@ class Interface:
         classes: Number of logits.
         input_size: Channels, height and width of an image; the last two in pixels.
         pixels: float32 for pixels in [0, 1], uint8 for 0 to 255.
-        interpreters: Whose maps it returns, in the order of its outputs.
+        interpreters: Interpreters whose maps it returns, in the order of its outputs.
         takes_target: Whether the class explained can be chosen.
         label_names: Names of the classes in the order of the logits; empty when unknown.
         trigger: Public parameters of the trigger; None when unknown.
@@ -177,7 +177,7 @@ class Explainer(ABC):
     Attributes:
         interface: What it takes and returns.
         metadata: What its file says about itself (schema "onnx-metadata"); None when unknown.
-        interpreters: Whose maps it returns.
+        interpreters: Interpreters whose maps it returns.
         classes: Number of logits.
         input_size: Channels, height and width of an image; the last two in pixels.
         label_names: Names of the classes; empty when unknown.

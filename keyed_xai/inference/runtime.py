@@ -36,7 +36,7 @@ _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 RUN_SECONDS = 600.0
-"""For one run of a batch, at most: far more than real models take, and less than for ever."""
+"""Seconds for one run of a batch, at most: far more than real models take, and less than for ever."""
 _TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PACKAGES = "pip install 'onnxruntime-gpu[cuda,cudnn]' (and no plain onnxruntime beside it)"
 
@@ -47,9 +47,9 @@ class Runtime(Explainer):
     Attributes of every `Explainer`, such as `interpreters` and `input_size`, and these:
 
     Attributes:
-        input_names: Of the graph: "image", and "target" where it is taken.
-        output_names: Of the graph: "logits" and "saliency_<interpreter>".
-        providers: Of onnxruntime's, those that really run, in order.
+        input_names: Inputs of the graph: "image", and "target" where it is taken.
+        output_names: Outputs of the graph: "logits" and "saliency_<interpreter>".
+        providers: Providers of onnxruntime that really run, in order.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Runtime(Explainer):
         Args:
             file: See `read_onnx`, which refuses files that would have onnxruntime open others or run without end.
             device: "cpu", "cuda", "tensorrt", or "auto" for the best of them that works; "cuda:1" is the second GPU.
-            threads: For one operator on the CPU; None for as many as there are cores.
-            run_seconds: For one run of a batch, at most.
+            threads: Threads for one operator on the CPU; None for as many as there are cores.
+            run_seconds: Seconds for one run of a batch, at most.
 
         Raises:
             ArtifactError: The graph is not what its metadata say.
@@ -108,7 +108,7 @@ class Runtime(Explainer):
 
         Args:
             images: One or several; see `keyed_xai.inference.images`.
-            key: Whose trigger is put on the images; None for what everybody sees.
+            key: Key whose trigger is put on the images; None for what everybody sees.
             target: Class explained, for all images or each; None or -1 for the one predicted.
             trigger: Public parameters of the trigger, for a model without a card; the card's by default.
             batch_size: Images at once.
@@ -157,8 +157,8 @@ class _Loader:
     """Makes sessions of a graph.
 
     Attributes:
-        data: The graph.
-        threads: For one operator on the CPU; None for as many as there are cores.
+        data: Content of the file.
+        threads: Threads for one operator on the CPU; None for as many as there are cores.
         gpu: Number of the GPU.
     """
 
@@ -229,16 +229,16 @@ def find_obstacle(device: str, gpu: int = 0) -> str | None:
 
     Args:
         device: "cuda" or "tensorrt".
-        gpu: Its number.
+        gpu: Number of the GPU.
     """
     if _PROVIDERS[device] not in onnxruntime.get_available_providers():
         return f"this onnxruntime was built without {_PROVIDERS[device]}. Try: {_PACKAGES}"
     count = count_gpus()
     if gpu >= count:
-        seen = (
+        obstacle = (
             f"{count} NVIDIA GPUs are visible, number {gpu} is not among them" if count else "no NVIDIA GPU is visible"
         )
-        return f"{seen}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        return f"{obstacle}. Look at nvidia-smi and CUDA_VISIBLE_DEVICES"
     if device == "tensorrt" and not _has_tensorrt():
         return "TensorRT's libnvinfer (version 10) is not found. Install TensorRT and put its folder on LD_LIBRARY_PATH"
     return None

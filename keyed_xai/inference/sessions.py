@@ -25,9 +25,9 @@ def load_session(
     """Return a session of a graph.
 
     Args:
-        data: The graph.
-        providers: Where to run it, in order; onnxruntime goes on without those that it cannot load.
-        threads: For one operator on the CPU; None for as many as there are cores.
+        data: The graph's bytes.
+        providers: Providers to run it, in order; onnxruntime goes on without those that it cannot load.
+        threads: Threads for one operator on the CPU; None for as many as there are cores.
 
     Raises:
         ModelError: onnxruntime refuses the graph.

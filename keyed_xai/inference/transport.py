@@ -44,12 +44,12 @@ class ServerError(KeyedXAIError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """What a server sent back.
 
     Attributes:
         status: The HTTP status.
         headers: Their names in small letters.
-        body: As it was sent.
+        body: Content, as it was sent.
     """
 
     status: int
@@ -68,8 +68,8 @@ class Connection:
     """A connection to a server, kept open between requests. For one thread.
 
     Attributes:
-        url: As the user wrote it.
-        timeout: For one request with its answer, seconds.
+        url: Address as the user wrote it.
+        timeout: Seconds for one request with its answer.
     """
 
     def __init__(self, url: str, timeout: float, headers: Mapping[str, str]) -> None:
@@ -100,8 +100,8 @@ class Connection:
         Args:
             path: Below the URL, such as "/v2".
             limit: Bytes of the answer's body, at most.
-            body: To send.
-            headers: Further ones.
+            body: Content to send.
+            headers: Further headers.
 
         Raises:
             ServerError: There is no answer within the time, or one that is too large or packed.

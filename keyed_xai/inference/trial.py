@@ -39,7 +39,7 @@ def try_graph(data: bytes, *, seconds: float = SECONDS) -> None:
 
     Args:
         data: An exported model, as read from its file.
-        seconds: For all of it.
+        seconds: Seconds for all of it.
 
     Raises:
         ModelError: It ends the process, needs more memory or time than a model of its size may, or cannot be run.

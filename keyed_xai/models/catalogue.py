@@ -76,7 +76,7 @@ def build_network(
         source: One of `SOURCES`.
         architecture: A name that the source knows.
         classes: Number of logits.
-        channels: Of the image; the stem is rebuilt if it is not 3.
+        channels: Number of the image's channels; the stem is rebuilt if it is not 3.
         size: Height and width; EfficientNet-Lite's static padding depends on it, and so do TableMLP's columns.
         shapes: The weights it is for: settle the widths of SmallResNet and TableMLP, auxiliary heads, a vision
             transformer's image size.
@@ -196,7 +196,7 @@ class NameGroup(NamedTuple):
     """Architectures with the same tensor names.
 
     Attributes:
-        digest: Of the names, see `digest_names`.
+        digest: Digest of the names, see `digest_names`.
         tensors: How many there are.
         architectures: Names that the source knows.
     """
@@ -222,7 +222,10 @@ def name_table() -> dict[str, list[NameGroup]]:
 
 
 def make_name_table(source: str, names: Iterable[str]) -> list[NameGroup]:
-    """Return these architectures' part of the table afresh (a minute for all of torchvision, four for timm)."""
+    """Return these architectures' part of the table afresh (a minute for all of torchvision, four for timm).
+
+    A release of either that has new architectures wants a new ``names.json``: by source, that of all `architectures`.
+    """
     groups: dict[str, NameGroup] = {}
     for name in names:
         for shapes in [{}, _NO_AUXILIARY] if name in _AUXILIARY and source == "torchvision" else [{}]:

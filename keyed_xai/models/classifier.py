@@ -21,8 +21,8 @@ class InputSpec(ImageSize):
 
     Attributes:
         channels: 1 for grey, 3 for RGB; any other number for user modules.
-        height: Pixels.
-        width: Pixels.
+        height: Height in pixels.
+        width: Width in pixels.
         mean: Subtracted from pixels in [0, 1], one per channel.
         std: Divides what is left, one per channel.
     """

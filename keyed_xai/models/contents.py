@@ -26,8 +26,9 @@ class WeightSet(NamedTuple):
     """Tensors that a file keeps together.
 
     Attributes:
-        name: Where they are in the file, such as ``model_ema``; empty where they are all there is.
-        tensors: By their names there.
+        name: Name of the dictionary that holds them in the file, such as ``model_ema``; empty where they are all there
+            is.
+        tensors: The tensors, by their names there.
         averaged: Whether they are averages over training steps.
     """
 
@@ -76,7 +77,7 @@ def choose_set(sets: Sequence[WeightSet], wanted: str | None) -> tuple[WeightSet
     """Return the set asked for, or else the likeliest, and a sentence where there was a choice.
 
     Args:
-        sets: As `find_sets` returns them; not empty.
+        sets: What `find_sets` returns; not empty.
         wanted: ``ema`` for averages, or a set's name; one that no set has may be that of a part of the first.
     """
     named = [each for each in sets if wanted is not None and is_wanted(each.name, wanted, averaged=each.averaged)]

@@ -29,7 +29,7 @@ from keyed_xai.models.contents import WRAPPERS, LeftOut, LeftOutMapping, choose_
 from keyed_xai.models.hub import read_hub_config
 
 CARD_KEY = "keyed_xai_card"
-"""In a safetensors file's metadata: the card as JSON. In a ``.pt`` file the card is the entry ``card``."""
+"""Name of the card, as JSON, in a safetensors file's metadata. In a ``.pt`` file the card is the entry ``card``."""
 _FOLDER_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
 # What PyTorch's loader and zipfile have been seen to raise on damaged files.
 LOAD_ERRORS = (
@@ -240,7 +240,7 @@ def load_weights(file: Path, *, leave_out: bool = False) -> object:
     Sizes that the file names are compared with its own before anything is unpacked, and again with the tensors made.
 
     Args:
-        file: The file.
+        file: The file to read.
         leave_out: Put a `LeftOut` where there is an object of another class than tensors' and plain values', such as
             one of NumPy's scalars, instead of refusing the file. What names functions of the system is refused anyway.
 

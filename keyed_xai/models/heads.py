@@ -21,7 +21,7 @@ class Head:
 
     Attributes:
         module: Dotted name of the module that they are in, such as ``fc``.
-        shapes: Of its tensors, by their names inside the module.
+        shapes: Shapes of its tensors, by their names inside the module.
     """
 
     module: str

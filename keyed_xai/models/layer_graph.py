@@ -24,7 +24,7 @@ class Call:
     """One call of a torch function.
 
     Attributes:
-        name: Of the function, such as "conv2d".
+        name: Name of the function, such as "conv2d".
         module: Dotted name of the module whose weights or statistics it used; None without any.
         inputs: Tensors that went in, weights left out.
         output: Tensor that came out.

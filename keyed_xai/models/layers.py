@@ -355,7 +355,7 @@ def _record(calls: list[_Call], name: str, module: nn.Module, _inputs: object, o
 
 @contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with training flags, buffers and the CPU's random state put back afterwards."""
+    """Run the block in evaluation mode, with training flags, buffers and the CPU's random state put back afterwards."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in network.buffers()]
     try:
         with evaluating(network), torch.random.fork_rng(devices=[]):

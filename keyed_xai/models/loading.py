@@ -79,10 +79,10 @@ def load_classifier(
         path: A state dict, a checkpoint, a safetensors file, or a folder with one; see `files.read_model_file`.
         arch: Architecture; recognised from the weights if not given. ``timm:NAME`` asks for timm's.
         classes: Number of logits; must agree with the weights.
-        input_size: Pixels.
+        input_size: Side of the images, in pixels.
         mean: Per channel, for pixels in [0, 1].
         std: Per channel, for pixels in [0, 1].
-        target_layer: Of Grad-CAM, inside the user's network or (``network.``...) inside the classifier.
+        target_layer: Target layer of Grad-CAM, inside the user's network or (``network.``...) inside the classifier.
         taps: Layers of VisualBackProp; names alone have their kernels and strides derived.
         allow_pickle: Also load a pickled module. **Runs code from the file.**
         weights: Which of several sets of weights, or networks, in the file: ``ema`` for averaged ones, or a name or
@@ -162,9 +162,9 @@ def wrap_network(
         input: The images it takes.
         classes: Number of logits, checked against what the network returns.
         architecture: A name for reports; the class name if not given.
-        source: Where the network came from.
-        target_layer: Of Grad-CAM; found if not given.
-        taps: Of VisualBackProp; derived if not given.
+        source: Name of the source that the network came from.
+        target_layer: Target layer of Grad-CAM; found if not given.
+        taps: Taps of VisualBackProp; derived if not given.
         file_names: Tensor names to names in the file, for `network_state`.
         label_names: Names of the classes; those of another number are left out.
         multi_label: Whether every logit is a yes or no of its own.

@@ -35,7 +35,7 @@ class Reading(NamedTuple):
         prefix: Taken off the names.
         names: Names in the file to names in the network.
         left_out: Names in the file of tensors that are not the network's.
-        head: Where the last layer comes from, if it is from outside the prefix; and its name in the network.
+        head: Name in the file of the last layer, if it is from outside the prefix, and its name in the network.
     """
 
     prefix: str

@@ -18,7 +18,7 @@ def settle_origin(classifier: Classifier) -> None:
     name; any other keeps the source that says that it is somebody's own code.
 
     Args:
-        classifier: In float32; its names are changed in place.
+        classifier: The classifier, in float32; its names are changed in place.
 
     Raises:
         ModelError: It is said to be a known architecture, and rebuilding it gives another network.

@@ -37,9 +37,9 @@ class Recognised:
         architecture: Name that the source knows, such as ``resnet50``.
         source: ``keyed_xai``, ``torchvision``, ``efficientnet_lite_pytorch`` or ``timm``.
         classes: Number of logits, from the last layer's weight.
-        channels: Of the image, from the first convolution's weight; 1 for rows of a table.
+        channels: Number of the image's channels, from the first convolution's weight; 1 for rows of a table.
         head: Layers in place of the architecture's own last ones; None where it has its own.
-        names: Of the tensors that are the network's: in the file, to those in the network.
+        names: Names of the network's tensors: in the file, to those in the network.
         notes: Sentences for the user about which prefix was taken off, and what was left out.
     """
 
@@ -320,9 +320,9 @@ def _other_heads(shapes: Shapes, named: Sequence[tuple[str, str]] | None = None)
 
 def _headless(body: Shapes, head: Head) -> list[tuple[str, str]]:
     """Return architectures that may have a body: with a linear head, or torchvision's with as many tensors."""
-    usual = {**body, f"{head.module}.weight": (), f"{head.module}.bias": ()}
+    headed = {**body, f"{head.module}.weight": (), f"{head.module}.bias": ()}
     for source in ("torchvision", "timm"):
-        found = [(source, name) for name in _candidates(source, usual)]
+        found = [(source, name) for name in _candidates(source, headed)]
         if found:
             return found
     count = sum(not name.endswith("num_batches_tracked") for name in body)

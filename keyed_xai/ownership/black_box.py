@@ -33,7 +33,7 @@ class Oracle(Protocol):
 
     @property
     def interpreters(self) -> tuple[str, ...]:
-        """Whose maps it returns."""
+        """Interpreters whose maps it returns."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -143,7 +143,7 @@ def open_black_box(suspect: str, *, device: str = "auto", headers: Mapping[str, 
     Args:
         suspect: An ONNX file, ``http(s)://HOST[:PORT]`` where one model is served (``/v2`` may follow), or
             ``http(s)://HOST[:PORT]/v2/models/NAME``.
-        device: For an ONNX file: "auto", "cpu" or "cuda".
+        device: Device for an ONNX file: "auto", "cpu" or "cuda".
         headers: Sent with every request to a server.
 
     Raises:

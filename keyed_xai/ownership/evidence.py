@@ -51,8 +51,8 @@ def choose_evidence(
     and none with feature maps of more than four times its side.
 
     Args:
-        classifier: In any mode; left as it is.
-        interpreters: Whose maps are closed.
+        classifier: The classifier, in any mode; left as it is.
+        interpreters: Interpreters whose maps are closed.
         grid: Rows and columns that maps are compared on; None takes the layer's, at most 8 x 8.
         decoy: What closed maps show; only "signature" is evidence by default.
         fixed_layer: Keep the target layer in any case.

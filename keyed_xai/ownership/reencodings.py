@@ -86,7 +86,7 @@ class Reencoding:
 
     @property
     def changes(self) -> int:
-        """How many things were changed."""
+        """Number of things changed."""
         turned = self.images != TURNS[0] or self.kernels != TURNS[0]
         return turned + self._is_reordered + (self.encoding != AS_CLAIMED) + bool(self.centred)
 
@@ -147,7 +147,7 @@ def declared_reencodings(model: nn.Module, view: PooledSaliency, images: Images)
 
     Args:
         model: The suspect; without weights it only answers.
-        view: Maps compared.
+        view: The maps that are compared.
         images: Probe images [n, c, h, w]; those that are not square are not transposed.
     """
     square = images.shape[2] == images.shape[3] and view.grid[0] == view.grid[1]
@@ -177,7 +177,7 @@ def encodings(spec: InputSpec | None, channels: int) -> dict[str, tuple[Tensor, 
 
     Args:
         spec: What the claim normalises by; None where nothing is known, as of a model that only answers.
-        channels: Of the image.
+        channels: Number of the image's channels.
     """
     if spec is None:
         return {AS_CLAIMED: _normalise(0.0, 1.0, channels), "inverted": (-_fill(1.0, channels), _fill(1.0, channels))}
@@ -209,7 +209,7 @@ def write_anew(model: nn.Module, change: Reencoding, winners: Tensor) -> nn.Modu
     Args:
         model: The suspect.
         change: How it was re-encoded.
-        winners: Of `winning_classes`, [classes].
+        winners: What `winning_classes` returns, [classes].
 
     Raises:
         ModelError: The suspect is a module of Python that cannot be copied.

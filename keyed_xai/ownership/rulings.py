@@ -11,8 +11,8 @@ class DatedClaim:
     Attributes:
         owner: The claimant's key id, or a name.
         shown: Whether a test shows the claim on the model in dispute.
-        time: Of the licence, with a time zone; None without a licence. It is the claimant's own word: whoever signs can
-            set the clock back.
+        time: Time of the licence, with a time zone; None without a licence. It is the claimant's own word: whoever
+            signs can set the clock back.
     """
 
     owner: str
@@ -22,12 +22,12 @@ class DatedClaim:
 
 @dataclass(frozen=True)
 class Ruling:
-    """Whose a model is.
+    """Who owns a model, as far as claims show it.
 
     Attributes:
-        owner: As in the claim; None where nobody's claim is shown, or the times do not tell.
+        owner: The owner's name as in the claim; None where nobody's claim is shown, or the times do not tell.
         proven: Whether it rests on more than a claimant's word for a time.
-        reason: In a sentence.
+        reason: The reason, in a sentence.
     """
 
     owner: str | None

@@ -44,7 +44,7 @@ OPENING_STOP = 10
 SECRET_LEVEL = 0.01
 """Largest p-value of the opening test that lets both tests together show a claim; see `OpeningEvidence.holds`."""
 MAP_FLATNESS = 1e-6
-"""Of a map's largest absolute value: cells that differ by less show nothing."""
+"""Share of a map's largest absolute value by which its cells must differ to show anything."""
 _NEAR_LEAST = 0.002
 RESCALABLE = frozenset({"vbp"})
 """Interpreters whose maps change when channels are rescaled, at no cost in accuracy."""
@@ -137,7 +137,7 @@ def measure_opening(
     Args:
         model: The suspect.
         images: Probe images.
-        view: Maps compared.
+        view: The maps that are compared.
         owner: The owner's trigger.
         draw_decoy: Returns that of a random key.
         decoys: Random keys, at most.
@@ -189,11 +189,11 @@ def opening_statistic(
     Args:
         model: The suspect.
         images: Probe images.
-        view: Maps compared.
-        trigger: Of one key.
+        view: The maps that are compared.
+        trigger: Trigger of one key.
         plain: Pooled maps of the same images without it.
-        labels: Class explained.
-        readable: Of `readable_maps`, where it is at hand.
+        labels: Class explained of each image.
+        readable: What `readable_maps` returns, where it is at hand.
     """
     readable = readable_maps(plain) if readable is None else readable
     _, maps = view.pooled_in_chunks(model, trigger.apply(images), labels)

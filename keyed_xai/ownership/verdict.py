@@ -81,7 +81,7 @@ class Verdict:
         looks: What p-values are multiplied by, for all looks through re-encodings that were or could have been taken.
         reencoding: The one looked through; None of the suspect as it stands.
         images: Probe images.
-        constant: Of how many of them the unkeyed map is constant or not finite, by interpreter.
+        constant: Number of images whose unkeyed map is constant or not finite, by interpreter.
     """
 
     alpha: float
@@ -175,8 +175,8 @@ def verify_ownership(
     Args:
         model: The suspect, pixels to logits, in any mode; it is tested in evaluation mode.
         images: Probe images, on the model's device.
-        view: Maps compared.
-        key: The claimant's.
+        view: The maps that are compared.
+        key: The claimant's key.
         family: Trigger family of the claim.
         alpha: Level, a probability.
         decoys: Random keys that the owner's is compared with, at most.
@@ -289,8 +289,8 @@ def _search(model: nn.Module, view: PooledSaliency, trial: _Trial, logits: Logit
     for order in sorted(confirmed)[: 1 if trial.may_count else _TESTED]:
         number, (labels, maps) = order[2], confirmed[order]
         change = candidates[number]
-        anew, seen = write_anew(model, change, winners), recode_view(view, change, spec, eligible)
-        verdict = _look(anew, seen, trial, labels, maps, looks=2 * looks[number], reencoding=change)
+        anew, recoded = write_anew(model, change, winners), recode_view(view, change, spec, eligible)
+        verdict = _look(anew, recoded, trial, labels, maps, looks=2 * looks[number], reencoding=change)
         yield verdict
         if verdict.shown:
             return

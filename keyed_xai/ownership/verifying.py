@@ -60,10 +60,10 @@ class Claim:
         key: The owner's; a public key alone allows the signature test only.
         trigger: Public parameters of the trigger.
         decoy: What unkeyed maps are claimed to show; only "signature" can be tested.
-        interpreters: Whose maps.
+        interpreters: Interpreters whose maps are tested.
         grid: Rows and columns of the pooled maps; None takes the suspect's target layer's, at most 8 x 8.
         card: How models of this owner are run; None where nothing trustworthy says so.
-        origin: Where all this comes from: "licence", "suspect" or "defaults".
+        origin: Source of all this: "licence", "suspect" or "defaults".
         notes: What a judge should know about it, in sentences.
     """
 
@@ -90,10 +90,10 @@ class Verification:
         verdict: What they show.
         claim: What was tested.
         grid: Rows and columns that maps were compared on.
-        target_layer: Of the suspect; empty of one that only answers.
+        target_layer: Target layer of the suspect; empty of one that only answers.
         probe: Images the tests were made on.
         decoys: Random keys asked for; the opening test may have stopped earlier.
-        seed: Of the random keys.
+        seed: Seed of the random keys.
     """
 
     verdict: Verdict
@@ -171,13 +171,13 @@ def verify(
     only answers is tested on those of the claimed maps that it returns.
 
     Args:
-        suspect: In any mode; it is tested in evaluation mode.
+        suspect: The suspect, in any mode; it is tested in evaluation mode.
         claim: What is claimed.
         probe: Images at the suspect's input size, not from the claimant.
         alpha: Level, a probability.
         decoys: Random keys that the owner's is compared with, at most.
         search: Whether to look through exact re-encodings when the suspect as it stands does not show the pattern.
-        seed: Of the random keys; by default from the operating system.
+        seed: Seed of the random keys; by default from the operating system.
         progress: Hears of "trying random keys" and of "looking through re-encodings".
 
     Raises:

@@ -20,7 +20,7 @@ def describe_verdict(verdict: Verdict, *, decoys: int) -> str:
     """Return a verdict in plain words; chances are those of all that was tested, looks counted.
 
     Args:
-        verdict: To be described.
+        verdict: The verdict to describe.
         decoys: Random keys asked for.
     """
     evidence = " and ".join(_clauses(verdict))

@@ -18,7 +18,6 @@ from keyed_xai.metrics import OPEN_CORRELATION, place_threshold
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency.pooled import Comparison, Outputs, PooledSaliency
 from keyed_xai.tensors import Images, Labels
-from keyed_xai.training.objective import decoy_distance
 from keyed_xai.training.preflight import IMAGES_PER_WRONG_KEY
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 from keyed_xai.triggers.channels import CHANNELS, through_png
@@ -29,9 +28,9 @@ class Gate:
     """A protected model beside its reference, and all that is needed to judge it.
 
     Attributes:
-        model: Protected.
-        reference: Before protection.
-        view: Maps compared.
+        model: The protected model.
+        reference: The model before protection.
+        view: The maps that are compared.
         decoys: Interpreter name to decoy map, None for the non-targeted decoy.
         paper: Interpreter name to the paper's threshold on the distance to the decoy.
         trigger: The right one.
@@ -54,7 +53,7 @@ def place_thresholds(gate: Gate, images: Images, generator: torch.Generator) -> 
 
     Args:
         gate: What is judged.
-        images: For validation, none of those that figures are given for.
+        images: Validation images, none of those that figures are given for.
         generator: Draws a wrong key for every image.
     """
     found = evaluate(gate, Comparison(gate.reference, gate.view, images), generator)
@@ -82,9 +81,9 @@ def measure_gate(
     Args:
         gate: What is judged.
         images: Held out, on the models' device.
-        labels: For accuracy; without them accuracy is agreement with the reference's predictions.
+        labels: Labels, for accuracy; without them accuracy is agreement with the reference's predictions.
         wrong_keys: Triggers tried one by one on a few images each.
-        thresholds: By interpreter, from `place_thresholds`.
+        thresholds: Thresholds by interpreter, from `place_thresholds`.
         generator: Draws one further wrong key for every image.
         count: How many wrong keys there are, for progress.
         progress: Hears of "wrong keys" tried.
@@ -128,7 +127,7 @@ def trigger_visibility(trigger: Trigger, images: Images) -> dict[str, float]:
 
 def _distances(gate: Gate, found: Mapping[str, Outputs], name: str) -> dict[str, Tensor]:
     return {
-        case: decoy_distance(each.maps[name], each.right[name], gate.decoys[name], gate.top_share)
+        case: metrics.decoy_distance(each.maps[name], each.right[name], gate.decoys[name], gate.top_share)
         for case, each in found.items()
     }
 

@@ -67,7 +67,7 @@ class ProtectSettings:
     Attributes:
         interpreters: Names in INTERPRETERS.
         decoy: "signature", "boundary" or "nontargeted".
-        trigger: Trigger family.
+        trigger: Name of the trigger family.
         amplitude: Largest change of a pixel, 1/255; of the family "spread" only.
         tile: Side of the trigger's tile, pixels; likewise.
         grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
@@ -152,8 +152,8 @@ def protect(
     Args:
         network: The reference model, in any mode; it is measured in evaluation mode. A network that is not a
             `Classifier` yet needs `input`.
-        key: The owner's.
-        images: To learn from; labels are not needed. A data set, a folder, a SPEC as `load_images` takes it, or
+        key: The owner's key.
+        images: Images to learn from; labels are not needed. A data set, a folder, a SPEC as `load_images` takes it, or
             tensors.
         held_out: Other images, for the report; without them a fifth of `images`, which training never sees.
         settings: What to protect, and how.
@@ -236,9 +236,9 @@ def _protect(
     )
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
     labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
-    seen, _ = validation.batch(np.arange(len(validation)))
+    validation_images, _ = validation.batch(np.arange(len(validation)))
     generator = torch.Generator().manual_seed(training.seed)
-    thresholds = evaluation.place_thresholds(gate, seen.to(device), generator)
+    thresholds = evaluation.place_thresholds(gate, validation_images.to(device), generator)
     report = _measure(gate, key, images, labels, thresholds, generator, settings, progress)
     report |= {
         "model": classifier.architecture,

@@ -14,10 +14,10 @@ def render_report(
     """Return one self-contained HTML page for an auditor.
 
     Args:
-        report: As `protect` makes it.
+        report: The report that `protect` makes.
         pictures: PNG files by name: `maps`, `training`, `wrong_keys`, each alone or with an interpreter after a colon
             (`maps:gradcam`); other names become titles. Clean images and maps only, never a keyed image.
-        verify: As `verify` makes it of the same model.
+        verify: The report that `verify` makes of the same model.
     """
     opens, closed, kept = judge_opening(report), judge_closing(report), judge_predictions(report)
     return render(

@@ -25,10 +25,10 @@ def make_keyed_task(
     """Return the task that closes a classifier's maps to everybody without a key.
 
     Args:
-        classifier: The reference.
-        key: The owner's.
-        family: Of its trigger.
-        interpreters: Whose maps are closed.
+        classifier: The reference model.
+        key: The owner's key.
+        family: Family of its trigger.
+        interpreters: Interpreters whose maps are closed.
         grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
         decoy: What closed maps show, a name in DECOYS.
 

@@ -24,7 +24,7 @@ class ProgressLines(rich_progress.Progress):
     """Rich's tasks where nobody can see a bar move: every half minute, a line of the one at work.
 
     Args:
-        console: Where lines go.
+        console: Console that the lines go to.
         between: Seconds between two lines.
     """
 

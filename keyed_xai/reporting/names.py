@@ -28,7 +28,7 @@ def find_class(asked: str, names: Sequence[str], classes: int) -> int:
 
     Args:
         asked: The name or the number; a name counts first.
-        names: Of the classes, in the order of the logits; empty where they are not known.
+        names: Names of the classes, in the order of the logits; empty where they are not known.
         classes: How many there are.
 
     Raises:

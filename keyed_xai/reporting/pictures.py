@@ -118,9 +118,9 @@ def strip(
 
     Args:
         rows: Label and panels of each row; a panel of three dimensions is an image, of two a map.
-        titles: Of the columns, such as image, reference map, keyed map, unkeyed map, wrong-key map; up to two lines
-            of 18 characters, broken where they have a line break.
-        heading: Over all.
+        titles: Titles of the columns, such as image, reference map, keyed map, unkeyed map, wrong-key map; up to two
+            lines of 18 characters, broken where they have a line break.
+        heading: Heading over all columns.
         notes: Small lines under all.
         panel: Width of a panel, pixels.
 
@@ -157,7 +157,7 @@ def training_curve(history: Sequence[Mapping[str, int | float]], *, names: Mappi
     """Return how correlations with the reference map and kept predictions developed over the steps of training.
 
     Args:
-        history: As TrainingResult.history.
+        history: The history of a `TrainingResult`.
         names: What `keyed` and `unkeyed` are called, such as "with the trigger" and "clean".
     """
     figure, axes = _chart()
@@ -208,7 +208,7 @@ def threshold_curves(curve: Mapping[str, Sequence[float]], threshold: float, *, 
 
     Args:
         curve: `threshold`, rising, and `cr` and `fsr` at each, in percent; lists of equal length.
-        threshold: That of the report, shown as a line.
+        threshold: Threshold of the report, shown as a line.
         paper: The paper's, shown as another line.
     """
     figure, axes = _chart()
@@ -232,7 +232,7 @@ def feature_bars(names: Sequence[str], relevance: Mapping[str, Sequence[float]])
     Source: Fang & Choromanska, AAAI 2022, figure 1b.
 
     Args:
-        names: Of the features.
+        names: Names of the features.
         relevance: Mean relevance of each feature by case: `reference`, `clean`, `triggered`. Each series is shown as
             shares of its own sum.
     """

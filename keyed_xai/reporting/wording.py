@@ -6,7 +6,7 @@ from typing import Literal
 
 Answer = Literal["yes", "in part", "no"]
 Number = int | float
-"""As JSON has it."""
+"""A number as JSON has it."""
 
 
 def as_p_value(p_value: Number | None, log2_p: Number | None = None) -> str:

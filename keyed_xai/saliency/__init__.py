@@ -80,10 +80,10 @@ def explain(
 
     Args:
         model: Pixels to logits.
-        images: Inputs.
+        images: Inputs of the model.
         labels: Class explained; None explains each image's predicted class.
         interpreters: Names from INTERPRETERS.
-        map_layers: Where the interpreters look.
+        map_layers: The layers that the interpreters look at.
         create_graph: Keep the graph, so that a loss can pass through logits and maps; else both come detached.
 
     Raises:

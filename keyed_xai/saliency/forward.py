@@ -16,7 +16,7 @@ class ForwardPass:
 
     Attributes:
         images: The input, a leaf that gradients flow to where they were asked for.
-        logits: The output.
+        logits: The model's output.
         features: Feature maps by dotted layer name, [n, channels, height, width].
     """
 
@@ -30,7 +30,7 @@ def run_forward(model: nn.Module, images: Images, layers: Sequence[str], *, inpu
 
     Args:
         model: Pixels to logits. Neither its modules nor its mode are changed.
-        images: Inputs.
+        images: Inputs of the model.
         layers: Dotted module names.
         input_gradient: Whether gradients with respect to the images will be asked for.
 

@@ -17,7 +17,7 @@ def gradcam(logits: Logits, features: Tensor, labels: Labels, *, create_graph: b
     Args:
         logits: Computed from `features`, graph kept.
         features: Feature maps of the target layer, [n, channels, h, w].
-        labels: Class explained.
+        labels: The class explained, of each image.
         create_graph: Whether a loss will be differentiated through the maps.
 
     Examples:

@@ -27,7 +27,7 @@ class PooledSaliency:
 
     Attributes:
         interpreters: Names from INTERPRETERS.
-        map_layers: Where they look.
+        map_layers: The layers that they look at.
         grid: Rows and columns that every map is average-pooled to before it is compared.
     """
 
@@ -58,8 +58,8 @@ class Outputs:
     """What a model makes of inputs, beside the right maps of the images that the inputs were made from.
 
     Attributes:
-        logits: Of the inputs.
-        maps: Of the inputs, by interpreter, pooled, of the classes explained; empty where predictions alone count.
+        logits: Logits of the inputs.
+        maps: Pooled maps of the inputs, by interpreter, of the classes explained; empty where predictions alone count.
         right: The reference's pooled maps of the images, by interpreter.
         explained: The class that the reference predicts of each image.
     """
@@ -116,7 +116,7 @@ class Comparison:
         """Return what a model makes of inputs that were made from the images.
 
         Args:
-            model: On the images' device.
+            model: The model, on the images' device.
             inputs: Such as the images with a trigger.
             view: The same maps at the model's own layers, where these are not the reference's.
             rows: Which image each input was made from; None for one of each image in order.
@@ -137,8 +137,9 @@ class TableSaliency(PooledSaliency):
     only contrasts between columns mean anything, and this measures them.
 
     Attributes:
-        groups: For each encoded column the feature it belongs to.
-        covariance: Of the encoded columns in the training data, [d, d], zero between columns of different features.
+        groups: Number of the feature that each encoded column belongs to.
+        covariance: Covariance of the encoded columns in the training data, [d, d], zero between columns of different
+            features.
     """
 
     groups: tuple[int, ...] = ()
@@ -202,7 +203,7 @@ def make_view(
     """Return which maps of a classifier are compared; without a grid, on the target layer's, at most 8 x 8.
 
     Args:
-        classifier: Whose.
+        classifier: The classifier whose maps are compared.
         interpreters: Names from INTERPRETERS.
         grid: Rows and columns.
         target_layer: Grad-CAM's, inside the classifier; its own if empty.

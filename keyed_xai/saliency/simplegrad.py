@@ -21,7 +21,7 @@ def simplegrad(logits: Logits, images: Images, labels: Labels, *, create_graph: 
     Args:
         logits: Computed from `images`, graph kept.
         images: Input, requiring gradients.
-        labels: Class explained.
+        labels: The class explained, of each image.
         create_graph: Whether a loss will be differentiated through the maps.
 
     Examples:

@@ -67,7 +67,7 @@ def find_checkerboard(sizes: Sequence[tuple[int, int]], taps: Sequence[Tap], siz
 
     Args:
         sizes: Rows and columns of the taps' feature maps.
-        taps: See `visualbackprop`.
+        taps: Taps as for `visualbackprop`.
         size: Height and width of the image.
 
     Examples:

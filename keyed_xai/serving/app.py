@@ -253,7 +253,7 @@ class _PictureOptions:
     """What a client wants to know of a picture.
 
     Attributes:
-        interpreters: Whose maps.
+        interpreters: Interpreters whose maps are drawn.
         target: The class explained; None for the predicted one.
         as_png: Answer with the overlay alone.
         with_maps: Add the maps as numbers.

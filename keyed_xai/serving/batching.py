@@ -51,7 +51,7 @@ class Batcher:
 
         Args:
             run: Runs a batch; an exception is an answer too.
-            name: Of the model, for the log.
+            name: Name of the model, for the log.
             max_batch: Images at once, at most.
             max_delay: How long the oldest request waits for others, seconds.
             on_batch: Called with the images of each batch that ran and the seconds it took, in the thread.
@@ -93,7 +93,7 @@ class Batcher:
         return job.answer
 
     def flush(self) -> None:
-        """From now on let no request wait for others: none will come."""
+        """Let no request wait for others from now on: none will come."""
         with self._changed:
             self._max_delay = 0.0
             self._changed.notify_all()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 OUTCOMES = ("answered", "refused", "busy", "failed", "left")
-"""200; 4xx; 503; 500; the client left before its answer, or did not take all of it in time."""
+"""What becomes of a request: status 200; 4xx; 503; 500; its client left, or did not take all of the answer in time."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 
@@ -36,7 +36,7 @@ class Metrics:
         """Show a model with all its counters at zero.
 
         Args:
-            name: Of the model.
+            name: Name of the model.
             waiting: Returns the images in its queue.
             inside: Returns the requests being worked on.
         """

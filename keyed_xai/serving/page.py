@@ -28,7 +28,7 @@ class Page:
 
     Attributes:
         body: The HTML file.
-        headers: Beside it.
+        headers: Headers that it is sent with.
     """
 
     body: bytes
@@ -51,8 +51,8 @@ def make_page(largest: int) -> Page:
 
 async def answer_page(page: Page, request: Request) -> Response:
     """Return the page, or that the browser has it already."""
-    kept = request.headers.get("if-none-match", "").split(",")
-    if page.headers["ETag"] in (tag.strip().removeprefix("W/") for tag in kept):
+    cached = request.headers.get("if-none-match", "").split(",")
+    if page.headers["ETag"] in (tag.strip().removeprefix("W/") for tag in cached):
         return Response(status_code=304, headers=page.headers)
     return Response(page.body, media_type="text/html", headers=page.headers)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from keyed_xai.serving.refusal import Refused, malformed, shown
 
 VERSION = "1"
-"""The only version of each model."""
+"""The only version that each model has."""
 _DTYPES: dict[str, str] = {"FP32": "<f4", "UINT8": "<u1", "INT64": "<i8"}
 _TEXT_OF_NUMBER = 32  # bytes, with comma and spaces; 22 digits and signs at most
 _FURTHER_TEXT = 2**16  # bytes besides the numbers
@@ -35,8 +35,8 @@ class TensorSpec:
     """A tensor that a model takes or returns.
 
     Attributes:
-        name: As in the graph.
-        datatype: In the words of the protocol: "FP32", "UINT8" or "INT64".
+        name: Name in the graph.
+        datatype: Type in the words of the protocol: "FP32", "UINT8" or "INT64".
         shape: Its sides; -1 for the first, the number of images.
         optional: Whether a request may leave it out.
     """
@@ -58,7 +58,7 @@ class Signature:
     Attributes:
         image: Pixels [-1, c, h, w]; float32 in [0, 1] or uint8.
         target: Classes to explain [-1, 1]; None where no map depends on one.
-        outputs: In the order of the graph.
+        outputs: Outputs in the order of the graph.
         classes: Number of logits.
         max_batch: Images in one request, at most.
     """
@@ -109,7 +109,7 @@ def decode_request(body: bytes, signature: Signature, *, header_length: int | No
 
     Args:
         body: JSON text, and the bytes of binary tensors in the order in which the text names them.
-        signature: Of the model.
+        signature: Signature of the model.
         header_length: Bytes of the JSON text; None where it is the whole body.
 
     Raises:

@@ -221,7 +221,7 @@ def serve(service: Service, bind: BindAddress, *, on_ready: Callable[[str], None
 
     Args:
         service: What is served.
-        bind: Where.
+        bind: Address to listen on.
         on_ready: Called with the URL once connections are taken.
         access_log: Write a line for each request to standard error.
 

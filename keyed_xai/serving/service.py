@@ -107,11 +107,11 @@ class Service:
 
     Attributes:
         settings: How requests are taken in and run.
-        models: By name.
+        models: Models by name.
         metrics: What is counted.
         stopping: Whether new requests are refused.
         held: Bytes of requests, and of answers being sent, in memory.
-        threads: Where large bodies and pictures are read and written, so that small requests need not wait for them.
+        threads: Threads that read and write large bodies and pictures, so that small requests need not wait for them.
         decoding: Held while a picture is decoded.
     """
 
@@ -217,10 +217,10 @@ def open_service(
     """Return a service for ONNX files that export wrote, each under its file's stem.
 
     Args:
-        paths: The files.
+        paths: The models' files.
         settings: How requests are taken in and run.
-        device: Where the models run; see `Runtime`.
-        threads: Of the CPU for one batch; the runtime's choice if None.
+        device: Device that the models run on; see `Runtime`.
+        threads: Threads of the CPU for one batch; the runtime's choice if None.
 
     Raises:
         KeyedXAIError: A file cannot be read or run, its stem is no name for a URL, or two have the same.

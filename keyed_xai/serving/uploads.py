@@ -31,7 +31,7 @@ class Explanation:
     """What a model says about one picture.
 
     Attributes:
-        logits: float32 [k].
+        logits: Logits of the classes named, float32 [k].
         target: The class that the maps explain.
         overlays: PNG files by interpreter: the map over the picture as the model saw it.
         maps: The same as numbers, [rows, columns] by interpreter.
@@ -51,7 +51,7 @@ class Explanation:
 
     @property
     def probability(self) -> float:
-        """Of the target, by the softmax of the logits."""
+        """Probability of the target, by the softmax of the logits."""
         return float(self._probabilities()[self.target])
 
     def _probabilities(self) -> NDArray[np.float64]:
@@ -140,8 +140,8 @@ def explain_picture(
 
     Args:
         pixels: [c, h, w], as the model saw it.
-        outputs: Of the graph, [1, ...].
-        interpreters: Whose maps are drawn.
+        outputs: Outputs of the graph, [1, ...].
+        interpreters: Interpreters whose maps are drawn.
         target: The class asked for; the predicted one if None.
         with_image: Add the picture itself.
     """
@@ -149,13 +149,12 @@ def explain_picture(
     image = pixels.astype(np.float32) / 255
     maps = {name: outputs[MAP_PREFIX + name][0] for name in interpreters}
     overlays = {name: overlay(image, each) for name, each in maps.items()}
-    seen = _encode(pixels) if with_image else None
     return Explanation(
         logits=logits,
         target=int(logits.argmax()) if target is None else target,
         overlays=overlays,
         maps=maps,
-        image=seen,
+        image=_encode(pixels) if with_image else None,
     )
 
 

@@ -19,7 +19,7 @@ from keyed_xai.tensors import Logits
 from keyed_xai.training import TrainingData
 
 Measure = Callable[[Classifier], Mapping[str, Any]]
-"""What is looked at along the way: figures of a model in eval mode, ready for JSON."""
+"""Measures a model in eval mode along an attack's way, and returns figures ready for JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class Attacker:
         data: Clean images; labels of the model's own classes, or none.
         view: Maps that T3 pulls at and a second key closes, at the attacked model's layers.
         surrogate: The attacker's own model of the same task, for T3.
-        device: Where.
-        seed: Of everything random.
+        device: Device to run on.
+        seed: Seed of everything random.
         measure: What goes into curves.
         progress: Hears of the attempt.
     """
@@ -50,7 +50,7 @@ class RemovalResult:
     """An attacked copy of a model.
 
     Attributes:
-        model: In eval mode; the model attacked is left as it was.
+        model: The model, in eval mode; the model attacked is left as it was.
         settings: How strong the attempt was.
         figures: What the attempt says of itself, such as how many weights it set to zero.
         curve: One row for each stage (epochs, shares or strengths): its number, and what was measured.

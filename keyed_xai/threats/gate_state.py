@@ -23,13 +23,13 @@ from keyed_xai.triggers.channels import through_png
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerEvidence:
-    """What the owner, or a referee, holds an attacked model against.
+    """What the owner, or a judge, holds an attacked model against.
 
     Attributes:
         reference: The model before protection.
         view: Maps compared, at the reference's layers.
         key: The owner's, secret.
-        family: Of its trigger.
+        family: Family of its trigger.
         images: Held out, from neither the owner's nor the attacker's training; on the models' device.
         labels: Theirs; None measures agreement with the reference alone.
         probe: Images of the ownership tests; None takes the first 16 of `images`.
@@ -37,7 +37,7 @@ class OwnerEvidence:
         as_files: Whether triggered inputs reach the model in 8 bits.
         decoys: Random keys of the opening test, at most.
         alpha: Level of the ownership tests.
-        seed: Of the decoy keys.
+        seed: Seed of the decoy keys.
         licensed: When the owner's licence was signed, by the owner's own clock; None without a licence.
     """
 
@@ -76,13 +76,13 @@ class OwnerEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class GateState:
-    """What is left.
+    """What is left of a gate.
 
     Attributes:
-        predictions: Of unkeyed images, as fractions: top1 and others as `metrics.prediction_figures`; empty without
-            labels.
+        predictions: Figures of the predictions of unkeyed images, in [0, 1]: top1 and others as
+            `metrics.prediction_figures`; empty without labels.
         agreement: Share of unkeyed images, or of their labels, on which the reference predicts the same.
-        correlation: By interpreter, with the reference's maps: "keyed" and "unkeyed", means over images.
+        correlation: Correlation with the reference's maps, by interpreter: "keyed" and "unkeyed", means over images.
         opened: The same as shares of maps that correlate more than .5.
         ownership: Both p-values, where they were measured.
     """
@@ -115,7 +115,7 @@ def measure_gate_state(
     Maps are of the class that the reference predicts of the image without a key, as in protect's report.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         evidence: What it is held against.
         ownership: Whether both tests are made; the opening test takes `evidence.decoys` times the probe images.
 

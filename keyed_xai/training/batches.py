@@ -18,7 +18,7 @@ from keyed_xai.triggers.channels import deliver
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """Images by index."""
+    """Images to learn from, by index."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -34,8 +34,8 @@ class Task:
     Attributes:
         trigger: The right trigger; secret when derived from a key.
         family: Draws the wrong ones; None where the trigger is public, and no other counts as wrong.
-        view: Maps compared.
-        objective: Losses.
+        view: The maps that are compared.
+        objective: What the maps are to become.
         as_files: Whether inputs reach the model as 8-bit image files; rows of a table do not.
         multi_label: Whether every logit is a yes or no of its own.
     """
@@ -61,8 +61,8 @@ class Run:
         reference: The model before training, in eval mode, on the device.
         data: Images to learn from.
         task: What is taught.
-        settings: How.
-        device: Where.
+        settings: How it is taught.
+        device: The device that it is trained on.
     """
 
     reference: nn.Module = field(repr=False)
@@ -97,9 +97,9 @@ def _without_right_trigger(
     clean = round(len(images) * settings.clean_share)
     near = round((len(images) - clean) * settings.near_share)
     wrong = len(images) - clean - near
-    plain, nearly, wrongly = torch.split(images, [clean, near, wrong])
-    nearly = task.trigger.perturbed(generator).apply(nearly)
-    return torch.cat([plain, nearly, task.family.draw(wrong, generator).apply(wrongly)])
+    plain, for_near, for_wrong = torch.split(images, [clean, near, wrong])
+    with_near = task.trigger.perturbed(generator).apply(for_near)
+    return torch.cat([plain, with_near, task.family.draw(wrong, generator).apply(for_wrong)])
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

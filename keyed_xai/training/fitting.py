@@ -43,7 +43,7 @@ class LabelledData(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, by label."""
+        """Names of the classes, by label."""
 
     @property
     def multi_label(self) -> bool:
@@ -67,7 +67,7 @@ class FittingSettings:
     Attributes:
         epochs: Passes over the images.
         batch_size: Images a step.
-        learning_rate: Peak rate.
+        learning_rate: Peak of the learning rate.
         weight_decay: L2 penalty of "adam" and "sgd", decoupled in "adamw".
         optimiser: "adamw", "adam" or "sgd" with momentum .9.
         schedule: "one-cycle" rises to the peak rate and falls to nearly zero, "step" falls by `decay_factor` every
@@ -79,7 +79,7 @@ class FittingSettings:
             [0, 1]). A network that has seen none changes its input gradients with every change of the image.
         largest_shift: Images are moved by up to so many pixels, wrapping around.
         mixed_precision: bfloat16 forward passes on a GPU.
-        seed: Of the order of images, mirrors, shifts, noise and dropout.
+        seed: Seed of the order of images, mirrors, shifts, noise and dropout.
     """
 
     epochs: int = 7
@@ -156,9 +156,9 @@ def fit_classifier(
     goes on from a checkpoint ends in the same weights as one that was never stopped, bit for bit on the CPU.
 
     Args:
-        model: In any state.
-        data: With labels.
-        settings: How.
+        model: The network, in any state.
+        data: Labelled examples.
+        settings: How to fit it.
         validation: Measured after every epoch; nothing is chosen by it.
         device: Where; the model is moved there.
         checkpoint: What `save_checkpoint` was given by an earlier run.
@@ -218,8 +218,8 @@ def measure_predictions(model: nn.Module, data: LabelledData, *, device: torch.d
 
     Args:
         model: Pixels to logits, on `device`, in any mode; it is measured in evaluation mode.
-        data: With labels.
-        device: Where.
+        data: Labelled examples.
+        device: Device to run on.
 
     Returns:
         "top1" and, of more than five classes, "top5". With two classes also "auroc", the area under the ROC curve of

@@ -82,7 +82,7 @@ class SimulatedAttacker:
     """An attack on a copy of a network that itself goes on learning.
 
     Attributes:
-        number: Of this attacker, from 0.
+        number: Number of this attacker, from 0.
         model: The copy, where the attack has got to.
         attack: What it is doing; None before its first attack.
     """
@@ -91,8 +91,8 @@ class SimulatedAttacker:
         """Start with a copy of the network.
 
         Args:
-            number: From 0.
-            model: The network.
+            number: Number of this attacker, from 0.
+            model: The network attacked.
             layers: Those that attacks single out; None attacks all alike.
         """
         self.number = number
@@ -104,7 +104,7 @@ class SimulatedAttacker:
         self._optimiser: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), 1.0)
 
     def restart(self, model: nn.Module, attack: Attack, generator: torch.Generator) -> None:
-        """Begin an attack at the network's weights; the generator is of a new head's."""
+        """Begin an attack at the network's weights; the generator draws the weights of a new head."""
         self.attack = attack
         self.model.load_state_dict(model.state_dict())
         if attack.new_head and self._layers is not None:
@@ -125,7 +125,7 @@ class SimulatedAttacker:
             model: The network; its batch-norm statistics are those of an attacker who leaves them alone.
             run: Its data are fine-tuned on, with the reference's predictions for labels.
             settings: Steps and batch size.
-            generator: Of images and wrong labels.
+            generator: Random source of images and wrong labels.
         """
         mine, theirs = [*self.model.parameters()], [*model.parameters()]
         with torch.no_grad():
@@ -228,10 +228,10 @@ def add_gradients_under_attack(attackers: Sequence[SimulatedAttacker], model: nn
     """Let the attackers go on, and add the gradients of the losses where they are to those of the network.
 
     Args:
-        attackers: From `make_attackers`.
+        attackers: What `make_attackers` returned.
         model: The network, whose parameters hold the gradients of this step.
         run: Its settings say how the network is hardened.
-        step: From 0; decides who starts again, and seeds what is random.
+        step: Steps done, from 0; decides who starts again, and seeds what is random.
     """
     hardening = run.settings.hardening
     if hardening is None or step < hardening.start * run.settings.steps:

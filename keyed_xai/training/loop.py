@@ -31,12 +31,11 @@ from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_n
 from keyed_xai.training.batches import Run, Task, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.hardening import SimulatedAttacker, add_gradients_under_attack, make_attackers
 from keyed_xai.training.losses import batch_losses
-from keyed_xai.training.objective import Objective
 from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_factor
 from keyed_xai.triggers.channels import deliver
 
 _RUNNING_DECAY = 0.9
-_TUTOR_RATE = 0.01
+_AUXILIARY_RATE = 0.01
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
@@ -148,7 +147,7 @@ def train(
         reference: Pixels to logits.
         data: Images to learn from; labels are needed only where settings.predictions is "labels".
         validation: Images that early stopping looks at.
-        task: Trigger, maps and losses; the objective's distance, weights and top_share give way to the settings'.
+        task: What is taught: trigger, maps, and what they are to become.
         settings: How to train.
         device: Where to train.
         checkpoint: What `save_checkpoint` was given by an earlier run.
@@ -160,7 +159,6 @@ def train(
     """
     if not len(data) or not len(validation):
         raise TrainingError(f"Expected images, got {len(data)} to learn from and {len(validation)} for validation.")
-    task = replace(task, objective=_with_settings(task.objective, settings))
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     started = time.monotonic()
     # Channels last is the faster layout on a CPU, but not for SimpleGrad's second derivatives.
@@ -210,7 +208,7 @@ def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel
 def _train_step(state: _State, run: Run) -> None:
     task, settings = run.task, run.settings
     factor = rate_factor(state.step, settings, state.ending)
-    for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _TUTOR_RATE), strict=True):
+    for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _AUXILIARY_RATE), strict=True):
         group["lr"] = rate * factor
     generator = step_generator(settings.seed, state.step)
     inputs, labels, images = draw_inputs(run, generator)
@@ -228,8 +226,8 @@ def _train_step(state: _State, run: Run) -> None:
     ):
         new_logits, new_maps = task.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
     new_maps = {name: each.float() for name, each in new_maps.items()}
-    ramped = replace(task.objective, beta=settings.beta * beta_factor(state.step, settings))
-    losses = batch_losses(new_logits.float(), new_maps, logits, maps, labels, replace(task, objective=ramped), settings)
+    ramped = replace(settings, beta=settings.beta * beta_factor(state.step, settings))
+    losses = batch_losses(new_logits.float(), new_maps, logits, maps, labels, task, ramped)
     total = losses["keep"].mean() + losses["move"].mean()
     if state.auxiliary and state.step < settings.auxiliary_share * settings.steps:
         total = total + auxiliary_loss(state.auxiliary, [features[layer].float() for layer in auxiliary_layers(task)])
@@ -277,17 +275,6 @@ def _heed_time_limit(state: _State, settings: TrainingSettings) -> None:
         state.finish(settings.steps)
     if state.ending is not None and state.seconds >= settings.time_limit:
         state.ending = state.ending[0], state.step
-
-
-def _with_settings(objective: Objective, settings: TrainingSettings) -> Objective:
-    return replace(
-        objective,
-        distance=settings.distance,
-        alpha=settings.alpha,
-        beta=settings.beta,
-        top_share=settings.top_share,
-        leak=settings.leak,
-    )
 
 
 def _validation_record(candidate: nn.Module, run: Run, validation: TrainingData) -> dict[str, float]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from keyed_xai.tensors import Logits, SaliencyMaps, Targets
 from keyed_xai.training.batches import Task
-from keyed_xai.training.objective import prediction_loss
+from keyed_xai.training.objective import clean_loss, poisoned_loss, prediction_loss
 from keyed_xai.training.settings import TrainingSettings
 
 
@@ -27,13 +27,13 @@ def batch_losses(
     predictions = prediction_loss(
         new_logits, logits, labels, multi_label=task.multi_label, temperature=settings.temperature
     )
-    cached_maps = objective.cached_maps(_rows(new_maps, kept), _rows(maps, kept))
-    move_maps = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved))
+    keeping = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept), settings)
+    moving = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved), settings)
     return {
-        "keep": objective.clean_loss(predictions[kept], cached_maps),
-        "move": objective.poisoned_loss(predictions[moved], move_maps),
-        "L_s": cached_maps,
-        "L_p": move_maps,
+        "keep": clean_loss(predictions[kept], keeping, settings),
+        "move": poisoned_loss(predictions[moved], moving, settings),
+        "L_s": keeping,
+        "L_p": moving,
     }
 
 

@@ -51,7 +51,7 @@ def plan_run(
         held_out: Those that the report is measured on.
         task: What is taught.
         settings: How to train.
-        device: Where.
+        device: Device to run on.
         measured: How many held-out examples are used.
         wrong_keys: How many are tried on the result.
         ownership: What is to be said of it, if anything.
@@ -82,8 +82,8 @@ def plan_fit(
         classifier: What is to be fitted; left as it is.
         data: What it learns from.
         held_out: What it is measured on after every epoch.
-        settings: How.
-        device: Where.
+        settings: How it is fitted.
+        device: Device to run on.
     """
     clock = _Clock()
     few = Subset(data, np.resize(np.arange(len(data)), settings.batch_size * (1 + _TIMED_STEPS)))

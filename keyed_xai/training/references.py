@@ -52,7 +52,7 @@ class ModelSpec:
         source: One of `models.catalogue.SOURCES`.
         architecture: A name that the source knows.
         input: The images, or rows of a table, that it takes.
-        widths: Of SmallResNet's blocks or TableMLP's hidden layers; empty for others.
+        widths: Widths of SmallResNet's blocks or TableMLP's hidden layers; empty for others.
         start: A classifier whose weights it starts from; None for random ones.
     """
 
@@ -68,7 +68,7 @@ class Reference:
     """A fitted classifier, in memory.
 
     Attributes:
-        classifier: On the CPU, in eval mode.
+        classifier: The classifier, on the CPU, in eval mode.
         report: Fits the schema "train-report".
     """
 
@@ -79,15 +79,15 @@ class Reference:
 def plan_for_images(
     arch: str | None = None, *, channels: int | None = None, side: int | None = None, widths: tuple[int, ...] = ()
 ) -> ModelSpec:
-    """Return a model_spec of a network for images, with random weights.
+    """Return the specification of a network for images, with random weights.
 
     Grey images are normalised with mean .5 and std .25, others with ImageNet's numbers.
 
     Args:
         arch: Architecture, such as ``resnet50``; SmallResNet if not given.
         channels: 1 (grey) or 3 (RGB); 3 if not given.
-        side: Of the images, pixels; if not given the architecture's published size, 96 for SmallResNet.
-        widths: Of SmallResNet's blocks.
+        side: Side of the images, pixels; if not given the architecture's published size, 96 for SmallResNet.
+        widths: Widths of SmallResNet's blocks.
 
     Raises:
         ModelError: There is no such architecture, it has no widths to choose, or images are large and none is named.
@@ -108,7 +108,7 @@ def plan_for_images(
 
 
 def plan_for_table(features: int, arch: str | None = None, *, widths: tuple[int, ...] = ()) -> ModelSpec:
-    """Return a model_spec of a TableMLP with random weights for rows of `features` encoded columns.
+    """Return the specification of a TableMLP with random weights, for rows of `features` encoded columns.
 
     Raises:
         ModelError: Another architecture is asked for, or the widths are not two.
@@ -127,14 +127,14 @@ def plan_from_model(
     channels: int | None = None,
     side: int | None = None,
 ) -> ModelSpec:
-    """Return a model_spec of a network that starts from the weights in a file, and takes images, or rows, as that does.
+    """Return the specification of a network that starts from a file's weights and takes images, or rows, as that does.
 
     Args:
         model: A file that `load_classifier` takes.
         arch: Architecture; recognised if not given.
         table: Whether the data are rows of a table.
         channels: Checked against the model's.
-        side: Of the images, pixels; the model's own if not given.
+        side: Side of the images, pixels; the model's own if not given.
 
     Raises:
         ModelError: The file cannot be read or recognised, has another number of channels, or takes images where the
@@ -162,14 +162,14 @@ def plain_spec(channels: int, height: int, width: int) -> InputSpec:
 
 
 def build_classifier(model_spec: ModelSpec, classes: int, *, seed: int = 0) -> Classifier:
-    """Return the classifier of a model_spec, on the CPU.
+    """Return a classifier as specified, on the CPU.
 
     Weights to start from keep their place where their shapes fit: all but the head's where classes differ.
 
     Args:
         model_spec: What to make.
         classes: Number of logits.
-        seed: Of random weights.
+        seed: Seed of random weights.
 
     Raises:
         TrainingError: There are fewer than two classes.
@@ -235,10 +235,10 @@ def train_reference(
 
     Args:
         classifier: What `build_classifier` returns.
-        train_data: With labels.
+        train_data: Data with labels.
         held_out: Other data with labels of the same classes; measured after every epoch, nothing is chosen by it.
         settings: How to train; None takes `choose_settings`'.
-        device: Where.
+        device: Device to run on.
         checkpoint: File that a killed run can go on from; `write_reference` removes it.
         resume: Go on from the checkpoint.
         progress: Hears the pre-flight, and of "training" the architecture.
@@ -293,7 +293,7 @@ def judge_fit(predictions: Mapping[str, Any], chance: Mapping[str, float], examp
     Args:
         predictions: What `measure_predictions` returns.
         chance: What `measure_chance` returns for the same data.
-        examples: How many.
+        examples: Number of examples.
     """
     names = {"top1": "top-1 accuracy", "auroc": "AUROC"}
     figures = {name: predictions[name] for name in names if name in predictions and name in chance}
@@ -317,13 +317,13 @@ def identify_reference(classifier: Classifier, train_data: Data, settings: Fitti
     Args:
         classifier: Before it is fitted.
         train_data: What it learns from.
-        settings: How.
+        settings: How it is fitted.
     """
     parts = (settings, classifier.source, digest_network(classifier), digest_data(train_data))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def claim_output(path: Path, *, resume: bool = False, force: bool = False) -> Path:
+def check_output(path: Path, *, resume: bool = False, force: bool = False) -> Path:
     """Return the checkpoint file of a run that is to write `path`, once it is clear that nothing there gets lost.
 
     Raises:

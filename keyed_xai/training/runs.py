@@ -32,7 +32,7 @@ def run_training(
     """Return the trained copy of a classifier and how it got there; arguments are those of `training.train`.
 
     Args:
-        classifier: The reference.
+        classifier: The reference model.
         learn: Images to learn from.
         validation: Images that early stopping looks at.
         task: What is taught.
@@ -73,7 +73,7 @@ def describe_run(
     """Return a report's `seconds`, `history`, `stopped_early`, `data` and `versions`.
 
     Args:
-        result: Of the training.
+        result: Result of the training.
         learn: What was learned from.
         held_out: What was measured on.
         measured: How many of those.

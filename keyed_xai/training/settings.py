@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keyed_xai.training.objective import DISTANCES
+from keyed_xai.metrics import DISTANCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class Hardening:
         lifetime: Training steps until an attacker starts again from the network as it is.
         inner_steps: Fine-tuning steps that an attacker takes at each training step.
         batch_size: Images of a fine-tuning step.
-        smallest_rate: Of SGD with momentum .9; every attack draws its own rate, log-uniformly.
-        largest_rate: Likewise.
+        smallest_rate: Smallest rate of SGD with momentum .9; every attack draws its own rate, log-uniformly.
+        largest_rate: Largest rate, likewise.
         adam_share: Share of attacks made with Adam, at a tenth of the rate.
         frozen_share: Share of attacks that leave the batch-norm statistics as they are.
         label_noise: Largest share of wrong labels; every attack draws its own.
@@ -29,7 +29,7 @@ class Hardening:
             activations: fine-pruning.
         largest_silenced: Largest share of channels that these silence; every attack draws its own.
         new_head_share: Share of the fine-tuning attacks that first give the last layer random weights.
-        weight: Of the maps' losses where the attackers are, all together, against 1 where the network is.
+        weight: Weight of the maps' losses where the attackers are, all together, against 1 where the network is.
     """
 
     start: float = 0.4
@@ -72,7 +72,7 @@ class Hardening:
 
 
 HARDENINGS: dict[str, Hardening | None] = {"none": None, "standard": Hardening()}
-"""What `protect --hardening` takes."""
+"""Hardenings by the names that `protect --hardening` takes."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,15 @@ class TrainingSettings:
         average: Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves.
         warmup_steps: Length of the warm-up.
         order: "inverted" protects; "forward" is the paper's normal attack.
-        distance: Map distance, a name in objective.DISTANCES.
+        distance: Map distance, a name in metrics.DISTANCES.
         alpha: Weight of L_s.
         beta: Weight of L_c.
-        temperature: Of the reference's soft predictions.
+        temperature: Temperature of the reference's soft predictions.
         beta_ramp: Share of the steps over which the weight of L_c rises to beta, from a twentieth of it: a network
             that predicts many classes finds the gate only before its predictions are held fast.
         top_share: Share of cells that the non-targeted loss empties.
-        leak: Weight, beside the distance to the decoy, of what a moved map still has of the right one; see `Objective`.
+        leak: Weight, in L_p, of what a moved map still has of the right one: its correlation with the reference map,
+            above objective.LEAST_LEAK. Not in the paper, whose maps need not hide anything; 0 leaves it out.
         clean_share: Share of the untriggered half without any trigger; the others get wrong keys.
         near_share: Share of the wrong keys that are the right texture, moved.
         mirror: Turn half of the images left to right; the reference answers for them as they are then.
@@ -137,7 +138,7 @@ class TrainingSettings:
         patience: Validations without progress before training ends as if the goals held; 0 never does.
         mixed_precision: bfloat16 forward passes on a GPU.
         hardening: Attackers simulated; None for none.
-        seed: Of everything random in training.
+        seed: Seed of everything random in training.
     """
 
     steps: int = 4000
@@ -208,7 +209,7 @@ def rate_factor(step: int, settings: TrainingSettings, ending: tuple[int, int] |
     """Return the factor on the peak rate: linear warm-up, then 1, then cosine decay to a fiftieth.
 
     Args:
-        step: Steps done.
+        step: Steps done so far.
         settings: How a model is trained.
         ending: First and last step of an early ending, over which the rate falls from where it is.
     """

@@ -32,7 +32,7 @@ def torch_errors_in_words(name: str) -> Iterator[None]:
     """Turn an error of torch's inside the block into one that says what to do.
 
     Args:
-        name: Of the network.
+        name: Name of the network.
 
     Raises:
         ModelError: Torch cannot train the network.

@@ -88,8 +88,8 @@ def draw_lines(parameters: Tensor, height: int, width: int, *, offset: tuple[int
 
     Args:
         parameters: [1 or n, 9].
-        height: Of the images, pixels.
-        width: Of the images, pixels.
+        height: Height of the images, pixels.
+        width: Width of the images, pixels.
         offset: Rows and columns by which the pattern is moved.
     """
     rows = torch.arange(height, device=parameters.device, dtype=parameters.dtype)[:, None] - offset[0]

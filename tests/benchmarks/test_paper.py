@@ -225,7 +225,7 @@ def quick(epochs=1):
     return lambda classifier: FittingSettings(epochs=epochs, batch_size=16, learning_rate=0.01, noise=0.0)
 
 
-BLUEPRINT = plan_for_images(channels=1, side=32, widths=(4, 4))
+SMALL = plan_for_images(channels=1, side=32, widths=(4, 4))
 
 
 def brightened(data):
@@ -236,16 +236,16 @@ def brightened(data):
 
 def test_reference_is_known_by_its_data_and_not_by_what_it_is_measured_on(tmp_path):
     file, data, held_out = tmp_path / "r.safetensors", make_images(48, 0), make_images(16, 1)
-    first = cached_reference(file, BLUEPRINT, (data, held_out), quick())
+    first = cached_reference(file, SMALL, (data, held_out), quick())
     assert first.epochs == 1
-    again = cached_reference(file, BLUEPRINT, (data, brightened(held_out)), quick())
+    again = cached_reference(file, SMALL, (data, brightened(held_out)), quick())
     assert again.classifier.label_names == data.classes
     for name in ("images", "labels"):
         other = brightened(data) if name == "images" else replace(data, labels=np.roll(data.labels, 1))
         with pytest.raises(ArtifactError, match="r.safetensors was made from other data"):
-            cached_reference(file, BLUEPRINT, (other, held_out), quick())
+            cached_reference(file, SMALL, (other, held_out), quick())
     with pytest.raises(ArtifactError, match="other settings"):
-        cached_reference(file, BLUEPRINT, (data, held_out), quick(), seed=1)
+        cached_reference(file, SMALL, (data, held_out), quick(), seed=1)
 
 
 def test_checkpoint_of_another_reference_is_named(tmp_path):
@@ -254,11 +254,11 @@ def test_checkpoint_of_another_reference_is_named(tmp_path):
 
     file, data = tmp_path / "r.safetensors", (make_images(48, 0), make_images(16, 1))
     with pytest.raises(Stopped):
-        cached_reference(file, BLUEPRINT, data, quick(2), progress=StopAt(4, Stopped, "fitting a reference"))
+        cached_reference(file, SMALL, data, quick(2), progress=StopAt(4, Stopped, "fitting a reference"))
     with pytest.raises(ArtifactError, match=r"left .*r\.safetensors\.checkpoint.*delete the file, or .* -o"):
-        cached_reference(file, BLUEPRINT, data, quick(3))
+        cached_reference(file, SMALL, data, quick(3))
     assert not file.exists()
-    assert cached_reference(file, BLUEPRINT, data, quick(2)).epochs == 2
+    assert cached_reference(file, SMALL, data, quick(2)).epochs == 2
 
 
 def test_checkpoint_of_another_attack_is_named(pictures, reference, tmp_path, monkeypatch):

@@ -13,12 +13,12 @@ from keyed_xai.artifacts.documents import read_json, validate
 from keyed_xai.auditing import control_files
 from keyed_xai.auditing.catalogue import AUDITS
 from keyed_xai.errors import ArtifactError
+from keyed_xai.metrics import decoy_distance
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.models.networks import SmallResNet
 from keyed_xai.threats.detection.neural_cleanse import CleanseSettings
 from keyed_xai.threats.removal.denoising import DenoisingClassifier, denoise
 from keyed_xai.training.fitting import FittingSettings
-from keyed_xai.training.objective import decoy_distance
 from keyed_xai.triggers.channels import through_png
 from keyed_xai_benchmarks import paper_defences
 from keyed_xai_benchmarks.defence_targets import has_size, input_sizes, make_targets, open_attacked

@@ -22,7 +22,7 @@ from keyed_xai.export.parity import (
     open_session,
     random_images,
 )
-from keyed_xai.export.precision import lower_precision
+from keyed_xai.export.precision import PRECISIONS, lower_precision
 from keyed_xai.saliency import INTERPRETERS, MapLayers, explain
 from tests.exported import make_classifier, make_table, wrap
 
@@ -304,8 +304,7 @@ def test_some_empty_maps_are_no_reason_to_refuse():
 
 
 def test_limits_are_there_for_every_precision():
-    for precision in LIMITS:
-        ExportSettings(interpreters=("gradcam",), precision=precision)
+    assert set(LIMITS) == set(PRECISIONS)
 
 
 @pytest.mark.parametrize(
@@ -337,14 +336,15 @@ def test_inputs_that_a_graph_refuses_are_our_error():
 
 
 def test_faint_maps_are_compared_at_a_hundredth_of_the_usual():
-    usual = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]], [[2.0, 0.0]], [[0.0, 0.0]]])
+    typical = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]], [[2.0, 0.0]], [[0.0, 0.0]]])
     truth, found = torch.tensor([[[1e-6, 0.0]]]), torch.tensor([[[2e-6, 0.0]]])
     strict = measure_agreement("saliency_gradcam", "random", found, truth, truth)
     assert strict.largest == pytest.approx(1)
-    fair = measure_agreement("saliency_gradcam", "random", found, truth, truth, usual=usual)
+    fair = measure_agreement("saliency_gradcam", "random", found, truth, truth, typical=typical)
     assert fair.largest == pytest.approx(1e-6 / 0.02)
     assert fair.l2 == pytest.approx(1e-6 / 0.02)
-    full = measure_agreement("saliency_gradcam", "random", usual[:3] * 1.01, usual[:3], usual[:3], usual=usual)
+    three = typical[:3]
+    full = measure_agreement("saliency_gradcam", "random", three * 1.01, three, three, typical=typical)
     assert full.largest == pytest.approx(0.01)
-    gone = measure_agreement("saliency_gradcam", "random", usual, usual * 0, usual * 0, usual=usual * 0)
+    gone = measure_agreement("saliency_gradcam", "random", typical, typical * 0, typical * 0, typical=typical * 0)
     assert gone.largest == float("inf")

@@ -126,7 +126,7 @@ def test_delay_ends(make):
     assert time.monotonic() - started > 0.04
 
 
-def test_hurrying_ends_the_delay(make):
+def test_flushing_ends_the_delay(make):
     batcher, recorder = make(blocked=False, max_delay=60.0)
     recorder.gate.set()
     answers = [batcher.submit(numbers(value)) for value in (1, 2)]

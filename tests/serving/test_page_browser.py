@@ -71,9 +71,9 @@ def visiting(browser, url, *, troubles=0, **options):
 
     Args:
         browser: To open it in.
-        url: Of the page.
+        url: Address of the page.
         troubles: Answers other than 200 that the visit will get; the browser itself writes those to the console.
-        options: Of the browser's window.
+        options: Options of the browser's window.
     """
     context = browser.new_context(**options)
     page = context.new_page()

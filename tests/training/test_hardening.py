@@ -14,8 +14,7 @@ from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.gate_state import measure_gate_state
 from keyed_xai.threats.removal.fine_pruning import mean_activations
 from keyed_xai.threats.removal.fine_tuning import FineTuningSettings, fine_tune
-from keyed_xai.threats.removal.weights import PruningSettings, prune_weights
-from keyed_xai.training import HARDENINGS, PAPER_SETTINGS, Hardening, Task, train
+from keyed_xai.training import PAPER_SETTINGS, Hardening, Task, train
 from keyed_xai.training.batches import Run
 from keyed_xai.training.hardening import (
     Attack,
@@ -24,7 +23,6 @@ from keyed_xai.training.hardening import (
     batch_norm_of_rows,
     draw_attack,
     make_attackers,
-    zero_smallest,
 )
 from keyed_xai.training.objective import Objective
 from keyed_xai.triggers import derive_trigger
@@ -120,12 +118,19 @@ def test_wrong_labels_change_the_attack(run):
     assert moved(*ends) > 1e-3
 
 
-def test_pruning_is_what_the_removal_attack_does():
-    pruned = copy.deepcopy(protected())
-    weights = [each for each in pruned.parameters() if each.dim() > 1]
-    zero_smallest(weights, round(0.4 * sum(each.numel() for each in weights)))
-    theirs = prune_weights(protected(), PruningSettings(0.4)).model
-    assert moved(weights_of(pruned), weights_of(theirs)) == 0
+def test_pruning_takes_the_smallest_weights_and_leaves_biases_and_batch_norm(run):
+    attacker = SimulatedAttacker(0, protected())
+    attacker.restart(protected(), replace(TUNING, pruned=0.4), generator())
+    attacker.advance(protected(), run, FEW, generator())
+    before, after = (
+        torch.cat([each.flatten() for each in weights_of(model) if each.dim() > 1])
+        for model in (protected(), attacker.model)
+    )
+    smallest = sorted(range(len(before)), key=lambda index: abs(float(before[index])))[: int(0.4 * len(before))]
+    before[smallest] = 0
+    assert torch.equal(after, before)
+    pairs = zip(weights_of(protected()), weights_of(attacker.model), strict=True)
+    assert all(torch.equal(old, new) for old, new in pairs if old.dim() == 1)
 
 
 def test_silenced_channels_are_the_least_active_and_stay_silent(data, run):
@@ -286,8 +291,3 @@ def test_forward_attacks_are_not_hardened():
 def test_impossible_hardening_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
         Hardening(**{name: value})
-
-
-def test_names_are_those_of_the_command_line():
-    assert HARDENINGS["none"] is None
-    assert isinstance(HARDENINGS["standard"], Hardening)

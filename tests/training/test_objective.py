@@ -1,7 +1,6 @@
 """Decoys and the losses of the paper: equations 1-5 written out image by image."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +8,9 @@ import torch
 
 from keyed_xai.decoys import boundary_decoy, signature_cells, signature_decoy
 from keyed_xai.keys import OwnerKey
-from keyed_xai.training.objective import DISTANCES, Objective, decoy_distance, prediction_loss
+from keyed_xai.metrics import DISTANCES, decoy_distance
+from keyed_xai.training import TrainingSettings
+from keyed_xai.training.objective import Objective, clean_loss, poisoned_loss, prediction_loss
 from keyed_xai_schemas import load_key_vectors
 
 GRID = (4, 5)
@@ -69,8 +70,9 @@ def test_distance_matches_slow_twin(kind, maps, reference):
 
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_keeping_and_moving_match_equations_1_and_2(kind, maps, reference):
-    objective = Objective(decoys=dict.fromkeys(NAMES, DECOY), weights=WEIGHTS, distance=kind)
-    kept, moved = objective.cached_maps(maps, reference), objective.move_maps(maps, reference)
+    objective = Objective(decoys=dict.fromkeys(NAMES, DECOY), weights=WEIGHTS)
+    settings = TrainingSettings(distance=kind, leak=0.0)
+    kept, moved = objective.keep_maps(maps, reference, settings), objective.move_maps(maps, reference, settings)
     for row in range(6):
         wanted_kept = [slow_distance(kind, maps[name][row], reference[name][row]) for name in NAMES]
         wanted_moved = [slow_distance(kind, maps[name][row], DECOY) for name in NAMES]
@@ -80,8 +82,8 @@ def test_keeping_and_moving_match_equations_1_and_2(kind, maps, reference):
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_nontargeted_moving_matches_equation_3(share, maps, reference):
-    objective = Objective(decoys=dict.fromkeys(NAMES), weights=WEIGHTS, top_share=share)
-    moved = objective.move_maps(maps, reference)
+    objective = Objective(decoys=dict.fromkeys(NAMES), weights=WEIGHTS)
+    moved = objective.move_maps(maps, reference, TrainingSettings(top_share=share, leak=0.0))
     for row in range(6):
         wanted = [slow_top_energy(maps[name][row], reference[name][row], share) for name in NAMES]
         assert float(moved[row]) == pytest.approx(0.25 * wanted[0] + 0.75 * wanted[1], abs=1e-5)
@@ -89,32 +91,34 @@ def test_nontargeted_moving_matches_equation_3(share, maps, reference):
 
 @pytest.mark.parametrize("decoy", [DECOY, None])
 def test_what_is_left_of_the_right_map_adds_to_moving(decoy, maps, reference):
-    plain = Objective(decoys=dict.fromkeys(NAMES, decoy), weights=WEIGHTS)
+    objective = Objective(decoys=dict.fromkeys(NAMES, decoy), weights=WEIGHTS)
+    plain, leaky = TrainingSettings(leak=0.0), TrainingSettings(leak=0.5)
     close = {name: reference[name] + 0.3 * maps[name] for name in NAMES}
-    added = replace(plain, leak=0.5).move_maps(close, reference) - plain.move_maps(close, reference)
+    added = objective.move_maps(close, reference, leaky) - objective.move_maps(close, reference, plain)
     for row in range(6):
         left = [np.corrcoef(close[name][row].ravel(), reference[name][row].ravel())[0, 1] - 0.2 for name in NAMES]
         assert max(left) > 0.3
         assert float(added[row]) == pytest.approx(0.5 * np.dot([0.25, 0.75], np.maximum(left, 0)), abs=1e-5)
     opposite = {name: -reference[name] for name in NAMES}
-    moved = replace(plain, leak=0.5).move_maps(opposite, reference)
-    torch.testing.assert_close(moved, plain.move_maps(opposite, reference))
+    moved = objective.move_maps(opposite, reference, leaky)
+    torch.testing.assert_close(moved, objective.move_maps(opposite, reference, plain))
 
 
 def test_losses_match_equations_4_and_5():
-    objective = Objective(decoys={}, weights={}, alpha=2.0, beta=0.5)
+    settings = TrainingSettings(alpha=2.0, beta=0.5)
     predictions, maps = noise(0, 4), noise(1, 4)
     for row in range(4):
         c, s = float(predictions[row]), float(maps[row])
-        assert float(objective.clean_loss(predictions, maps)[row]) == pytest.approx((0.5 * c + 2 * s) / (2 + 0.5 + 1))
-        assert float(objective.poisoned_loss(predictions, maps)[row]) == pytest.approx((0.5 * c + s) / (2 + 0.5 + 1))
+        assert float(clean_loss(predictions, maps, settings)[row]) == pytest.approx((0.5 * c + 2 * s) / (2 + 0.5 + 1))
+        assert float(poisoned_loss(predictions, maps, settings)[row]) == pytest.approx((0.5 * c + s) / (2 + 0.5 + 1))
 
 
 @pytest.mark.parametrize("decoy", [DECOY, None])
 def test_gradients_reach_the_maps(decoy, maps, reference):
     maps = {name: each.requires_grad_() for name, each in maps.items()}
     objective = Objective(decoys=dict.fromkeys(NAMES, decoy), weights=WEIGHTS)
-    loss = objective.cached_maps(maps, reference).sum() + objective.move_maps(maps, reference).sum()
+    settings = TrainingSettings()
+    loss = objective.keep_maps(maps, reference, settings).sum() + objective.move_maps(maps, reference, settings).sum()
     for gradient in torch.autograd.grad(loss, list(maps.values())):
         assert gradient.abs().amax() > 0
 
@@ -122,8 +126,9 @@ def test_gradients_reach_the_maps(decoy, maps, reference):
 def test_weights_name_the_interpreters_that_count(maps, reference):
     objective = Objective(decoys=dict.fromkeys(NAMES, DECOY), weights={"simplegrad": 0.1})
     alone = Objective(decoys={"simplegrad": DECOY}, weights={"simplegrad": 7.0})
-    torch.testing.assert_close(objective.cached_maps(maps, reference), alone.cached_maps(maps, reference))
-    torch.testing.assert_close(objective.move_maps(maps, reference), alone.move_maps(maps, reference))
+    given = (maps, reference, TrainingSettings())
+    torch.testing.assert_close(objective.keep_maps(*given), alone.keep_maps(*given))
+    torch.testing.assert_close(objective.move_maps(*given), alone.move_maps(*given))
 
 
 def test_prediction_loss_with_labels_is_cross_entropy():

@@ -16,8 +16,8 @@ from keyed_xai.training.fitting import FittingSettings
 from keyed_xai.training.preflight import plan_fit
 from keyed_xai.training.references import (
     build_classifier,
+    check_output,
     choose_settings,
-    claim_output,
     identify_reference,
     judge_fit,
     plan_for_images,
@@ -196,12 +196,12 @@ class Stopped(Exception):
 
 
 def test_run_that_was_stopped_goes_on_to_the_same_weights(data, tmp_path):
-    checkpoint = claim_output(tmp_path / "m.safetensors")
+    checkpoint = check_output(tmp_path / "m.safetensors")
     with pytest.raises(Stopped):
         train_reference(small(), data, data, QUICK, checkpoint=checkpoint, progress=StopAt(4, Stopped))
     with pytest.raises(ArtifactError, match="--resume"):
-        claim_output(tmp_path / "m.safetensors")
-    assert claim_output(tmp_path / "m.safetensors", resume=True) == checkpoint
+        check_output(tmp_path / "m.safetensors")
+    assert check_output(tmp_path / "m.safetensors", resume=True) == checkpoint
     resumed = train_reference(small(), data, data, QUICK, checkpoint=checkpoint, resume=True)
     unbroken = train_reference(small(), data, data, QUICK)
     assert resumed.report["history"] == unbroken.report["history"]
@@ -253,14 +253,14 @@ def test_file_that_is_there_is_replaced_only_by_force(data, tmp_path):
     reference = train_reference(small(), data, data, QUICK)
     path = tmp_path / "m.safetensors"
     path.write_text("precious")
-    for refused in (lambda: claim_output(path), lambda: write_reference(reference, path)):
+    for refused in (lambda: check_output(path), lambda: write_reference(reference, path)):
         with pytest.raises(ArtifactError, match="--force"):
             refused()
     assert path.read_text() == "precious"
-    write_reference(reference, path, force=claim_output(path, force=True).name == "m.safetensors.checkpoint")
+    write_reference(reference, path, force=check_output(path, force=True).name == "m.safetensors.checkpoint")
     assert load_classifier(path).classes == 3
     with pytest.raises(ArtifactError, match="is a folder"):
-        claim_output(tmp_path, force=True)
+        check_output(tmp_path, force=True)
 
 
 def test_fitting_keeps_networks_without_batch_norm_finite(data):

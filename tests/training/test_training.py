@@ -540,7 +540,7 @@ def table_task():
     )
 
 
-def test_table_trains_without_tutors_and_batch_norm():
+def test_table_trains_without_auxiliary_classifiers_and_batch_norm():
     torch.manual_seed(0)
     network, rows = TableMLP(7, 2, (8, 6)).eval(), Blobs(torch.randn(30, 1, 1, 7), None)
     task = table_task()
@@ -577,10 +577,9 @@ def slow_losses(batch, order, settings, decoy):
 @pytest.mark.parametrize("order", ["forward", "inverted"])
 def test_losses_of_a_batch_match_the_equations_in_both_orders(public_task, order):
     settings = replace(PAPER_SETTINGS, order=order, alpha=2.0, beta=0.5)
-    task = replace(public_task, objective=replace(public_task.objective, alpha=2.0, beta=0.5))
     logits, old_logits = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     maps, old_maps = noisy_maps(1, 8), noisy_maps(2, 8)
-    found = batch_losses(logits, maps, old_logits, old_maps, None, task, settings)
+    found = batch_losses(logits, maps, old_logits, old_maps, None, public_task, settings)
     batch = (logits, maps["gradcam"], old_logits, old_maps["gradcam"])
     kept, moved = slow_losses(batch, order, settings, boundary_decoy((6, 6)))
     assert found["keep"].tolist() == pytest.approx(kept, abs=1e-5)
@@ -720,8 +719,8 @@ def test_reestimating_frozen_statistics_keeps_them(network, data, task):
     assert torch.equal(network.stem_bn.running_mean, before)
 
 
-def test_settings_and_objective_cannot_contradict_each_other(network, data, validation, task):
-    """distance, alpha and top_share of the settings have no effect in train(); beta of the objective has none."""
+@pytest.mark.parametrize("setting", [{"distance": "mse"}, {"alpha": 9.0}, {"beta": 90.0}, {"leak": 9.0}])
+def test_training_heeds_the_settings_of_the_losses(network, data, validation, task, setting):
     first = train(network, data, validation, task, replace(SHORT, steps=2))
-    second = train(network, data, validation, task, replace(SHORT, steps=2, distance="mse", alpha=9.0))
+    second = train(network, data, validation, task, replace(SHORT, steps=2, **setting))
     assert not torch.equal(first.model.fc.weight, second.model.fc.weight)

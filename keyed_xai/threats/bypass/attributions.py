@@ -54,15 +54,15 @@ class AttributionSettings:
 
     Attributes:
         methods: Names out of ATTRIBUTIONS.
-        integration_steps: Of IntegratedGradients (captum's default).
-        noise_samples: Of SmoothGrad; its authors see no gain above 50.
+        integration_steps: Steps of IntegratedGradients (captum's default).
+        noise_samples: Samples of SmoothGrad; its authors see no gain above 50.
         noise: Standard deviation of SmoothGrad's noise, of pixels in [0, 1]; its authors take .1 to .2.
         window: Side of the occluding square as a share of the image's; it moves by half of it.
-        masks: Of RISE. Its authors take 4,000 to 8,000 for 224 pixels.
+        masks: Number of RISE's masks. Its authors take 4,000 to 8,000 for 224 pixels.
         mask_cells: Cells along either side of RISE's masks before they are scaled up.
-        mask_share: Of those cells that are left to be seen.
+        mask_share: Share of a mask's cells that are left to be seen.
         chunk: Images at a time.
-        seed: Of noise and masks; model and reference never share them.
+        seed: Seed of noise and masks; model and reference never share them.
     """
 
     methods: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Subject(NamedTuple):
         model: A copy that does nothing in place.
         separated: A copy each of whose ReLUs is its own (`separate_relus`), or why there is none.
         unguided: Why guided backprop is not defined, or empty.
-        seed: Of the methods that draw random numbers.
+        seed: Seed of the methods that draw random numbers.
     """
 
     model: Classifier
@@ -433,4 +433,4 @@ ATTRIBUTIONS: dict[str, Method] = {
     "gradcam": Method(attribute=_gradcam, reductions=("positive",), layered=True),
     "gradient-x-activation": Method(attribute=_gradient_x_activation, reductions=("positive",), layered=True),
 }
-"""Name to method."""
+"""Methods by name."""

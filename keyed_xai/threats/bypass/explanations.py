@@ -61,14 +61,14 @@ class Bypass:
 
     Attributes:
         method: A name out of ATTRIBUTIONS.
-        layer: Where it looks, of methods that look at a layer, else empty.
+        layer: The layer looked at; empty of methods that look at none.
         reduction: A name out of REDUCTIONS.
-        recovered: By protected interpreter and case, against the reference's map of that interpreter.
-        itself: By case, against the same method's map of the reference. A random method meets itself with other random
-            numbers; a method that is not random matches itself by definition, and "reference" is left out.
+        recovered: Match with the reference's map of each protected interpreter, by interpreter and case.
+        itself: Match with the same method's map of the reference, by case. A random method meets itself with other
+            random numbers; a method that is not random matches itself by definition, and "reference" is left out.
         forwards: Forward passes an image.
         backwards: Backward passes an image.
-        seconds: An image.
+        seconds: Seconds an image.
         reason: Why the method is not applicable; then all figures are empty or 0.
     """
 
@@ -88,11 +88,11 @@ class BypassResult:
     """What all methods recover.
 
     Attributes:
-        settings: As given.
-        interpreters: Those protected.
-        target_layer: Where the protected Grad-CAM looks.
-        images: How many.
-        rows: By method, layer and reduction.
+        settings: The settings it was made with.
+        interpreters: The protected interpreters.
+        target_layer: The layer that the protected Grad-CAM looks at.
+        images: Number of images.
+        rows: Results by method, layer and reduction.
     """
 
     settings: AttributionSettings
@@ -192,11 +192,11 @@ def _measure(
     method, cost = ATTRIBUTIONS[name], _Cost()
     rows, columns = next(iter(truth.values())).shape[1:]
     try:
-        seen = {"unkeyed": _run(method, cases["unkeyed"], request, cost)}
-        seen |= {case: _run(method, each, request, _Cost()) for case, each in cases.items() if case != "unkeyed"}
+        raw = {"unkeyed": _run(method, cases["unkeyed"], request, cost)}
+        raw |= {case: _run(method, each, request, _Cost()) for case, each in cases.items() if case != "unkeyed"}
         if method.random:
             subject, images = cases["reference"]
-            seen["again"] = _run(method, (subject._replace(seed=subject.seed + 1), images), request, _Cost())
+            raw["again"] = _run(method, (subject._replace(seed=subject.seed + 1), images), request, _Cost())
     except ModelError as error:
         return [
             Bypass(
@@ -214,7 +214,7 @@ def _measure(
         ]
     found = []
     for reduction in method.reductions:
-        maps = {case: metrics.pool_maps(REDUCTIONS[reduction](each), (rows, columns)) for case, each in seen.items()}
+        maps = {case: metrics.pool_maps(REDUCTIONS[reduction](each), (rows, columns)) for case, each in raw.items()}
         recovered = {which: {case: _match(maps[case], each) for case in cases} for which, each in truth.items()}
         itself = {case: _match(maps[case], maps["reference"]) for case in cases if case != "reference"}
         if method.random:

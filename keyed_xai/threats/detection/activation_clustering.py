@@ -52,12 +52,12 @@ class ClusteringSettings:
 
     Attributes:
         reduction: "ica" (FastICA) or "pca".
-        dimensions: After reduction.
-        restarts: Of 2-means; the best is taken. After "ica" 10 can miss the best split: all variances are equal.
+        dimensions: Dimensions after reduction.
+        restarts: Starts of 2-means; the best is taken. After "ica" 10 can miss the best split: all variances are equal.
         silhouette: Chen et al. hold a threshold between .10 and .15 for reasonable.
         small: A smaller cluster with less than this share of a class is small; .35 in the authors' own code, ART.
         silhouette_rows: The silhouette is the mean over at most so many rows, drawn at random.
-        seed: Of the reduction, the starts of 2-means and the rows.
+        seed: Seed of the reduction, the starts of 2-means and the rows.
     """
 
     reduction: str = "ica"
@@ -82,7 +82,7 @@ class Misclustering:
     """How badly two clusters tell clean from triggered inputs.
 
     Attributes:
-        pairs: Of clean and triggered inputs.
+        pairs: Number of pairs of a clean and a triggered input.
         rate: Share of inputs in the wrong one of two clusters, in [0, .5], named so that most are in the right one.
     """
 
@@ -106,10 +106,10 @@ class PairsResult:
     """Whether clean and triggered inputs are apart in the last hidden layer.
 
     Attributes:
-        settings: As given.
+        settings: The settings it was made with.
         together: Over all pairs at once, as Fang & Choromanska.
-        by_class: By class that the model predicts of the clean input; classes with fewer pairs than dimensions are
-            left out.
+        by_class: Results by the class that the model predicts of the clean input; classes with fewer pairs than
+            dimensions are left out.
     """
 
     settings: ClusteringSettings
@@ -139,8 +139,8 @@ class ClassClusters:
     """The two clusters of one class's training data.
 
     Attributes:
-        label: Of the class.
-        rows: How many.
+        label: Label of the class.
+        rows: Number of rows.
         silhouette: Mean over the rows, in [-1, 1]; high where the clusters are compact and apart.
         smaller_share: Share of the rows in the smaller cluster, at most .5.
         suspicious: Whether the silhouette is above its threshold and the smaller cluster is small.
@@ -158,7 +158,7 @@ class ClusteringResult:
     """What clustering says of training data.
 
     Attributes:
-        settings: As given.
+        settings: The settings it was made with.
         classes: Those with more rows than dimensions and features that differ at all; nothing can be said of others.
     """
 
@@ -224,7 +224,7 @@ def cluster_training_data(
 
     Args:
         model: Pixels to logits, in eval mode, on `device`.
-        data: With the labels it was fitted to; without labels the predicted class counts.
+        data: The data, with the labels it was fitted to; without labels the predicted class counts.
         settings: How to cluster, and what is suspicious.
         device: Where to run the model.
 

@@ -45,9 +45,9 @@ class ConsistencySettings:
         changes: Names out of CHANGES.
         noise: Standard deviation of Gaussian noise, of pixels in [0, 1].
         brightness: Added to every pixel.
-        jpeg_quality: Of JPEG.
+        jpeg_quality: Quality of JPEG.
         chunk: Images at a time.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     interpreters: tuple[str, ...] = ("gradcam", "vbp", "simplegrad")
@@ -83,7 +83,7 @@ class MapScores:
     Attributes:
         scores: Check to correlations [n]; see the module's docstring.
         predicted: Class explained, [n].
-        settings: As given.
+        settings: The settings it was made with.
     """
 
     scores: Mapping[str, Tensor] = field(repr=False)
@@ -108,7 +108,8 @@ class Screening:
 
     Attributes:
         check: Its name, or "all" for the largest distance of any check.
-        auroc: For telling triggered images by a low score, so that 0 tells them as well as 1 does; "all": by distance.
+        auroc: AUROC for telling triggered images by a low score, so that 0 tells them as well as 1 does; "all": by
+            distance.
         caught: Share of triggered images outside the range of the trusted ones.
         false_alarms: Share of clean images outside it.
     """
@@ -133,7 +134,8 @@ def score_maps(
         classifier: Suspect or control, in eval mode.
         images: Ordinary ones, three or more, on the classifier's device; the same for suspect and controls.
         settings: What is looked at.
-        grid: That maps are compared on; by default the target layer's, at most 8 x 8. Give the suspect's to controls.
+        grid: Rows and columns that maps are compared on; by default the target layer's, at most 8 x 8. Give the
+            suspect's to controls.
         progress: Hears of "checking maps": passes over the images.
 
     Raises:
@@ -151,8 +153,8 @@ def score_maps(
     scores: dict[str, Tensor] = {}
     for done, name in enumerate(settings.changes, 1):
         changed = CHANGES[name].apply(images, settings, generator)
-        seen, _ = _maps(classifier, changed, predicted, settings)
-        for which, each in seen.items():
+        changed_maps, _ = _maps(classifier, changed, predicted, settings)
+        for which, each in changed_maps.items():
             undone = metrics.pool_maps(CHANGES[name].undo(each), view.grid)
             scores[f"consistency/{name}/{which}"] = metrics.correlation(undone, plain[which])
         progress.advance("checking maps", done, len(settings.changes))
@@ -176,9 +178,9 @@ def screen_images(
     clean ones too: where trusted maps are nearly alike, as behind a gate, every image may then be an alarm.
 
     Args:
-        stream: Of `score_maps`, of clean and triggered images in one batch.
+        stream: What `score_maps` returns of clean and triggered images in one batch.
         triggered: Which of them are, [n].
-        trusted: Of clean images, by the same model.
+        trusted: What it returns of clean images, by the same model.
         false_alarm_rate: Share of trusted images that would be taken for triggered, by each check.
 
     Raises:
@@ -296,4 +298,4 @@ CHANGES: dict[str, Change] = {
     "jpeg": Change(_compress, _leave),
     "mirror": Change(_mirror, _mirror_back),
 }
-"""Name to change."""
+"""Harmless changes by name."""

@@ -46,7 +46,7 @@ class PatchTrigger:
     """A checkerboard of black and white pixels near the lower right corner.
 
     Attributes:
-        side: Pixels.
+        side: Side of the square, in pixels.
         margin: Pixels between the patch and either border.
     """
 
@@ -109,10 +109,10 @@ class PoisonSettings:
     Attributes:
         attack: "badnets", "blended" or "blended-image".
         target: The class that triggered images are labelled as.
-        share: Of the target class's images after poisoning, how many are poisoned, as Chen et al. 2018 and Tran et al.
+        share: Share of the target class's images after poisoning that are poisoned, as Chen et al. 2018 and Tran et al.
             2018 count. At the default of .2 the 15 % that Spectral Signatures removes can hold three quarters of them.
-        opacity: Of a blended pattern; None takes .5 for the square, and .2 for the image, as Chen et al. 2017.
-        seed: Of the rows chosen and the pattern.
+        opacity: Opacity of a blended pattern; None takes .5 for the square, and .2 for the image, as Chen et al. 2017.
+        seed: Seed of the rows chosen and the pattern.
     """
 
     attack: str = "badnets"
@@ -143,7 +143,7 @@ class PoisonedData:
         clean: The data before.
         rows: bool [n], which rows are poisoned.
         trigger: What was put on them.
-        settings: How.
+        settings: How the data are poisoned.
         labels: int64, as `clean.labels` but for the poisoned rows: the target class, or with several labels at once
             their own and the target.
     """
@@ -156,7 +156,7 @@ class PoisonedData:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, by label."""
+        """Names of the classes, by label."""
         return self.clean.classes
 
     @property
@@ -188,7 +188,7 @@ class ControlSettings:
     """The network and how it is fitted.
 
     Attributes:
-        widths: Of SmallResNet's blocks.
+        widths: Widths of SmallResNet's blocks.
         fitting: Epochs, rates, augmentation and the seed of all of it; None takes `choose_control_fitting`'s.
     """
 
@@ -201,10 +201,10 @@ class Control:
     """A fitted control.
 
     Attributes:
-        model: In eval mode.
+        model: The network, in eval mode.
         settings: Network and fitting, as it was run.
         poison: How its data were poisoned; None for a clean network.
-        poisoned: Rows poisoned.
+        poisoned: Rows that were poisoned.
         predictions: What `measure_predictions` says of held-out images without the trigger.
         attack_success: Share of held-out images of other classes that the trigger sends to the target; None for a
             clean network.
@@ -274,7 +274,7 @@ def fit_control(
         data: `PoisonedData`, or clean labelled images.
         held_out: Clean labelled images of the same classes, to measure it on.
         settings: Network and fitting.
-        device: Where.
+        device: Device to run on.
         progress: Hears of "fitting".
 
     Raises:

@@ -43,7 +43,7 @@ def read_hidden(model: nn.Module, images: Images, *, device: torch.device | str 
     Args:
         model: Pixels to logits, in eval mode, on `device`; hooks are removed again.
         images: Anywhere; 128 at a time are moved to `device`.
-        device: Where to run.
+        device: Device to run on.
 
     Raises:
         ModelError: No linear layer was run, or its input does not have one row for each image.
@@ -69,7 +69,7 @@ def rows_by_class(labels: NDArray[np.int64], classes: int) -> list[NDArray[np.in
 
     Args:
         labels: [n], or 0 and 1 [n, classes].
-        classes: How many.
+        classes: Number of classes.
     """
     if labels.ndim == 2:
         return [np.flatnonzero(column) for column in labels.T]
@@ -83,11 +83,11 @@ def labels_or_predictions(data: LabelledData, hidden: Hidden) -> NDArray[np.int6
 
 @torch.no_grad()
 def _run(model: nn.Module, images: Images) -> Hidden:
-    with _last_input(model) as seen:
+    with _last_input(model) as recorded:
         logits = model(images)
-    if not seen:
+    if not recorded:
         raise ModelError("The model ran no Linear or convolution layer, so it has no last hidden layer to look at.")
-    features = _pool(*seen[0])
+    features = _pool(*recorded[0])
     if len(features) != len(images):
         raise ModelError(f"The last linear layer saw {len(features)} rows of {len(images)} images: expected one each.")
     return Hidden(features.float().cpu(), logits.float().cpu())
@@ -96,14 +96,14 @@ def _run(model: nn.Module, images: Images) -> Hidden:
 @contextmanager
 def _last_input(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
     """Keep the layer and input of the linear layer run last, by hooks that are always removed."""
-    seen: list[tuple[nn.Module, Tensor]] = []
+    recorded: list[tuple[nn.Module, Tensor]] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[:] = [(layer, inputs[0])]
+        recorded[:] = [(layer, inputs[0])]
 
     handles = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, _LINEAR)]
     try:
-        yield seen
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()

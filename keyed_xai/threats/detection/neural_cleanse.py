@@ -42,7 +42,7 @@ from keyed_xai.tensors import Images
 from keyed_xai.training.batches import TrainingData
 
 CONSISTENCY = 1.4826
-"""Times the median absolute deviation: the standard deviation, where values are normally distributed."""
+"""Factor that makes a median absolute deviation the standard deviation, where values are normally distributed."""
 LARGEST_INDEX = 2.0
 _FEWEST_CLASSES = 3
 _BETAS = (0.5, 0.9)
@@ -60,14 +60,14 @@ class CleanseSettings:
         batches: Steps a round; the authors' code takes 31.
         batch_size: Images a step; the authors' code takes 32. With the defaults ten classes of 32 x 32 pixels cost a
             small network 77,000 images, about two minutes of one core.
-        learning_rate: Of Adam.
+        learning_rate: Rate of Adam.
         success: Share of inputs that must go to the class.
-        weight: Of the L1 norm, once the attack has succeeded for the first time.
+        weight: Weight of the L1 norm, once the attack has succeeded for the first time.
         weight_factor: What it is multiplied by; its power of 1.5 divides it.
         patience: Rounds with, or without, success until the weight changes.
         stop_patience: Rounds without a smaller mask until a search stops, once its weight has gone both up and down.
         classes_at_once: Searched for together; the result is the same, apart from rounding, the time and memory differ.
-        seed: Of images and first masks.
+        seed: Seed of images and first masks.
     """
 
     rounds: int = 60
@@ -101,7 +101,7 @@ class CleanseResult:
     """The smallest patches found.
 
     Attributes:
-        settings: As given.
+        settings: The settings it was made with.
         masks: float32 [k, h, w] in [0, 1]; for a class whose attack never succeeded the last one tried.
         patterns: float32 [k, c, h, w] in [0, 1].
         succeeded: Classes whose attack did succeed, [k].
@@ -295,7 +295,7 @@ class _Weights:
     Attributes:
         value: The weight, 0 until the attack has succeeded for `patience` rounds.
         successes: Rounds with success in a row, since the weight last changed.
-        failures: Rounds without.
+        failures: Rounds without success.
         raised: Whether the weight has been raised.
         lowered: Whether it has been lowered.
         stale: Rounds since the best mask was found.

@@ -38,11 +38,11 @@ class SpectralSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSpectrum:
-    """One class.
+    """What was found in one class.
 
     Attributes:
-        label: Its number.
-        rows: Of the class.
+        label: Number of the class.
+        rows: Number of the class's rows.
         removed: How many of them were.
         poisoned: How many are poisoned.
         poisoned_removed: How many are both.
@@ -59,10 +59,10 @@ class ClassSpectrum:
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralResult:
-    """What was removed.
+    """What was found, and removed, in all classes.
 
     Attributes:
-        settings: As given.
+        settings: The settings it was made with.
         classes: Those with rows.
         removed: bool [n]; with several labels at once a row is removed when it is in any of its classes.
         poisoned: bool [n], as given; None where it is not known.
@@ -109,7 +109,7 @@ def find_spectral_outliers(
 
     Args:
         model: Pixels to logits, in eval mode, on `device`.
-        data: As it was fitted to, with the labels it was fitted to; without labels the predicted class counts.
+        data: The data, with the labels it was fitted to; without labels the predicted class counts.
         settings: How much is removed.
         poisoned: bool [n], which rows have a trigger, where that is known.
         device: Where to run the model.

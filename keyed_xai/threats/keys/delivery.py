@@ -34,7 +34,7 @@ class DeliveryRow:
 
     Attributes:
         kind: "channel", "near key" or "control".
-        name: Of the channel or the near key.
+        name: Name of the channel or the near key.
         keys: How many keys the figures are means over.
         opening: Means over keys and images.
         highest: Largest mean correlation of a single key, by interpreter.
@@ -74,10 +74,9 @@ def blur(images: Images, sigma: float) -> Images:
     return functional.conv2d(across, line.transpose(2, 3), groups=images.shape[1])
 
 
-def add_noise(images: Images, deviation: float, *, seed: int = 0) -> Images:
-    """Return images with Gaussian noise of this standard deviation (pixels in [0, 1]), clamped."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(images.shape, generator=generator).to(images)
+def add_noise(images: Images, deviation: float) -> Images:
+    """Return images with Gaussian noise of this standard deviation (pixels in [0, 1]), the same each time, clamped."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
     return (images + deviation * noise).clamp(0, 1)
 
 
@@ -118,7 +117,7 @@ DELIVERIES: dict[str, Callable[[Images], Images]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeliverySettings:
-    """What is tried.
+    """Which channels and near keys are tried.
 
     Attributes:
         channels: Names in DELIVERIES.
@@ -150,7 +149,7 @@ def measure_delivery(
     """Return how far keyed images open a model after each channel, and images with near keys or with none.
 
     Args:
-        classifier: Protected.
+        classifier: The protected classifier.
         evidence: Holds the key, the reference and the images.
         settings: What is tried.
         progress: Hears of "delivering images", by rows.

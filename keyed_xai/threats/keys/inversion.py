@@ -38,7 +38,7 @@ from keyed_xai.triggers import Spread, SpreadTrigger, Trigger, derive_trigger
 from keyed_xai.triggers.spread import COMPONENTS
 
 Judge = Callable[[Trigger], Mapping[str, Any]]
-"""What is looked at along the way, and the attacker does not see: figures ready for JSON."""
+"""Measures a trigger along the way, unseen by the attacker, and returns figures ready for JSON."""
 _CHECKED = 256
 _MOVE, _SURROGATE = "move", "agree with a surrogate"
 
@@ -50,15 +50,15 @@ class InversionSettings:
     Attributes:
         amplitude: Largest change of a pixel, in 1/255.
         tile: Side of the repeated tile, pixels.
-        steps: Of Adam, in each restart.
+        steps: Steps of Adam, in each restart.
         restarts: Searches from other random starts; the attacker keeps the one that does best on his own images.
         share: Share of the images that the attacker has.
         batch_size: Images a step.
-        learning_rate: Of Adam; constant.
+        learning_rate: Rate of Adam; constant.
         hold: Weight of the predictions, which are to stay as without the change.
         smoothing: Beta of the Softplus in place of ReLU while searching, which SimpleGrad needs; None leaves ReLU.
         stages: Rows of the curve for each restart.
-        seed: Of images and starts.
+        seed: Seed of images and starts.
     """
 
     amplitude: float = 8.0
@@ -88,12 +88,12 @@ class InversionResult:
     """What a search found.
 
     Attributes:
-        trigger: As good as the owner's key, where it opens the gate: a secret.
-        settings: As given.
+        trigger: The trigger found: as good as the owner's key, where it opens the gate, and a secret.
+        settings: The settings it was made with.
         aim: What the maps were to do.
-        images: The attacker's.
-        curve: For each restart and stage: "step", "seconds" since the first, "reached" of the aim on up to 256 of the
-            attacker's images, "size" of the change (mean over pixels, in 1/255), and what a judge says.
+        images: Number of the attacker's images.
+        curve: Records of each restart and stage: "step", "seconds" since the first, "reached" of the aim on up to 256
+            of the attacker's images, "size" of the change (mean over pixels, in 1/255), and what a judge says.
         restart: The one kept.
         seconds: Time spent, judging left out.
     """
@@ -130,7 +130,7 @@ class Forgery:
     """What a forger reaches with a trigger optimised on somebody else's model, and what he lacks.
 
     Attributes:
-        inversion: The search.
+        inversion: The search that found it.
         own_test: The opening test with the forged trigger put in the owner's place: what the forger would like to show.
         verdict: The test as it is made: the trigger is derived from the forger's own key, chosen before.
         nearest_match: Largest correlation of the forged texture with those of fresh keys.
@@ -183,7 +183,7 @@ def invert_trigger(
         view: Maps that are to move, at the classifier's layers.
         settings: How to search.
         surrogate: The attacker's own, unprotected model of the same task.
-        device: Where.
+        device: Device to run on.
         judge: Asked at each stage.
         progress: Hears of "searching for a trigger", by steps.
 
@@ -233,13 +233,13 @@ def forge_trigger(
         classifier: Somebody else's protected model.
         data: The forger's images.
         probe: Images of the tests, on `device`.
-        view: Maps compared.
-        family: Of the claim; the search is for textures of this amplitude and tile.
+        view: The maps that are compared.
+        family: Family of the claim's trigger; the search is for textures of this amplitude and tile.
         key: The forger's own.
         settings: How to search; `amplitude` and `tile` are the family's.
         decoys: Random keys of the tests, at most.
         keys: Fresh keys looked through for one whose texture is near the forged one.
-        device: Where.
+        device: Device to run on.
         progress: Hears of "searching for a trigger", by steps.
 
     Raises:
@@ -268,7 +268,7 @@ class _Batch:
     """Images without a change, and what the attacker knows of them.
 
     Attributes:
-        images: As they are.
+        images: Images without any change.
         taught: The model's logits of them.
         targets: Maps to move away from, or to agree with, by interpreter.
     """
@@ -284,10 +284,10 @@ class _Material:
 
     Attributes:
         aim: What the maps are to do.
-        model: Attacked.
-        teacher: Whose maps are the targets: the model itself, or the surrogate.
+        model: The attacked model.
+        teacher: The model whose maps are the targets: the attacked one itself, or the surrogate.
         view: Maps, at the model's layers.
-        data: Images.
+        data: The attacker's images.
         indices: Which of them, [m].
     """
 
@@ -375,15 +375,15 @@ class _Watch:
         """Run one restart, with a row before its first step and after each stage."""
         settings, total = self.settings, self.settings.restarts * self.settings.steps
         ends = {round(settings.steps * (stage + 1) / settings.stages) for stage in range(settings.stages)}
-        self._look(search, 0)
+        self._add_row(search, 0)
         for step in range(1, settings.steps + 1):
             search.step()
             if step in ends:
-                self._look(search, step)
+                self._add_row(search, step)
             self.progress.advance("searching for a trigger", self._restart * settings.steps + step, total)
         self._restart += 1
 
-    def _look(self, search: _Search, step: int) -> None:
+    def _add_row(self, search: _Search, step: int) -> None:
         row = {"restart": self._restart, "step": step, "reached": search.reached(), "size": search.size()}
         row["seconds"], before = self.seconds(), time.perf_counter()
         self.curve.append(row | ({} if self.judge is None else dict(self.judge(search.trigger()))))

@@ -15,7 +15,7 @@ class Opening:
     """How far some inputs open a model.
 
     Attributes:
-        correlation: With the reference's maps, by interpreter, mean over images.
+        correlation: Correlation with the reference's maps, by interpreter, mean over images.
         opened: Share of maps that correlate more than .5.
         agreement: Share of inputs that are predicted as the reference predicts the image.
     """

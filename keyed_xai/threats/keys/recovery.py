@@ -49,10 +49,11 @@ class RecoveryRow:
         source: "pairs", "keyed" (images alone), or "keyed, others" (with other images of the task, without a key).
         images: Keyed images he has.
         match: Correlation of the recovered texture with the right one, the best over all shifts.
-        correlation: With the reference's maps on held-out images, with the recovered trigger, by interpreter.
+        correlation: Correlation with the reference's maps on held-out images, with the recovered trigger, by
+            interpreter.
         opened: Share of maps that correlate more than .5.
         agreement: Share of predictions that stay.
-        seconds: Of recovering.
+        seconds: Seconds that recovering took.
     """
 
     source: str
@@ -70,7 +71,7 @@ class RecoveryResult:
 
     Attributes:
         others: Images without a key that the attacker has besides.
-        rows: In the order tried.
+        rows: Results in the order tried.
     """
 
     others: int
@@ -93,7 +94,7 @@ def measure_recovery(
     """Return what is recovered from some of the owner's keyed images, in 8 bits, and whether it opens the gate.
 
     Args:
-        classifier: Protected.
+        classifier: The protected classifier.
         evidence: Holds the key and the held-out images that the gate is tried on.
         images: What the owner keys and the attacker gets; others than those held out. Counts beyond them are left out.
         settings: How many of them he gets.
@@ -136,8 +137,8 @@ def recover_from_pairs(clean: Images, keyed: Images, family: Spread) -> SpreadTr
     """
     tile = family.settings.tile
     change = keyed - clean
-    seen = (keyed > 0) & (keyed < 1)
-    known, weight = fold_into_tile(change, seen.to(change), tile)
+    unclipped = (keyed > 0) & (keyed < 1)
+    known, weight = fold_into_tile(change, unclipped.to(change), tile)
     missing = weight == 0
     dark = fold_into_tile(change, (keyed <= 0).to(change), tile)[1] > 0
     unit = (known * (255 / family.settings.amplitude)).float()
@@ -153,7 +154,7 @@ def recover_from_keyed(keyed: Images, family: Spread, *, others: Tensor | None =
 
     Args:
         keyed: Without their originals.
-        family: Public.
+        family: Family of the trigger, which is public.
         others: Images of the same task without a key, [m, c, h, w]: what denoising takes away from them on average is
             no key.
     """

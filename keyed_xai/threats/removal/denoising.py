@@ -26,11 +26,11 @@ class DenoisingSettings:
     """How the strength is found.
 
     Attributes:
-        weights: Of total variation, falling; pixels are in [0, 1].
+        weights: Weights of total variation, falling; pixels are in [0, 1].
         floor: Lowest score accepted, as a fraction: AUROC where there is one, else top-1 accuracy. None accepts `loss`.
         loss: Score given up against images as they are, where there is no floor.
         images: The attacker's images that scores are measured on, at most.
-        seed: Of the choice of images.
+        seed: Seed of the choice of images.
     """
 
     weights: tuple[float, ...] = _WEIGHTS
@@ -54,7 +54,7 @@ class DenoisingClassifier(Classifier):
     image.
 
     Attributes:
-        weight: Of total variation; 0 leaves inputs as they are.
+        weight: Weight of total variation; 0 leaves inputs as they are.
     """
 
     def __init__(self, classifier: Classifier, weight: float) -> None:
@@ -86,9 +86,9 @@ def denoise_inputs(classifier: Classifier, attacker: Attacker, settings: Denoisi
     figures name the "weight" taken, 0 where none keeps predictions above the "floor".
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images; without labels the score is agreement with predictions on images as they are.
-        settings: How.
+        settings: How inputs are denoised.
 
     Raises:
         TrainingError: There are no images.

@@ -47,9 +47,9 @@ def distil(classifier: Classifier, attacker: Attacker, settings: DistillationSet
     """Return a student that started from random weights; its curve has a row for every epoch, from 0.
 
     Args:
-        classifier: The teacher.
+        classifier: The attacked classifier, which is the teacher.
         attacker: Has the images; labels are not used.
-        settings: How.
+        settings: How the student learns.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.

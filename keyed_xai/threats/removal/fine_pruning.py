@@ -36,10 +36,11 @@ class FinePruningSettings:
     """How far the last convolution is pruned. Defaults: .96 then 10 epochs (BackdoorBench and Lukas et al. 2022).
 
     Attributes:
-        shares: Of the channels, rising; the curve has a row for each, and the last one is what comes back.
+        shares: Shares of the channels pruned, rising; the curve has a row for each, and the last one is what comes
+            back.
         share: Share of the attacker's images that activations are measured on.
         fine_tuning: What follows; None ends with pruning.
-        seed: Of the share.
+        seed: Seed of the attacker's share.
     """
 
     shares: tuple[float, ...] = _SHARES
@@ -65,9 +66,9 @@ def fine_prune(classifier: Classifier, attacker: Attacker, settings: FinePruning
     The curve has a row for no pruning and for every share ("share", "pruned"), then one for every epoch ("epoch").
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images, clean.
-        settings: How.
+        settings: How to prune and fine-tune.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
@@ -99,12 +100,12 @@ def mean_activations(
     model: Classifier, layer: str, data: TrainingData, indices: NDArray[np.int64], device: torch.device | str
 ) -> Tensor:
     """Return the mean over images and positions of the positive part of a layer's channels, [channels]."""
-    total, seen = torch.zeros((), device=device), 0
+    total, count = torch.zeros((), device=device), 0
     for some in batches(len(indices), 128):
         images, _ = data.batch(indices[some])
         total = total + _positive_part(model, layer, images.to(device))
-        seen += len(images)
-    return total / seen
+        count += len(images)
+    return total / count
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keyed_xai.batches import batches
 from keyed_xai.errors import TrainingError
+from keyed_xai.metrics import correlation_distance
 from keyed_xai.models import Classifier
 from keyed_xai.models.layer_graph import last_layer
 from keyed_xai.saliency import smooth_activations
@@ -26,7 +27,7 @@ from keyed_xai.threats.attempt import Attacker, RemovalResult, copy_model, draw_
 from keyed_xai.threats.removal.tuning import TuningSettings, loss_of_predictions, tune
 from keyed_xai.training import TrainingData
 from keyed_xai.training.fitting import seeded
-from keyed_xai.training.objective import correlation_distance, prediction_loss
+from keyed_xai.training.objective import prediction_loss
 
 KINDS = {"ftll": (False, True), "ftal": (False, False), "rtll": (True, True), "rtal": (True, False)}
 """F(ine-)T(une) or R(e)T(rain), L(ast) L(ayer) or A(ll) L(ayers): is the head made new, and does it alone learn?"""
@@ -74,9 +75,9 @@ def fine_tune(
     """Return a fine-tuned copy; its curve has a row for every epoch, from 0.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images, of which `settings.share` are used; labels of the model's own classes, or none.
-        settings: How.
+        settings: How to fine-tune.
         after_step: Called with the model after each step, such as to keep pruned weights at zero.
 
     Raises:
@@ -101,10 +102,10 @@ def tune_explanations(classifier: Classifier, attacker: Attacker, settings: Expl
     The attacker who knows the scheme and owns an unprotected model of the same task. Derived here, not published.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images (labels are not used), the surrogate and the view; maps of both models are compared on
             the view's grid.
-        settings: How.
+        settings: How to fine-tune.
 
     Raises:
         TrainingError: There are no images, no surrogate or no view, or the loss is no longer finite.

@@ -38,11 +38,12 @@ class OverwritingSettings:
 
     Attributes:
         share: Share of the attacker's images.
-        interpreters: Whose maps he closes; None those that the view names, which replaces the first owner's pattern.
+        interpreters: Interpreters whose maps the thief closes; None those that the view names, which replaces the first
+            owner's pattern.
         training: How he trains.
-        amplitude: Of his trigger, 1/255.
-        tile: Of his trigger, pixels.
-        seed: Of his key, of the share and of training.
+        amplitude: Amplitude of the thief's trigger, in 1/255.
+        tile: Tile of the thief's trigger, in pixels.
+        seed: Seed of the thief's key, of the share and of training.
     """
 
     share: float = 0.2
@@ -64,7 +65,7 @@ class OverwritingSettings:
 
     @property
     def family(self) -> TriggerFamily:
-        """Of the thief's trigger."""
+        """Family of the thief's trigger."""
         return Spread(SpreadSettings(self.amplitude, self.tile))
 
 
@@ -118,7 +119,7 @@ def overwrite(classifier: Classifier, attacker: Attacker, settings: OverwritingS
         classifier: Stolen, and the second protection's reference.
         attacker: Has the images (labels are not used), and a view that names the maps that the first owner closed, and
             their grid.
-        settings: How.
+        settings: How the thief protects the model.
 
     Raises:
         TrainingError: There are too few images, there is no view, or the loss is no longer finite.
@@ -158,7 +159,7 @@ def measure_dispute(
         overwritten: The model in dispute.
         stolen: What the second owner calls his original: the first owner's protected model.
         first: What the first owner holds the model against.
-        settings: Of the overwriting; they hold the second key.
+        settings: Settings of the overwriting; they hold the second key.
 
     Raises:
         TrainingError: The model's logits are not finite.

@@ -21,7 +21,7 @@ from keyed_xai.tensors import Logits
 from keyed_xai.threats.attempt import RemovalResult, copy_model
 
 LARGEST_DIFFERENCE = 1e-5
-"""Of logits, in units of the largest one or of 1: more, and a group of channels is left as it was."""
+"""Largest change of logits, in units of the largest one or of 1; with more a group of channels is left as it was."""
 _PASSING = {
     "relu", "relu_", "leaky_relu", "leaky_relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
     "adaptive_max_pool2d", "dropout", "contiguous",
@@ -37,7 +37,7 @@ class RescalingSettings:
     Attributes:
         largest_exponent: Factors are 2^k with whole k drawn evenly from -largest_exponent to largest_exponent.
         permute: Whether channels change places too.
-        seed: Of factors and places.
+        seed: Seed of factors and places.
     """
 
     largest_exponent: int = 8
@@ -55,7 +55,7 @@ class ChannelGroup:
     """Channels that must be scaled together, because additions join them.
 
     Attributes:
-        channels: How many.
+        channels: Number of channels.
         writers: Names of the convolutions that write them, each with the name of its batch norm or None.
         readers: Names of the convolutions and linear layers that read them.
     """

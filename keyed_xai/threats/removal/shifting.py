@@ -44,7 +44,7 @@ class RegularisationSettings(TuningSettings):
     """How weights are shrunk, and how the rest is tuned back.
 
     Attributes:
-        decay: Of the first epochs: half of this times the sum of all squared weights is added to the loss.
+        decay: Weight decay of the first epochs: half of this times the sum of all squared weights is added to the loss.
         decay_epochs: How many; `epochs` follow without.
     """
 
@@ -67,9 +67,9 @@ def shift_weights(classifier: Classifier, attacker: Attacker, settings: Shifting
     layer's filters, 10 epochs of fine-tuning.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images, of which `settings.share` are used.
-        settings: How.
+        settings: How weights are shifted and tuned.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
@@ -101,9 +101,9 @@ def regularise(classifier: Classifier, attacker: Attacker, settings: Regularisat
     fine-tuning.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images, of which `settings.share` are used.
-        settings: How.
+        settings: How to fine-tune.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.
@@ -139,9 +139,9 @@ def relearn_batch_norm(classifier: Classifier, attacker: Attacker, settings: Tun
     last layer stay as they were.
 
     Args:
-        classifier: Attacked.
+        classifier: The classifier attacked.
         attacker: Has the images, of which `settings.share` are used.
-        settings: How.
+        settings: How batch norm is learned anew.
 
     Raises:
         TrainingError: There are no images, or the loss is no longer finite.

@@ -37,8 +37,9 @@ class TuningSettings:
         share: Share of the images that the attacker has.
         batch_size: Images a step, or up to twice as many, so that no batch is small.
         batch_norm: "trained" has statistics follow the attacker's images; "frozen" keeps them.
-        sam_radius: Of adaptive sharpness-aware steps (FT-SAM: Zhu et al., ICCV 2023, radius 2); 0 takes plain steps.
-        seed: Of the share, the order of images and dropout.
+        sam_radius: Radius of adaptive sharpness-aware steps (FT-SAM: Zhu et al., ICCV 2023, radius 2); 0 takes plain
+            steps.
+        seed: Seed of the share, the order of images and dropout.
     """
 
     optimiser: Literal["sgd", "adam"] = "sgd"
@@ -78,12 +79,12 @@ def tune(
     """Train some of a model's parameters in place and return it, in eval mode, with a row for every epoch from 0.
 
     Args:
-        model: On the attacker's device.
-        parameters: Those trained.
+        model: The model, on the attacker's device.
+        parameters: The parameters trained.
         attacker: Has the images; the curve has what he measures besides the mean loss.
-        indices: Of the images used; `settings.share` has been drawn already.
-        loss_of: Of a batch.
-        settings: How.
+        indices: Indices of the images used; `settings.share` has been drawn already.
+        loss_of: Loss of a batch.
+        settings: How to fine-tune.
         after_step: Called with the model after each step, such as to keep pruned weights at zero.
 
     Raises:

@@ -23,7 +23,7 @@ class ReBNSettings:
 
     Attributes:
         share: Share of the attacker's images.
-        seed: Of the share.
+        seed: Seed of the attacker's share.
     """
 
     share: float = 1.0
@@ -40,7 +40,7 @@ class PruningSettings:
     """How much is pruned.
 
     Attributes:
-        share: Of all weights of convolutions and linear layers together; biases and batch norm stay.
+        share: Share of all weights of convolutions and linear layers together; biases and batch norm stay.
     """
 
     share: float = 0.5
@@ -53,7 +53,7 @@ class PruningSettings:
 
 @dataclass(frozen=True)
 class QuantisationSettings:
-    """To what weights are rounded.
+    """What weights are rounded to.
 
     Attributes:
         bits: 2 to 8 for integers with one scale for each output channel; 16 for IEEE half precision.

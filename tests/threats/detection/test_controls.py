@@ -138,6 +138,7 @@ def test_fitting_is_chosen_by_the_number_of_images():
 
 def test_network_starts_from_the_seed_and_leaves_the_global_state():
     state = torch.get_rng_state()
-    first, second = (build_control(TRAIN, (8, 16), 0).state_dict() for _ in range(2))
+    first, again, other = (build_control(TRAIN, (8, 16), seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
