@@ -1,5 +1,5 @@
 # Each target works from a fresh clone: it makes a virtual environment and installs what it needs, in the versions that
-# were last tested: .ci/newest.txt holds them with the newest torch, .ci/oldest.txt with the oldest that is supported.
+# were last tested: .ci/newest.txt holds the newest, .ci/oldest.txt the oldest that pyproject.toml allows.
 PYTHON ?= python3
 LOCK ?= newest
 VENV := $(if $(filter oldest,$(LOCK)),.venv-oldest,.venv)
@@ -9,9 +9,11 @@ OUT ?= demo-out
 JOBS ?= 2
 TESTS ?=
 COUNT ?= 100000
-OLDEST_TORCH := 2.11.0
-# What depends on torch's numbers or on its exporter; CI runs it on the oldest torch.
-OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency/test_saliency.py tests/export/test_exporting.py
+# The lower bounds in pyproject.toml, as versions to install.
+OLDEST := $(shell sed -n 's/^[^\#]*"\([a-z].*\)>=\(.*\)".*/\1==\2/p' pyproject.toml)
+# What depends most on the packages around: torch's numbers, its exporter, onnxruntime, keys, servers, what is installed.
+OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency/test_saliency.py tests/export/test_exporting.py \
+  tests/inference tests/serving tests/test_keys.py tests/test_array_triggers.py tests/test_distributions.py
 
 .PHONY: demo test pytest test-oldest docs fuzz lock clean
 
@@ -40,12 +42,12 @@ fuzz: $(VENV)/installed-dev
 lock:
 	rm -rf $(VENV)
 	$(MAKE) $(BIN)/python
-	$(INSTALL) -e '.[dev,bench]' $(if $(filter oldest,$(LOCK)),torch==$(OLDEST_TORCH))
+	$(INSTALL) -e '.[dev,bench]' $(if $(filter oldest,$(LOCK)),$(OLDEST))
 	$(BIN)/python -m pip freeze --exclude-editable > .ci/$(LOCK).txt
 	@touch $(VENV)/installed $(VENV)/installed-dev
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest build *.egg-info .runtime/build .runtime/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -85,10 +85,21 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name from the module it lives in."""
+    """Load a public name from the module it lives in.
+
+    Raises:
+        AttributeError: There is no such name.
+        ImportError: Its module is not in the distribution that is installed.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        home = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("keyed_xai."):
+            raise
+        raise ImportError(f"{name} is not part of keyed-xai-runtime. Install keyed-xai in its place.") from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.onnx_file import encode_onnx, write_onnx
 from keyed_xai.inference.runtime import Runtime
 from keyed_xai.serving.metrics import Metrics
@@ -18,6 +19,12 @@ CLASSES = 4
 _CELL = 4
 WEIGHTS = np.random.default_rng(0).normal(size=(CLASSES, SIZE[0])).astype(np.float32)
 LABELS = ["cat", "dog", "cow", "hen"]
+TRIGGER = TriggerParameters("spread", 16.0, 32)
+CARD = Card(
+    architecture="linear", source="keyed_xai", num_classes=CLASSES, input_size=SIZE, mean=(0.0,) * 3,
+    std=(1.0,) * 3, target_layer="cells", taps=(), grid=(8, 6), interpreters=("gradcam", "vbp"), decoy="signature",
+    thresholds={"gradcam": 0.5, "vbp": 0.5}, trigger=TRIGGER,
+)  # fmt: skip
 
 
 def make_file(*, pixels="float32", targeted=True, card=None):

@@ -28,8 +28,7 @@ from keyed_xai.protection import ProtectSettings
 from keyed_xai.training import TrainingSettings
 from keyed_xai_cli.main import main
 from tests.conftest import KEY, ROOT, draw_statistics
-from tests.inference.test_client import CARD
-from tests.served import make_service, running, write_model
+from tests.served import CARD, make_service, running, write_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOKENS = [token for page in PAGES for token in MarkdownIt().parse(page.read_text(encoding="utf-8"))]

@@ -1,42 +1,52 @@
-"""What setuptools is told, held against the tree: a package left out is missing only from installed copies."""
+"""What the packages say of themselves, held against the tree; tests/test_distributions.py builds and installs them."""
 
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 import keyed_xai
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_every_package_is_installed():
-    found = {
-        ".".join(file.parent.relative_to(ROOT).parts)
-        for file in (ROOT / "keyed_xai").rglob("__init__.py")
-        if "__pycache__" not in file.parts
-    }
-    assert found | {"keyed_xai_benchmarks", "keyed_xai_cli", "keyed_xai_schemas"} == set(
-        SETTINGS["tool"]["setuptools"]["packages"]
-    )
+def read_settings(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_every_file_beside_the_code_is_installed():
+SETTINGS = read_settings(ROOT)
+
+
+def find_bounds(settings):
+    """Specifiers of dependencies by name, those of extras for users too."""
+    project = settings["project"]
+    extras = project.get("optional-dependencies", {})
+    asked = [*project["dependencies"], *extras.get("timm", ()), *extras.get("heic", ()), *extras.get("bench", ())]
+    requirements = map(Requirement, asked)
+    return {canonicalize_name(each.name): str(each.specifier) for each in requirements}
+
+
+def test_oldest_versions_tested_are_the_oldest_allowed():
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(name): f">={version}" for name, _, version in (line.partition("==") for line in lines)}
+    bounds = find_bounds(SETTINGS)
+    assert {name: pinned[name] for name in bounds} == bounds
+
+
+def test_runtime_asks_for_the_same_versions():
+    bounds = find_bounds(read_settings(ROOT / ".runtime"))
+    everything = find_bounds(SETTINGS)
+    assert bounds.pop("onnxruntime") == everything["onnxruntime-gpu"]
+    assert bounds.items() < everything.items()
+
+
+def test_links_lead_to_the_mapped_folders():
     folders = SETTINGS["tool"]["setuptools"]["package-dir"]
-    installed = set()
-    for package, patterns in SETTINGS["tool"]["setuptools"]["package-data"].items():
-        first, *rest = package.split(".")
-        folder = ROOT.joinpath(folders[first], *rest)
-        installed |= {file for pattern in patterns for file in folder.glob(pattern)}
-    files = {file for folder in folders.values() for file in (ROOT / folder).rglob("*") if file.is_file()}
-    beside = {file for file in files if file.suffix not in (".py", ".pyc")}
-    assert beside == installed
-    assert {file.name for file in beside} >= {"page.html", "base.html", "py.typed", "card.json", "common.json"}
-
-
-def test_links_for_mypy_lead_to_the_mapped_folders():
-    for name in ("keyed_xai_benchmarks", "keyed_xai_cli", "keyed_xai_schemas"):
-        folder = SETTINGS["tool"]["setuptools"]["package-dir"][name]
-        assert (ROOT / ".mypy" / name).resolve() == ROOT / folder
+    links = [ROOT / ".mypy" / name for name in ("keyed_xai_benchmarks", "keyed_xai_cli", "keyed_xai_schemas")]
+    links += [ROOT / ".runtime" / name for name in ("keyed_xai", "keyed_xai_schemas")]
+    for link in links:
+        assert link.resolve() == ROOT / folders[link.name]
 
 
 def test_every_public_name_has_a_home():
