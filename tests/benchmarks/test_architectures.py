@@ -24,10 +24,10 @@ def steps(network, folder, say, **_):
     say("explain", *bench._try_step(deeds[network], trace=False))
 
 real, bench.run_steps = bench.run_steps, steps
-rows = [bench.try_network(name, bench.Limits(20, 2**31)) for name in deeds]
+rows = [bench.try_network(name, bench.Limits(10, 2**31)) for name in deeds]
 bench.run_steps = real
 rows += [bench.try_network(name, bench.Limits(300, 8 * 2**30))
-         for name in ("torchvision:squeezenet1_1", "torchvision:vit_b_32")]
+         for name in ("torchvision:squeezenet1_1", "timm:vit_tiny_patch16_224")]
 print(json.dumps([row._asdict() for row in rows]))
 print(bench.render(rows, {"torch": "2"}), file=sys.stderr)
 """
@@ -50,7 +50,7 @@ def test_outcomes_are_told_and_every_step_works_on_a_real_network():
     assert {step: outcome for step, (outcome, _) in squeezenet["outcomes"].items()} == dict.fromkeys(
         ("protect", "explain", "verify", "export"), "works"
     )
-    refused = rows["torchvision:vit_b_32"]["outcomes"]["protect"]
+    refused = rows["timm:vit_tiny_patch16_224"]["outcomes"]["protect"]
     assert refused[0] == "refused"
     assert "no spatial feature map" in refused[1]
     assert "| protect | 7 | 1 | 0 | 0 | 0 |" in done.stderr
