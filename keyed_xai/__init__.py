@@ -19,8 +19,9 @@ The rooms of the package, in the order in which a model and its images pass them
     demo                              the main job on data that come with the package
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from keyed_xai.homes import load_on_use
 
 if TYPE_CHECKING:
     from keyed_xai.artifacts.folder import read_model_folder
@@ -83,25 +84,4 @@ _HOMES = {
     "write_protection": "keyed_xai.protection",
 }
 
-
-def __getattr__(name: str) -> object:
-    """Load a public name from the module it lives in.
-
-    Raises:
-        AttributeError: There is no such name.
-        ImportError: Its module is not in the distribution that is installed.
-    """
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        home = importlib.import_module(_HOMES[name])
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("keyed_xai."):
-            raise
-        raise ImportError(f"{name} is not part of keyed-xai-runtime. Install keyed-xai in its place.") from error
-    return getattr(home, name)
-
-
-def __dir__() -> list[str]:
-    """Return the public names, loaded or not."""
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = load_on_use(__name__, _HOMES)

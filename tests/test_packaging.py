@@ -1,8 +1,12 @@
 """What the packages say of themselves, held against the tree; tests/test_distributions.py builds and installs them."""
 
+import importlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -58,3 +62,14 @@ def test_every_public_name_has_a_home():
 
 def test_unknown_name_is_an_attribute_error():
     assert not hasattr(keyed_xai, "nonsense")
+
+
+@pytest.mark.parametrize("room", ["auditing", "backdoors", "explanation", "ownership", "protection"])
+def test_room_loads_what_it_exports_on_use(room):
+    program = f"import sys, keyed_xai.{room}\nassert not {{'torch', 'onnxruntime', 'rich'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    package = importlib.import_module(f"keyed_xai.{room}")
+    assert package.__all__
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    assert set(package.__all__) <= set(dir(package))
