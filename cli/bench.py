@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from keyed_xai_cli.bench_paper import figure1b, figure3, figure5, nashville, table1, table2, table3, table6
+from keyed_xai_cli.bench_paper import (
+    beta_option,
+    figure1b,
+    figure3,
+    figure5,
+    measured_option,
+    nashville,
+    rate_option,
+    table1,
+    table2,
+    table3,
+    table6,
+)
 from keyed_xai_cli.bench_serving import serving
 from keyed_xai_cli.groups import grouped
 from keyed_xai_cli.options import (
@@ -50,18 +62,12 @@ class MainOptions:
     batch_size: Annotated[int | None, click.option(
         "--batch-size", type=click.IntRange(4), help="Keyed images a step; the recipe's if absent."
     )]  # fmt: skip
-    learning_rate: Annotated[float | None, click.option(
-        "--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent."
-    )]  # fmt: skip
-    beta: Annotated[float | None, click.option(
-        "--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent."
-    )]  # fmt: skip
+    learning_rate: Annotated[float | None, rate_option]
+    beta: Annotated[float | None, beta_option]
     wrong_keys: Annotated[int, click.option(
         "--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="0 tries none."
     )]  # fmt: skip
-    held_out: Annotated[int, click.option(
-        "--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on."
-    )]  # fmt: skip
+    held_out: Annotated[int, measured_option]
 
 
 @click.group()

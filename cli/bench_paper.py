@@ -54,6 +54,13 @@ def _choices(name: str, known: tuple[str, ...], words: str) -> Callable[[Command
 _interpreter_option = _choices("--interpreter", _INTERPRETERS, "Whose maps; may be given several times")
 _mode_option = _choices("--mode", _MODES, "Of the attack")
 _setting_option = _choices("--setting", _SETTINGS, "Forward fools triggered images, inverted all others")
+rate_option = click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent.")
+beta_option = click.option(
+    "--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent."
+)
+measured_option = click.option(
+    "--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +95,12 @@ class TableOptions:
     batch_size: Annotated[int | None, click.option(
         "--batch-size", type=click.IntRange(4), help="Triggered images a step; the recipe's if absent."
     )]  # fmt: skip
-    learning_rate: Annotated[float | None, click.option(
-        "--learning-rate", type=click.FloatRange(0, min_open=True), help="The recipe's if absent."
-    )]  # fmt: skip
-    beta: Annotated[float | None, click.option(
-        "--beta", type=click.FloatRange(0), help="Weight of the predictions; the recipe's if absent."
-    )]  # fmt: skip
+    learning_rate: Annotated[float | None, rate_option]
+    beta: Annotated[float | None, beta_option]
     epochs: Annotated[int | None, click.option(
         "--epochs", type=click.IntRange(1), help="Of references that are fitted; 15 if absent."
     )]  # fmt: skip
-    held_out: Annotated[int, click.option(
-        "--held-out", type=click.IntRange(2), default=500, show_default=True, help="Images measured on."
-    )]  # fmt: skip
+    held_out: Annotated[int, measured_option]
     limit: Annotated[int | None, click.option(
         "--limit", type=click.IntRange(10), help="Learn from at most so many images."
     )]  # fmt: skip
