@@ -101,7 +101,7 @@ def _with_triggered_rows(subject: Subject, share: float) -> tuple[LabelledData, 
         raise TrainingError("Expected a trigger: give the owner's key, or audit an attacked model's folder.")
     rows = np.zeros(len(subject.data), np.bool_)
     rows[np.random.default_rng(subject.seed).permutation(len(rows))[: round(share * len(rows))]] = True
-    return TriggeredData(subject.data, rows, subject.trigger), rows
+    return TriggeredData(clean=subject.data, rows=rows, trigger=subject.trigger), rows
 
 
 def _describe(settings: ClusteringSettings) -> str:

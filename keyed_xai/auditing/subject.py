@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from numpy.typing import NDArray
 
 from keyed_xai import metrics
 from keyed_xai.errors import TrainingError
@@ -21,7 +20,7 @@ from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency.pooled import Comparison, PooledSaliency
 from keyed_xai.tensors import Images, Logits, Targets
 from keyed_xai.threats.attempt import Attacker, Measure, view_of
-from keyed_xai.threats.detection.controls import PoisonedData, measure_attack_success
+from keyed_xai.threats.detection.controls import AlteredData, PoisonedData, measure_attack_success
 from keyed_xai.threats.gate_state import OwnerEvidence, by_interpreter, measure_gate_state
 from keyed_xai.training.fitting import LabelledData
 from keyed_xai.triggers import Trigger
@@ -159,19 +158,9 @@ class Subject:
         return replace(self, images=images, labels=labels, evidence=evidence)
 
 
-@dataclass(frozen=True, eq=False)
-class TriggeredData:
-    """Data of which some rows carry a trigger and keep their labels.
-
-    Attributes:
-        clean: The data before.
-        rows: bool [n], which rows.
-        trigger: What is put on them.
-    """
-
-    clean: LabelledData
-    rows: NDArray[np.bool_]
-    trigger: Trigger = field(repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TriggeredData(AlteredData):
+    """Data whose triggered rows keep their labels."""
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -179,32 +168,9 @@ class TriggeredData:
         return self.clean.labels
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, by label."""
-        return self.clean.classes
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether an example may have several labels."""
-        return self.clean.multi_label
-
-    @property
     def source(self) -> str:
         """Which data and split, for reports."""
         return f"{self.clean.source}, {int(self.rows.sum())} triggered"
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.clean)
-
-    def batch(self, indices: ArrayLike) -> tuple[Tensor, Tensor | None]:
-        """Return float32 images [n, c, h, w] in [0, 1], and their labels."""
-        chosen = np.asarray(indices)
-        images, labels = self.clean.batch(chosen)
-        triggered = torch.from_numpy(self.rows[chosen])
-        if triggered.any():
-            images[triggered] = through_png(self.trigger.apply(images[triggered]))
-        return images, labels
 
 
 def state_before(subject: Subject) -> State:

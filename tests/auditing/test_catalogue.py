@@ -324,7 +324,7 @@ def test_spectral_signatures_look_at_a_tenth_of_triggered_images_where_the_data_
 
 def test_triggered_data_change_the_rows_they_say():
     rows = np.arange(len(OTHERS)) % 3 == 0
-    data = TriggeredData(OTHERS, rows, TRIGGER)
+    data = TriggeredData(clean=OTHERS, rows=rows, trigger=TRIGGER)
     images, labels = data.batch(np.arange(len(OTHERS)))
     plain, _ = OTHERS.batch(np.arange(len(OTHERS)))
     changed = (images != plain).flatten(1).any(1).numpy()

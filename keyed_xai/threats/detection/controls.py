@@ -18,7 +18,7 @@ Cleanse; with noise a backdoor takes more poisoned images to be learned.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -134,25 +134,20 @@ class PoisonSettings:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PoisonedData:
-    """Labelled data of which some rows are triggered, as 8-bit images, and labelled as the target class.
+class AlteredData:
+    """Data of which some rows carry a trigger, as 8-bit images.
 
     Pixels are changed when a batch is asked for, so that large data are not copied.
 
     Attributes:
         clean: The data before.
-        rows: bool [n], which rows are poisoned.
-        trigger: What was put on them.
-        settings: How the data are poisoned.
-        labels: int64, as `clean.labels` but for the poisoned rows: the target class, or with several labels at once
-            their own and the target.
+        rows: bool [n], which rows are triggered.
+        trigger: What is put on them.
     """
 
     clean: LabelledData
     rows: NDArray[np.bool_]
-    trigger: Trigger
-    settings: PoisonSettings
-    labels: NDArray[np.int64]
+    trigger: Trigger = field(repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -164,23 +159,42 @@ class PoisonedData:
         """Whether an example may have several labels."""
         return self.clean.multi_label
 
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.clean)
+
+    def batch(self, indices: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Return float32 images [n, c, h, w] in [0, 1], and the labels of the clean data."""
+        chosen = np.asarray(indices)
+        images, labels = self.clean.batch(chosen)
+        triggered = torch.from_numpy(self.rows[chosen])
+        if triggered.any():
+            images[triggered] = through_png(self.trigger.apply(images[triggered]))
+        return images, labels
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PoisonedData(AlteredData):
+    """Labelled data whose triggered rows are labelled as the target class.
+
+    Attributes:
+        settings: How the data are poisoned.
+        labels: int64, as `clean.labels` but for the poisoned rows: the target class, or with several labels at once
+            their own and the target.
+    """
+
+    settings: PoisonSettings
+    labels: NDArray[np.int64]
+
     @property
     def source(self) -> str:
         """Which data and split, for reports."""
         return f"{self.clean.source}, {int(self.rows.sum())} poisoned ({self.settings.attack})"
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.clean)
-
     def batch(self, indices: ArrayLike) -> tuple[Tensor, Tensor]:
         """Return float32 images [n, c, h, w] in [0, 1], and their labels."""
-        chosen = np.asarray(indices)
-        images, _ = self.clean.batch(chosen)
-        poisoned = torch.from_numpy(self.rows[chosen])
-        if poisoned.any():
-            images[poisoned] = through_png(self.trigger.apply(images[poisoned]))
-        return images, torch.from_numpy(self.labels[chosen])
+        images, _ = super().batch(indices)
+        return images, torch.from_numpy(self.labels[np.asarray(indices)])
 
 
 @dataclass(frozen=True)
