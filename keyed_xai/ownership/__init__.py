@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from keyed_xai.homes import load_on_use
+from keyed_xai import load_on_use
 
 if TYPE_CHECKING:
     from keyed_xai.ownership.verdict import Verdict, verify_ownership
