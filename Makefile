@@ -14,7 +14,7 @@ OLDEST := $(shell sed -n 's/^[^\#]*"\([a-z].*\)>=\(.*\)".*/\1==\2/p' pyproject.t
 # What depends most on the packages around: torch's numbers, its exporter, onnxruntime, keys, servers, what is installed.
 OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency tests/export/test_exporting.py tests/inference \
   tests/serving/test_app.py tests/serving/test_server.py tests/serving/test_service.py tests/serving/test_protocol.py \
-  tests/test_keys.py tests/test_array_triggers.py tests/test_distributions.py
+  tests/test_keys.py tests/array_triggers tests/test_distributions.py
 
 .PHONY: demo test pytest test-oldest docs fuzz lock clean
 
