@@ -13,7 +13,7 @@ from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.auditing import Suspect, open_suspect
 from keyed_xai.auditing.control_files import cached_control
 from keyed_xai.auditing.subject import Subject, to_device
-from keyed_xai.backdoors.attacking import AttackSettings, make_attack_task
+from keyed_xai.backdoors.attacking import AttackSettings, make_attack_task, make_backdoor
 from keyed_xai.backdoors.evaluation import Backdoor
 from keyed_xai.data import ImageData
 from keyed_xai.data.splits import first_images, has_several_labels
@@ -165,16 +165,7 @@ def _attacked_target(attacked: Attacked, data: Data, settings: TableSettings, de
         grid=suspect.grid,
     )
     task = make_attack_task(model, data[0], asked)
-    backdoor = Backdoor(
-        model=model,
-        reference=reference,
-        view=task.view,
-        decoys=task.objective.decoys,
-        trigger=task.trigger,
-        inverted=suspect.inverted,
-        top_share=attacked.top_share,
-        as_files=task.as_files,
-    )
+    backdoor = make_backdoor(model, reference, task, inverted=suspect.inverted, top_share=attacked.top_share)
     subject = _see(model, task.view, data, reference, settings, device)
     subject = replace(subject, reference=reference, trigger=task.trigger, inverted=suspect.inverted)
     return Target(

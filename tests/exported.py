@@ -1,12 +1,19 @@
-"""Small networks of every architecture that is exported, with statistics that batch norm has to fold."""
+"""Small networks of every architecture that is exported, with batch norms that have to be folded, and their graphs."""
 
+from functools import cache
+
+import numpy as np
 import torch
 from torch import nn
 from torchvision.models import densenet, resnet, squeezenet, vgg
 
+from keyed_xai.export.building import ExportSettings, build_model
+from keyed_xai.export.parity import compare, open_session, random_images
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.models.networks import SmallResNet, TableMLP
+from keyed_xai.saliency import INTERPRETERS
 
+ALL = tuple(INTERPRETERS)
 COLOUR = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
@@ -51,3 +58,27 @@ def wrap(network, side, **options):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.7, 1.3)
     return wrap_network(network.eval(), input=InputSpec(3, side, side, mean=COLOUR[0], std=COLOUR[1]), **options).eval()
+
+
+@cache
+def exported(name, interpreters=ALL):
+    """A classifier of NETWORKS and its ONNX model, for tests that change neither."""
+    classifier = make_classifier(name)
+    return classifier, build_model(classifier, ExportSettings(interpreters=interpreters))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def parity_of(model, classifier, settings, seed=0):
+    images = {"random": random_images(classifier, seeded(seed))}
+    return compare(
+        open_session(model.SerializeToString()), classifier, settings.interpreters, images,
+        normalised=settings.normalised, eight_bits=settings.eight_bits, generator=seeded(seed + 1),
+    )  # fmt: skip
+
+
+def outputs(model, images, target=None):
+    inputs = {"image": images.numpy()} | ({} if target is None else {"target": np.array(target, dtype=np.int64)})
+    return [torch.from_numpy(each) for each in open_session(model.SerializeToString())(inputs)]

@@ -31,8 +31,8 @@ from keyed_xai.export.triton import write_triton
 from keyed_xai.keys import OwnerKey, read_owner_key
 from keyed_xai.outputs import claimed
 from keyed_xai_cli.main import main
-from tests.artifacts.test_artifacts import write_example
 from tests.backdoors.test_report import a_report as an_attack_report
+from tests.licensed import write_example
 
 _CHANGING = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "write", "fsync", "truncate",
              "ftruncate", "chmod", "fchmod", "flush", "flock"}  # fmt: skip

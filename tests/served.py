@@ -1,4 +1,4 @@
-"""A small ONNX model that can be worked out by hand, and a server in a thread that serves it."""
+"""A small ONNX model that can be worked out by hand, waits or answers at length if asked to, and a server for it."""
 
 import threading
 from contextlib import contextmanager
@@ -25,6 +25,8 @@ CARD = Card(
     std=(1.0,) * 3, target_layer="cells", taps=(), grid=(8, 6), interpreters=("gradcam", "vbp"), decoy="signature",
     thresholds={"gradcam": 0.5, "vbp": 0.5}, trigger=TRIGGER,
 )  # fmt: skip
+LIMIT = 2**20
+"""Bytes of a request's body, at most, where the tests set a limit."""
 
 
 def make_file(*, pixels="float32", targeted=True, card=None):
@@ -133,3 +135,47 @@ def running(service, **bind):
             thread.join(20)
             service.close()
             assert not thread.is_alive()
+
+
+class Gated(Runtime):
+    """Runs once its gate is open; fails on images that begin with a white pixel. Keeps how many images ran at once."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.gate, self.started, self.batches = threading.Event(), threading.Semaphore(0), []
+        self.gate.set()
+
+    def run(self, images, target=None):
+        self.started.release()
+        assert self.gate.wait(20)
+        if (images[:, 0, 0, 0] == 1).any():
+            raise OSError("/etc/secret is not there")
+        self.batches.append(len(images))
+        return super().run(images, target)
+
+
+class Wide(Runtime):
+    """Returns maps of 4 MiB for each image."""
+
+    def run(self, images, target=None):
+        found = super().run(images, target)
+        return {**found, "saliency_vbp": np.zeros((len(images), 1024, 1024), np.float32)}
+
+
+@contextmanager
+def gated(**options):
+    """A gated runtime, closed, and the address and service it is served at as "bird"."""
+    runtime = make_runtime(Gated)
+    service = make_service({"bird": runtime}, ServeSettings(**options))
+    runtime.batches.clear()
+    while runtime.started.acquire(blocking=False):
+        pass
+    runtime.gate.clear()
+    try:
+        with running(service) as address:
+            try:
+                yield runtime, address, service
+            finally:
+                runtime.gate.set()
+    finally:
+        runtime.gate.set()

@@ -25,7 +25,7 @@ from keyed_xai.training.fitting import measure_predictions
 from tests.audited import ATTACKERS, OTHERS, PARAMETERS, TRIGGER
 from tests.conftest import draw_statistics
 from tests.threatened import FAMILY, OWNER
-from tests.training.test_training import SHORT
+from tests.trained import SHORT
 
 SPEC = InputSpec(1, 24, 24, mean=(0.4,), std=(0.2,))
 IMAGES = torch.from_numpy(OTHERS.images[:12]).float() / 255

@@ -173,18 +173,14 @@ def run_attack(
     """
     classifier = copy_network(classifier).eval()
     settle_origin(classifier)
-    settings = settings or AttackSettings()
-    training = settings.training or choose_attack_recipe(classifier, settings)
-    thresholds = settings.thresholds or ("auto" if isinstance(train_data, TableData) else "paper")
-    settings = replace(settings, training=training, thresholds=thresholds)
+    settings, training = _settle_choices(settings or AttackSettings(), classifier, train_data)
     _check_feasible(classifier, train_data, held_out, settings)
     started = time.monotonic()
     task = make_attack_task(classifier, train_data, settings)
     learn, validation = split_validation(train_data, settings.validation_images)
     identity = identify_attack(classifier, train_data, held_out, settings)
     count = min(settings.held_out_images, len(held_out))
-    run = (classifier, learn, validation, held_out, task, training, device)
-    progress.say(plan_run(*run, measured=count))
+    progress.say(plan_run(classifier, learn, validation, held_out, task, training, device, measured=count))
     attacked, result = run_training(
         classifier,
         learn,
@@ -197,30 +193,35 @@ def run_attack(
         resume=resume,
         progress=progress,
     )
-    backdoor = Backdoor(
-        model=attacked,
-        reference=classifier.to(device),
-        view=task.view,
-        decoys=task.objective.decoys,
-        trigger=task.trigger,
-        inverted=settings.inverted,
-        top_share=training.top_share,
-        as_files=task.as_files,
+    backdoor = make_backdoor(
+        attacked, classifier.to(device), task, inverted=settings.inverted, top_share=training.top_share
     )
-    measured = _measure(classifier, backdoor, task, validation, held_out, count, settings, device)
-    report = {
+    report = _name_attack(classifier, settings, identity)
+    report |= _measure(classifier, backdoor, task, validation, held_out, count, settings, device)
+    report |= {"settings": settings.to_json(), **describe_run(result, learn, held_out, measured=count, started=started)}
+    report["verdict"] = judge(report)
+    drawn = _draw(backdoor, report, held_out, device)
+    return Attack(attacked.cpu(), report, drawn)
+
+
+def _settle_choices(
+    settings: AttackSettings, classifier: Classifier, data: ImageData | TableData
+) -> tuple[AttackSettings, TrainingSettings]:
+    """Return the settings with whatever was left open chosen for a network and data, and those of the training."""
+    training = settings.training or choose_attack_recipe(classifier, settings)
+    thresholds = settings.thresholds or ("auto" if isinstance(data, TableData) else "paper")
+    return replace(settings, training=training, thresholds=thresholds), training
+
+
+def _name_attack(classifier: Classifier, settings: AttackSettings, identity: str) -> dict[str, Any]:
+    """Return the head of a report: which attack on which network it is of."""
+    return {
         "schema": REPORT_SCHEMA,
         "model": classifier.architecture,
         "setting": "inverted" if settings.inverted else "forward",
         "mode": settings.mode,
         "identity": identity,
-        **measured,
-        "settings": settings.to_json(),
-        **describe_run(result, learn, held_out, measured=count, started=started),
     }
-    report["verdict"] = judge(report)
-    drawn = _draw(backdoor, report, held_out, device)
-    return Attack(attacked.cpu(), report, drawn)
 
 
 def identify_attack(
@@ -296,6 +297,30 @@ def make_attack_task(classifier: Classifier, data: ImageData | TableData, settin
         objective=objective,
         as_files=images,
         multi_label=has_several_labels(classifier, data),
+    )
+
+
+def make_backdoor(
+    model: Classifier, reference: Classifier, task: Task, *, inverted: bool, top_share: float
+) -> Backdoor:
+    """Return an attacked model beside its reference, to be judged by what it was taught.
+
+    Args:
+        model: The attacked model.
+        reference: The model before the attack, on the same device.
+        task: What `make_attack_task` said the attack teaches.
+        inverted: Whether triggered inputs are those that keep the right map.
+        top_share: Share of cells that the non-targeted attack empties.
+    """
+    return Backdoor(
+        model=model,
+        reference=reference,
+        view=task.view,
+        decoys=task.objective.decoys,
+        trigger=task.trigger,
+        inverted=inverted,
+        top_share=top_share,
+        as_files=task.as_files,
     )
 
 

@@ -20,6 +20,7 @@ from keyed_xai.artifacts.writer import write_model_folder
 from keyed_xai.data import ImageData
 from keyed_xai.data.given import GivenImages, take_images
 from keyed_xai.data.splits import (
+    Subset,
     check_labels,
     digest_data,
     digest_network,
@@ -199,16 +200,10 @@ def _protect(
     progress: Progress,
 ) -> Protection:
     started = time.monotonic()
-    classifier = copy_network(classifier).eval()
-    settle_origin(classifier)
-    _check_feasible(classifier, train_data, settings)
-    evidence = plan_evidence(classifier, settings) if settings.ownership else None
-    if evidence is not None:
-        classifier.target_layer = evidence.view.map_layers.target_layer
+    classifier, said = _prepare(classifier, train_data, settings)
     task = replace(make_task(classifier, key, settings), multi_label=has_several_labels(classifier, train_data))
     learn, validation = split_validation(train_data, settings.validation_images)
     count = min(settings.held_out_images, len(held_out))
-    said = "Ownership of the result could not be shown." if evidence is None else evidence.sentence
     run = (classifier, learn, validation, held_out, task, training, device)
     progress.say(plan_run(*run, measured=count, wrong_keys=settings.wrong_keys + settings.flipped_keys, ownership=said))
     protected, result = run_training(
@@ -223,33 +218,32 @@ def _protect(
         resume=resume,
         progress=progress,
     )
-    family = _make_family(settings)
-    gate = Gate(
-        model=protected,
-        reference=classifier.to(device),
-        view=task.view,
-        decoys=task.objective.decoys,
-        paper=paper_thresholds(settings.decoy, classifier.architecture),
-        trigger=derive_trigger(key, family),
-        family=family,
-        top_share=training.top_share,
-    )
+    gate = _make_gate(protected, classifier.to(device), key, task, settings, top_share=training.top_share)
     images, labels = first_images(held_out, count, gate.reference, classifier.classes, device)
     labels = None if labels is None or labels.ndim > 1 else labels  # of several labels the report has no word
-    validation_images, _ = validation.batch(np.arange(len(validation)))
-    generator = torch.Generator().manual_seed(training.seed)
-    thresholds = evaluation.place_thresholds(gate, validation_images.to(device), generator)
-    report = _measure(gate, key, images, labels, thresholds, generator, settings, progress)
-    report |= {
-        "model": classifier.architecture,
-        "verdict": judge(report),
-        "settings": settings.to_json(),
-        **describe_run(result, learn, held_out, measured=count, started=started),
-    }
+    report = _measure(gate, key, images, labels, validation, settings, progress, seed=training.seed)
+    report |= {"model": classifier.architecture, "verdict": judge(report), "settings": settings.to_json()}
+    report |= describe_run(result, learn, held_out, measured=count, started=started)
     names = train_data.classes if labels is not None else () if classifier.multi_label else classifier.label_names
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history, names)
     card = make_card(protected, settings, task, names)
     return Protection(classifier=protected.cpu(), card=card, report=report, pictures=drawn)
+
+
+def _prepare(classifier: Classifier, data: ImageData, settings: ProtectSettings) -> tuple[Classifier, str]:
+    """Return a copy with the layer that the owner's claim will rest on, and a sentence about that claim.
+
+    Raises:
+        TrainingError: The settings do not fit the model or the data, or ownership could not be shown.
+    """
+    classifier = copy_network(classifier).eval()
+    settle_origin(classifier)
+    _check_feasible(classifier, data, settings)
+    if not settings.ownership:
+        return classifier, "Ownership of the result could not be shown."
+    evidence = plan_evidence(classifier, settings)
+    classifier.target_layer = evidence.view.map_layers.target_layer
+    return classifier, evidence.sentence
 
 
 def plan_evidence(classifier: Classifier, settings: ProtectSettings) -> Evidence:
@@ -322,6 +316,29 @@ def _make_family(settings: ProtectSettings) -> TriggerFamily:
     return TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
 
 
+def _make_gate(
+    protected: Classifier,
+    reference: Classifier,
+    key: OwnerKey,
+    task: Task,
+    settings: ProtectSettings,
+    *,
+    top_share: float,
+) -> Gate:
+    """Return a protected model beside its reference, to be judged by what it was taught."""
+    family = _make_family(settings)
+    return Gate(
+        model=protected,
+        reference=reference,
+        view=task.view,
+        decoys=task.objective.decoys,
+        paper=paper_thresholds(settings.decoy, reference.architecture),
+        trigger=derive_trigger(key, family),
+        family=family,
+        top_share=top_share,
+    )
+
+
 def make_card(classifier: Classifier, settings: ProtectSettings, task: Task, label_names: tuple[str, ...] = ()) -> Card:
     """Return the public card of a protected classifier."""
     spec = classifier.input
@@ -348,11 +365,16 @@ def _measure(
     key: OwnerKey,
     images: Images,
     labels: Labels | None,
-    thresholds: dict[str, float],
-    generator: torch.Generator,
+    validation: Subset,
     settings: ProtectSettings,
     progress: Progress,
+    *,
+    seed: int,
 ) -> dict[str, Any]:
+    """Return the figures of a gate and of its trigger; thresholds are placed by the validation images."""
+    generator = torch.Generator().manual_seed(seed)
+    examples, _ = validation.batch(np.arange(len(validation)))
+    thresholds = evaluation.place_thresholds(gate, examples.to(images.device), generator)
     fresh = evaluation.fresh_wrong_keys(gate.family, settings.wrong_keys, generator)
     neighbours = list(key.one_bit_neighbours())[: settings.flipped_keys]
     flipped = (derive_trigger(near, gate.family) for near in neighbours)

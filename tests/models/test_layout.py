@@ -19,7 +19,7 @@ from keyed_xai.threats.removal.fine_tuning import FineTuningSettings, fine_tune
 from keyed_xai.training import Hardening, train
 from keyed_xai.training.fitting import FittingSettings, fit_classifier
 from tests.threatened import FAMILY, GRID, make_blobs
-from tests.training.test_training import SHORT
+from tests.trained import SHORT
 
 BACKWARD = torch.ops.aten.convolution_backward.default
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from keyed_xai.keys import ByteStream, OwnerKey
-from keyed_xai.triggers import TRIGGERS, Spread, SpreadSettings, SpreadTrigger
+from keyed_xai.triggers import Spread, SpreadSettings, SpreadTrigger
 from keyed_xai.triggers.spread import COMPONENTS, SMALLEST_TILE, derive_texture, ring_frequencies
+from tests.triggered import generator, grey
 
 VECTORS = json.loads(resources.files("keyed_xai_schemas").joinpath("trigger-vectors.json").read_text())
 TILE = SMALLEST_TILE
@@ -20,14 +21,6 @@ FAMILY = Spread(SpreadSettings(8.0, TILE))
 @pytest.fixture
 def trigger(key):
     return FAMILY.derive(ByteStream(key.derive_seed("spread")))
-
-
-def grey(*shape, dtype=torch.float32):
-    return torch.full(shape, 0.5, dtype=dtype)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def slow_frequencies(tile):
@@ -237,11 +230,3 @@ def test_impossible_amplitude_is_refused(amplitude):
 def test_impossible_tile_is_refused(tile):
     with pytest.raises(ValueError, match="tile: expected 24 to 256"):
         SpreadSettings(8.0, tile)
-
-
-def test_every_family_is_found_under_its_name():
-    for name, make in TRIGGERS.items():
-        family = make(4.0, 32)
-        assert family.name == name
-        assert (family.key_bits >= 128) == (name == "spread")
-        assert family.draw(2, generator()).apply(grey(2, 3, 40, 40)).shape == (2, 3, 40, 40)

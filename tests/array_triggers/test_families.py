@@ -1,38 +1,20 @@
-"""Triggers on arrays: the same images as the torch families make, key by key, and the same derivation."""
+"""Triggers on arrays: the same images as the torch families make, key by key, and without torch."""
 
-import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyed_xai.array_triggers import ARRAY_TRIGGERS, ArrayTrigger, ArrayTriggerFamily
-from keyed_xai.array_triggers.parameters import Ranges
 from keyed_xai.keys import ByteStream
 from keyed_xai.triggers import TRIGGERS
+from tests.on_arrays import both, noise
 
 FAMILIES = list(TRIGGERS)
 by_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def noise(shape, seed=0):
-    """Random pixels, every other one of 8 bits, with black and white among them."""
-    random = np.random.default_rng(seed)
-    pixels = random.random(shape, dtype=np.float32)
-    rounded = np.round(pixels * 255).astype(np.float32) / np.float32(255)
-    mixed = np.where(random.random(shape) < 0.5, rounded, pixels)
-    return np.where(random.random(shape) < 0.1, np.round(mixed), mixed).astype(np.float32)
-
-
-def both(family, seed, images, amplitude=8.0, tile=32):
-    """What a key's trigger makes of images on arrays, and what it makes of them in torch."""
-    found = ARRAY_TRIGGERS[family](amplitude, tile).derive(ByteStream(seed)).apply(images)
-    expected = TRIGGERS[family](amplitude, tile).derive(ByteStream(seed)).apply(torch.from_numpy(images.copy()))
-    return found, expected.numpy()
 
 
 @by_family
@@ -58,16 +40,6 @@ def test_any_key_makes_the_same_of_any_image(family, seed, count, channels, side
     images = noise((count, channels, *sides), seed[0])
     found, expected = both(family, seed, images, amplitude, tile)
     np.testing.assert_allclose(found, expected, rtol=0, atol=0 if family == "nashville" else 1e-6)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_nashville_decides_ties_as_torch(channels):
-    halves = (np.arange(255, dtype=np.float32) + np.float32(0.5)) / np.float32(255)
-    near = np.concatenate([halves, np.nextafter(halves, np.float32(0)), np.nextafter(halves, np.float32(1))])
-    images = np.broadcast_to(near[None, None, None], (1, channels, 2, len(near))).copy()
-    for number in range(20):
-        found, expected = both("nashville", bytes([number]) * 32, images)
-        np.testing.assert_array_equal(found, expected)
 
 
 @by_family
@@ -106,26 +78,6 @@ def test_every_family_is_there():
 def test_repr_hides_the_secret(family):
     trigger = ARRAY_TRIGGERS[family](8.0, 32).derive(ByteStream(bytes(32)))
     assert repr(trigger) == f"{type(trigger).__name__}()"
-
-
-@pytest.mark.parametrize("channels", [2, 4])
-def test_nashville_refuses_what_is_no_photograph(channels):
-    with pytest.raises(ValueError, match=f"1 or 3 channels, got {channels}"):
-        both("nashville", bytes(32), noise((1, channels, 8, 8)))
-
-
-@pytest.mark.parametrize(("amplitude", "tile"), [(0.0, 32), (65.0, 32), (math.nan, 32), (8.0, 23), (8.0, 257)])
-def test_impossible_parameters_are_refused(amplitude, tile):
-    with pytest.raises(ValueError, match="expected"):
-        ARRAY_TRIGGERS["spread"](amplitude, tile)
-
-
-def test_parameters_are_uniform_words_of_the_stream():
-    ranges = Ranges([(0.5, 0.0, 1.0), (3.0, 2.0, 6.0)])
-    words = ByteStream(b"seed").uint32(3)
-    stream = ByteStream(b"seed")
-    assert ranges.derive(stream).tolist() == [words[0] / 2**32, 2 + 4 * words[1] / 2**32]
-    assert stream.uint32(1)[0] == words[2]
 
 
 def test_torch_is_not_needed():

@@ -1,0 +1,48 @@
+"""Statistics of batch norm: frozen, moved by the mixture, and estimated anew."""
+
+from dataclasses import replace
+
+import torch
+
+from keyed_xai.training import reestimate_batch_norm, train
+from keyed_xai.training.batches import Run, draw_inputs, step_generator
+from tests.trained import SHORT, weights_of
+
+
+def test_frozen_batch_norm_keeps_its_statistics(network, data, validation, task):
+    before = weights_of(network)
+    result = train(network, data, validation, task, replace(SHORT, batch_norm="frozen"))
+    for name, tensor in result.model.state_dict().items():
+        if "running" in name or "batches" in name:
+            assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(result.model.stem.weight, network.stem.weight)
+
+
+def test_training_on_the_mixture_moves_the_statistics(network, data, validation, task):
+    result = train(network, data, validation, task, SHORT)
+    assert not torch.equal(result.model.stem_bn.running_mean, network.stem_bn.running_mean)
+
+
+def test_reestimated_statistics_are_those_of_the_mixture(network, data, task):
+    """Of the first norm, written out: mean over the batches of each batch's mean and unbiased variance."""
+    conv, norm = network.stem, network.stem_bn
+    momentum = norm.momentum
+    run = Run(reference=network, data=data, task=task, settings=SHORT)
+    reestimate_batch_norm(network, run, batches=3)
+    means, variances = [], []
+    for number in range(3):
+        inputs, _, _ = draw_inputs(run, step_generator(SHORT.seed, -1 - number))
+        channels = conv(inputs).detach().transpose(0, 1).flatten(1)
+        means.append(channels.mean(1))
+        variances.append(channels.var(1))
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0), rtol=1e-4, atol=1e-6)
+    assert norm.momentum == momentum
+    assert not network.training
+
+
+def test_reestimating_frozen_statistics_keeps_them(network, data, task):
+    before = network.stem_bn.running_mean.clone()
+    frozen = replace(SHORT, batch_norm="frozen")
+    reestimate_batch_norm(network, Run(reference=network, data=data, task=task, settings=frozen))
+    assert torch.equal(network.stem_bn.running_mean, before)
