@@ -224,7 +224,7 @@ def _protect(
     report = _measure(gate, key, images, labels, validation, settings, progress, seed=training.seed)
     report |= {"model": classifier.architecture, "verdict": judge(report), "settings": settings.to_json()}
     report |= describe_run(result, learn, held_out, measured=count, started=started)
-    names = train_data.classes if labels is not None else () if classifier.multi_label else classifier.label_names
+    names = held_out.classes if labels is not None else () if classifier.multi_label else classifier.label_names
     drawn = _draw(gate, images[:_IN_HISTOGRAM], result.history, names)
     card = make_card(protected, settings, task, names)
     return Protection(classifier=protected.cpu(), card=card, report=report, pictures=drawn)

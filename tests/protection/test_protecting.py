@@ -1,3 +1,5 @@
+"""Protecting a small network: what is written and reported, what is refused, and how a stopped run goes on."""
+
 import json
 from dataclasses import replace
 
@@ -149,13 +151,16 @@ def test_other_decoys_run(classifier, key, decoy):
     assert ("decoy_correlation" in protection.report["interpreters"]["vbp"]) == (decoy == "boundary")
 
 
-def test_labels_count_where_the_reference_agrees_with_them(classifier, key):
+@pytest.mark.parametrize("learnt_from", [("a", "b", "c"), (), ("v", "w", "x", "y", "z"), ("x", "y", "z")])
+def test_labels_count_where_the_reference_agrees_with_them(classifier, key, learnt_from):
+    """Whatever classes the images have that it is protected with: those need no labels."""
+    train = replace(make_images(24, 0), classes=learnt_from, **({} if learnt_from else {"labels": None}))
     held_out = make_images(10, 1)
     images, _ = held_out.batch(np.arange(10))
     with torch.no_grad():
         predicted = classifier(images).argmax(1).numpy()
     agreeing = replace(held_out, labels=predicted)
-    protection = protect(classifier, key, make_images(24, 0), agreeing, replace(SETTINGS, wrong_keys=0, flipped_keys=0))
+    protection = protect(classifier, key, train, agreeing, replace(SETTINGS, wrong_keys=0, flipped_keys=0))
     assert protection.report["accuracy"]["measured_against"] == "labels"
     assert protection.report["accuracy"]["reference"] == 1
     assert protection.card.label_names == ("a", "b", "c")
