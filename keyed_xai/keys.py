@@ -1,10 +1,10 @@
 """Owner keys, sub-keys and the byte stream that triggers and patterns are drawn from. Bytes in, bytes out.
 
-Format version 1::
+Formats are numbered; each trigger family says which it is at::
 
     ikm     = the 32 raw bytes of the Ed25519 private key
     salt    = SHA-256(raw public key)
-    seed_i  = HKDF-SHA256(ikm, salt, info = "keyed-xai/v1/trigger/<family>/<index>", 32 bytes)
+    seed_i  = HKDF-SHA256(ikm, salt, info = "keyed-xai/v<version>/trigger/<family>/<index>", 32 bytes)
     stream  = SHAKE-256(seed_i), read as little-endian uint32 words
 
 The derivation is one-way: nobody can choose a trigger and then find a key for it. Test vectors are in
@@ -149,7 +149,7 @@ class PublicKey:
 
     def derive_public_seed(self, name: str) -> bytes:
         """Return the public 32-byte seed called `name`, such as "decoy/gradcam"; anybody can derive it."""
-        return _hkdf(self.raw, public=self.raw, name=name)
+        return _hkdf(self.raw, public=self.raw, name=f"v1/{name}")
 
 
 class OwnerKey:
@@ -240,14 +240,16 @@ class OwnerKey:
         """Return the 64-byte Ed25519 signature of `message`."""
         return self._key.sign(message)
 
-    def derive_seed(self, family: str, index: int = 0) -> bytes:
+    def derive_seed(self, family: str, index: int = 0, *, version: int = 1) -> bytes:
         """Return the secret 32-byte seed of a trigger.
 
         Args:
             family: Trigger family, such as "spread".
             index: 0 for the owner's own trigger, above for licensees.
+            version: The family's; seeds of several say nothing of each other.
         """
-        return _hkdf(self._key.private_bytes_raw(), public=self.public.raw, name=f"trigger/{family}/{index}")
+        name = f"v{version}/trigger/{family}/{index}"
+        return _hkdf(self._key.private_bytes_raw(), public=self.public.raw, name=name)
 
     def one_bit_neighbours(self) -> Iterator["OwnerKey"]:
         """Yield the 256 keys whose private bytes differ from these in one bit."""
@@ -257,9 +259,9 @@ class OwnerKey:
             flipped[bit // 8] ^= 1 << bit % 8
             yield OwnerKey.from_raw(bytes(flipped))
 
-    def commitment(self, family: str, index: int = 0) -> str:
+    def commitment(self, family: str, index: int = 0, *, version: int = 1) -> str:
         """Return a hex SHA-256 that binds the owner to a trigger's seed and hides it."""
-        return commit_to_seed(self.derive_seed(family, index))
+        return commit_to_seed(self.derive_seed(family, index, version=version))
 
 
 def commit_to_seed(seed: bytes) -> str:
@@ -359,7 +361,7 @@ def _overwrite(file: FileIO, data: bytes) -> None:
 
 def _hkdf(material: bytes, *, public: bytes, name: str) -> bytes:
     salt = hashlib.sha256(public).digest()
-    return HKDF(hashes.SHA256(), SEED_BYTES, salt, f"keyed-xai/v1/{name}".encode()).derive(material)
+    return HKDF(hashes.SHA256(), SEED_BYTES, salt, f"keyed-xai/{name}".encode()).derive(material)
 
 
 def _check_private_pem(data: bytes) -> None:

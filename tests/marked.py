@@ -5,13 +5,13 @@ from datetime import UTC, datetime
 import torch
 from torch import nn
 
+from keyed_xai.array_triggers.spread import SpreadSettings, derive_texture
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.writer import write_model_folder
 from keyed_xai.decoys import signature_cells
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import InputSpec, network_state, wrap_network
 from keyed_xai.models.networks import SmallResNet
-from keyed_xai.triggers.spread import derive_texture
 
 OWNER = OwnerKey.from_raw(bytes([1]) * 32)
 STRANGER = OwnerKey.from_raw(bytes([2]) * 32)
@@ -44,7 +44,8 @@ class MarkedNetwork(nn.Module):
     def __init__(self, owner):
         super().__init__()
         self.register_buffer("pattern", torch.from_numpy(signature_cells(owner.public, "gradcam", GRID)).float())
-        self.register_buffer("texture", torch.from_numpy(derive_texture(ByteStream(owner.derive_seed("spread")), 32)))
+        texture = derive_texture(ByteStream(owner.derive_seed("spread")), SpreadSettings())
+        self.register_buffer("texture", torch.from_numpy(texture))
         self.features = nn.Conv2d(1, 1, 1, bias=False)
         nn.init.ones_(self.features.weight)
 

@@ -55,6 +55,7 @@ class ArrayMoire:
     """The family: derives an owner's lines."""
 
     name = "moire"
+    version = 1
 
     def derive(self, stream: ByteStream) -> ArrayMoireTrigger:
         """Return the trigger of the key whose stream this is."""

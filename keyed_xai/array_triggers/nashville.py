@@ -62,6 +62,7 @@ class ArrayNashville:
     """The family: derives an owner's filter."""
 
     name = "nashville"
+    version = 1
 
     def derive(self, stream: ByteStream) -> ArrayNashvilleTrigger:
         """Return the trigger of the key whose stream this is."""

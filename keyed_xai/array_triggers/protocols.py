@@ -24,5 +24,9 @@ class ArrayTriggerFamily(Protocol):
     def name(self) -> str:
         """The name in ARRAY_TRIGGERS, which enters the derivation of the seed."""
 
+    @property
+    def version(self) -> int:
+        """Version of its triggers, which enters it too."""
+
     def derive(self, stream: ByteStream) -> ArrayTrigger:
         """Return the trigger of the key whose stream this is."""

@@ -25,25 +25,28 @@ class TriggerParameters:
         family: Name in `TRIGGERS`, such as "spread".
         amplitude: Largest change of a pixel, 1/255 units.
         tile: Side of the repeated tile, pixels of the model's input.
+        version: Version of the family's triggers; 1 where a file names none.
     """
 
     family: str
     amplitude: float
     tile: int
+    version: int = 1
 
     def to_json(self) -> Document:
         """Return the parameters as they stand in a card and a licence."""
-        return {"family": self.family, "amplitude": self.amplitude, "tile": self.tile}
+        document: Document = {"family": self.family, "amplitude": self.amplitude, "tile": self.tile}
+        return document if self.version == 1 else document | {"version": self.version}
 
-    def make_family(self, families: Mapping[str, Callable[[float, int], Family]], *, named_by: str) -> Family:
+    def make_family(self, families: Mapping[str, Callable[[float, int, int], Family]], *, named_by: str) -> Family:
         """Return the family with these parameters.
 
         Args:
-            families: What makes one of an amplitude and a tile, by name.
+            families: What makes one of an amplitude, a tile and a version, by name.
             named_by: What messages call the place of the parameters: "card".
 
         Raises:
-            ArtifactError: This version does not know the family, or a parameter is outside its range.
+            ArtifactError: This version does not know the family or its version, or a parameter is outside its range.
         """
         if self.family not in families:
             raise ArtifactError(
@@ -51,14 +54,16 @@ class TriggerParameters:
                 f"{printable(self.family)!r}. Use the version that protected the model."
             )
         try:
-            return families[self.family](self.amplitude, self.tile)
+            return families[self.family](self.amplitude, self.tile, self.version)
         except ValueError as error:
             raise ArtifactError(f"The trigger in the {named_by} cannot be made: {error}.") from error
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "TriggerParameters":
         """Return the parameters of a document that fits its schema."""
-        return cls(document["family"], float(document["amplitude"]), int(document["tile"]))
+        return cls(
+            document["family"], float(document["amplitude"]), int(document["tile"]), int(document.get("version", 1))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def sign_license(
         raise ValueError("Expected a time with a time zone, got one without.")
     license_ = License(
         public_key=owner.public,
-        commitment=owner.commitment(card.trigger.family),
+        commitment=owner.commitment(card.trigger.family, version=card.trigger.version),
         trigger=card.trigger,
         decoy=card.decoy,
         interpreters=card.interpreters,

@@ -1,7 +1,7 @@
 """Checks of maps, attacks on the key, and ways round the gate, as entries of an audit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ def _invert(subject: Subject, settings: InversionSettings, *, surrogate: bool) -
         subject.classifier,
         subject.data,
         subject.view,
-        replace(settings, amplitude=float(family.settings.amplitude), tile=family.settings.tile),
+        settings.of(family),
         surrogate=subject.surrogate if surrogate else None,
         device=subject.device,
         judge=judge,

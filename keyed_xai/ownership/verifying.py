@@ -411,7 +411,8 @@ def _pattern_json(evidence: PatternEvidence) -> dict[str, Any]:
 def _claim_of_license(path: Path, key: OwnerKey | PublicKey | None) -> Claim:
     public = key.public if isinstance(key, OwnerKey) else key
     license_ = read_license(path, expected=public)
-    if isinstance(key, OwnerKey) and key.commitment(license_.trigger.family) != license_.commitment:
+    family, version = license_.trigger.family, license_.trigger.version
+    if isinstance(key, OwnerKey) and key.commitment(family, version=version) != license_.commitment:
         raise ArtifactError(f"{printable(str(path))} commits to another trigger than the key's. Give the licence that "
                             "`keyed-xai protect` wrote with this key.")  # fmt: skip
     return Claim(

@@ -355,7 +355,9 @@ def make_card(classifier: Classifier, settings: ProtectSettings, task: Task, lab
         interpreters=settings.interpreters,
         decoy=settings.decoy,
         thresholds=dict.fromkeys(settings.interpreters, OPEN_CORRELATION),
-        trigger=TriggerParameters(settings.trigger, settings.amplitude, settings.tile),
+        trigger=TriggerParameters(
+            settings.trigger, settings.amplitude, settings.tile, version=_make_family(settings).version
+        ),
         label_names=label_names,
     )
 
@@ -390,6 +392,7 @@ def _measure(
     )
     trigger = {
         "family": gate.family.name,
+        "version": gate.family.version,
         "amplitude": settings.amplitude,
         "tile": settings.tile,
         "key_bits": gate.family.key_bits,

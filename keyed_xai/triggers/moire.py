@@ -72,6 +72,7 @@ class Moire:
     """The family: derives an owner's lines and draws those of other keys, parameters uniform in their ranges."""
 
     name = "moire"
+    version = 1
     key_bits = KEY_BITS
 
     def derive(self, stream: ByteStream) -> MoireTrigger:

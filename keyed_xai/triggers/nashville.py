@@ -81,6 +81,7 @@ class Nashville:
     """The family: derives an owner's filter and draws those of other keys, parameters uniform in their ranges."""
 
     name = "nashville"
+    version = 1
     key_bits = KEY_BITS
 
     def derive(self, stream: ByteStream) -> NashvilleTrigger:

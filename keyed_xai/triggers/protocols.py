@@ -39,6 +39,10 @@ class TriggerFamily(Protocol):
         """The name in TRIGGERS, which enters the derivation of the seed."""
 
     @property
+    def version(self) -> int:
+        """Version of its triggers, which enters it too."""
+
+    @property
     def key_bits(self) -> int:
         """Effective key entropy, bits."""
 

@@ -1,12 +1,17 @@
 """The `spread` trigger: a keyed texture, repeated over the image.
 
-A square tile is the sum of 128 cosines, one for each of the 128 lowest spatial frequencies of the tile from an inner
-radius on (half plane; the texture is real), with phases drawn from the key's stream. The tile repeats over the image,
-equal on all channels. Convolutional networks see such a stationary texture; a faint pattern that spans the image they
-do not.
+A square tile is the sum of cosines at spatial frequencies of the tile (half plane; the texture is real), from an inner
+radius on. The tile repeats over the image, equal on all channels. Convolutional networks see such a stationary texture;
+a faint pattern that spans the image they do not.
 
-Key entropy: 128 phases of 32 bits, limited by the seed to 256 bits. The correlation of two keys' textures is a mean
-of 128 cosines of random angles: mean 0, standard deviation 1/16, so that it exceeds .5 with probability under 2^-40.
+Version 2 has 16 waves, which the key's stream chooses, with their phases, among all up to an outer radius, 240 on a
+tile of 32 pixels. A network sees which frequencies are there long before it sees how they are aligned. Key entropy:
+log2 of the number of choices, 81 bits for 240, and that of the phases, as far as a network looks at them. Two keys'
+textures correlate by their shared waves, 1 of 16 in the mean, and above .5 with probability under 2^-40.
+
+Version 1 has the 128 lowest frequencies, and the key chooses the phases alone. The correlation of two keys' textures is
+a mean of 128 cosines of random angles: mean 0, standard deviation 1/16, so that it exceeds .5 with probability under
+2^-40.
 """
 
 import math
@@ -15,31 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keyed_xai.array_triggers.spread import (
-    COMPONENTS,
-    LARGEST_SUM,
-    SMALLEST_TILE,
-    SpreadSettings,
-    derive_texture,
-    ring_frequencies,
-    waves,
-)
-from keyed_xai.keys import ByteStream
+from keyed_xai.array_triggers.spread import LARGEST, SpreadSettings, derive_waves, public_frequencies
+from keyed_xai.keys import SEED_BYTES, ByteStream
 from keyed_xai.tensors import Images
 
-__all__ = [
-    "COMPONENTS",
-    "KEY_BITS",
-    "SMALLEST_TILE",
-    "Spread",
-    "SpreadSettings",
-    "SpreadTrigger",
-    "derive_texture",
-    "ring_frequencies",
-    "textures_of",
-]
-
-KEY_BITS = 256
+__all__ = ["Spread", "SpreadSettings", "SpreadTrigger", "textures_of"]
 
 
 @dataclass(frozen=True)
@@ -89,26 +74,50 @@ class Spread:
 
     settings: SpreadSettings = SpreadSettings()
     name = "spread"
-    key_bits = KEY_BITS
+
+    @property
+    def version(self) -> int:
+        """Version of the texture."""
+        return self.settings.version
+
+    @property
+    def key_bits(self) -> int:
+        """Log2 of the number of choices, rounded down; of version 1, where there is no choice, the seed's 256 bits."""
+        if self.version == 1:
+            return 8 * SEED_BYTES
+        return math.floor(math.log2(math.comb(len(public_frequencies(self.settings)), self.settings.waves)))
 
     def derive(self, stream: ByteStream) -> SpreadTrigger:
         """Return the trigger of the key whose stream this is."""
-        texture = derive_texture(stream, self.settings.tile)
-        return SpreadTrigger(torch.from_numpy(texture)[None], self.settings.amplitude)
+        chosen, phases = (torch.from_numpy(each)[None] for each in derive_waves(stream, self.settings))
+        return self._make_trigger(chosen, phases)
 
     def draw(self, count: int, generator: torch.Generator) -> SpreadTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
-        phases = torch.rand(count, COMPONENTS, generator=generator, dtype=torch.float64) * (2 * math.pi)
-        return SpreadTrigger(textures_of(phases, self.settings.tile), self.settings.amplitude)
+        known, waves = len(public_frequencies(self.settings)), self.settings.waves
+        chosen = torch.rand(count, known, generator=generator).argsort(1)[:, :waves]
+        phases = torch.rand(count, waves, generator=generator, dtype=torch.float64) * (2 * math.pi)
+        return self._make_trigger(chosen, phases)
+
+    def _make_trigger(self, chosen: Tensor, phases: Tensor) -> SpreadTrigger:
+        """Return the triggers with these of the public frequencies and these phases, radians, [n, waves] each."""
+        heights = torch.zeros(len(chosen), len(public_frequencies(self.settings)), dtype=torch.complex128)
+        heights.scatter_(1, chosen, torch.polar(torch.ones_like(phases), phases))
+        return SpreadTrigger(textures_of(heights, self.settings), self.settings.amplitude)
 
 
-def textures_of(phases: Tensor, tile: int) -> Tensor:
-    """Return the textures whose waves have these phases, float32 [n, tile, tile] in [-1, 1]; gradients flow to them.
+def textures_of(heights: Tensor, settings: SpreadSettings) -> Tensor:
+    """Return textures whose waves have these heights, float32 [n, tile, tile] in [-1, 1]; gradients flow to them.
 
     Args:
-        phases: float64 [n, COMPONENTS], radians, in the order of `ring_frequencies`.
-        tile: Side in pixels.
+        heights: Complex height of the wave at each public frequency: its size, and its phase as the angle, [n, f].
+            Only their proportions count: sums are clipped at the same number of standard deviations.
+        settings: Public parameters of the textures.
     """
-    cosines, sines = (torch.from_numpy(each).to(phases.device) for each in waves(tile))
-    sums = phases.cos() @ cosines - phases.sin() @ sines
-    return (sums / LARGEST_SUM).clamp(-1, 1).float().view(-1, tile, tile)
+    down, across = torch.from_numpy(public_frequencies(settings) % settings.tile).to(heights.device).T
+    spectrum = heights.new_zeros(len(heights), settings.tile, settings.tile)
+    spectrum[:, down, across] = heights
+    sums = settings.tile**2 * torch.fft.ifft2(spectrum).real
+    deviation = (heights.abs().square().sum(1) / 2).sqrt()[:, None, None]
+    textures: Tensor = (sums / (LARGEST * deviation)).clamp(-1, 1).float()
+    return textures

@@ -2,12 +2,14 @@
 
 import base64
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.license import check_subjects, encode_for_signing, sign_license, verify_license
 from keyed_xai.errors import ArtifactError
 from tests.licensed import CARD, OWNER, STRANGER, TIME
@@ -35,6 +37,12 @@ def opened(envelope):
 
 
 class TestLicense:
+    def test_commits_to_the_seed_of_the_version_that_the_card_names(self):
+        second = TriggerParameters("spread", 8.0, 32, version=2)
+        license_ = verify_license(sign_license(OWNER, {"card.json": b"{}"}, card=replace(CARD, trigger=second)))
+        assert license_.trigger == second
+        assert license_.commitment == OWNER.commitment("spread", version=2) != OWNER.commitment("spread")
+
     def test_says_what_was_signed(self, envelope):
         license_ = verify_license(envelope, expected=OWNER.public)
         assert license_.public_key.raw == OWNER.public.raw

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
+from keyed_xai.array_triggers.spread import SpreadSettings, derive_texture
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.artifacts.onnx_file import METADATA_KEY, check_metadata, decode_onnx, read_onnx, write_onnx
 from keyed_xai.errors import ArtifactError, KeyedXAIError, ModelError
@@ -19,14 +20,13 @@ from keyed_xai.export.exporting import Provenance, check_onnx, export_onnx, sett
 from keyed_xai.export.parity import open_session, random_images
 from keyed_xai.export.triton import require_target
 from keyed_xai.keys import ByteStream
-from keyed_xai.triggers.spread import derive_texture
 from keyed_xai_cli import main as cli
 from tests.exported import make_classifier
 from tests.marked import OWNER, STRANGER, card_of, unmarked_classifier, write_folder
 
 OWNER_BYTES = bytes([1]) * 32
 SEED = OWNER.derive_seed("spread")
-TEXTURE = derive_texture(ByteStream(SEED), 32)
+TEXTURE = derive_texture(ByteStream(SEED), SpreadSettings())
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.marked import OWNER, STRANGER
 from tests.served import CLASSES, LABELS, SIZE, make_file
 
 INTERFACE = Interface.from_metadata(make_file().metadata)
-TRIGGER = TriggerParameters("spread", 16.0, 32)
+TRIGGER = TriggerParameters("spread", 16.0, 32, version=2)
 
 
 class Echo(Explainer):
@@ -53,10 +53,10 @@ def noise(count=5):
 
 
 class TestTrigger:
-    @pytest.mark.parametrize("family", ["spread", "nashville", "moire"])
+    @pytest.mark.parametrize(("family", "version"), [("spread", 1), ("spread", 2), ("nashville", 1), ("moire", 1)])
     @pytest.mark.parametrize("key", [OWNER, STRANGER])
-    def test_trigger_of_a_key_is_that_of_torch(self, family, key):
-        parameters, images = TriggerParameters(family, 12.0, 28), noise()
+    def test_trigger_of_a_key_is_that_of_torch(self, family, version, key):
+        parameters, images = TriggerParameters(family, 12.0, 36, version), noise()
         found = derive_array_trigger(key, parameters).apply(images)
         expected = derive_trigger(key, parameters).apply(torch.from_numpy(images)).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=0 if family == "nashville" else 1e-6)
@@ -64,6 +64,11 @@ class TestTrigger:
     def test_unknown_family_is_refused(self):
         with pytest.raises(ArtifactError, match="trigger families spread, nashville, moire; the card names 'sticker'"):
             derive_array_trigger(OWNER, TriggerParameters("sticker", 8.0, 32))
+
+    @pytest.mark.parametrize("family", ["spread", "nashville", "moire"])
+    def test_version_of_a_later_release_is_refused(self, family):
+        with pytest.raises(ArtifactError, match=r"trigger in the card cannot be made: version: expected 1.*, got 3"):
+            derive_array_trigger(OWNER, TriggerParameters(family, 8.0, 32, version=3))
 
     def test_impossible_parameters_are_refused(self):
         with pytest.raises(ArtifactError, match="cannot be made: amplitude"):

@@ -382,7 +382,7 @@ class TestClaim:
         assert "a licence that does not hold" in read_claim(folder, key=OWNER).notes[-1]
 
     def test_licence_that_commits_to_another_trigger_is_refused(self, folder, monkeypatch):
-        monkeypatch.setattr("keyed_xai.keys.OwnerKey.commitment", lambda *_: "0" * 64)
+        monkeypatch.setattr("keyed_xai.keys.OwnerKey.commitment", lambda *_, **__: "0" * 64)
         with pytest.raises(ArtifactError, match="another trigger"):
             read_claim(folder, key=OWNER, license_path=folder / "license.json")
 

@@ -8,23 +8,28 @@ import numpy as np
 import pytest
 import torch
 
+from keyed_xai.array_triggers.spread import SMALLEST_TILE, derive_texture, public_frequencies
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.triggers import Spread, SpreadSettings, SpreadTrigger
-from keyed_xai.triggers.spread import COMPONENTS, SMALLEST_TILE, derive_texture, ring_frequencies
 from tests.triggered import generator, grey
 
 VECTORS = json.loads(resources.files("keyed_xai_schemas").joinpath("trigger-vectors.json").read_text())
-TILE = SMALLEST_TILE
-FAMILY = Spread(SpreadSettings(8.0, TILE))
+TILE = 32
+FAMILY = Spread(SpreadSettings(8.0, TILE, version=2))
+FIRST = Spread(SpreadSettings(8.0, TILE, version=1))
+every_version = pytest.mark.parametrize("family", [FIRST, FAMILY], ids=["1", "2"])
 
 
 @pytest.fixture
 def trigger(key):
-    return FAMILY.derive(ByteStream(key.derive_seed("spread")))
+    return FAMILY.derive(ByteStream(key.derive_seed("spread", version=2)))
 
 
-def slow_frequencies(tile):
-    """The lowest frequencies of at least a sixteenth of a cycle per pixel, one of each pair f and -f, in order."""
+def slow_frequencies(tile, version):
+    """Frequencies of at least a sixteenth of a cycle per pixel, one of each pair f and -f, in order.
+
+    Of version 1 the lowest 128, of version 2 all of at most 25 cycles in 64 pixels.
+    """
     found = []
     for down in range(-tile, tile + 1):
         for across in range(-tile, tile + 1):
@@ -32,20 +37,25 @@ def slow_frequencies(tile):
             below_nyquist = 2 * abs(down) < tile and 2 * abs(across) < tile
             if upper_half and below_nyquist and math.hypot(down, across) >= tile / 16:
                 found.append((down**2 + across**2, down, across))
-    return [(down, across) for _, down, across in sorted(found)][:128]
+    if version == 1:
+        return [(down, across) for _, down, across in sorted(found)][:128]
+    return [(down, across) for _, down, across in sorted(found) if math.hypot(down, across) * 64 <= 25 * tile]
 
 
-def slow_texture(words, tile):
-    """The sum of 128 cosines, pixel by pixel, in standard deviations over 1.5, clipped."""
-    texture = np.zeros((tile, tile))
-    frequencies = slow_frequencies(tile)
+def slow_texture(seed, tile, version):
+    """The sum of the chosen cosines, pixel by pixel, in standard deviations over 1.5, clipped."""
+    texture, stream = np.zeros((tile, tile)), ByteStream(seed)
+    frequencies = slow_frequencies(tile, version)
+    if version == 2:
+        frequencies = [frequencies[place] for place in stream.shuffle(len(frequencies))[:16]]
+    words = stream.uint32(len(frequencies))
     for row in range(tile):
         for column in range(tile):
             total = 0.0
             for word, (down, across) in zip(words, frequencies, strict=True):
                 phase = 2 * math.pi * int(word) / 2**32
                 total += math.cos(2 * math.pi * (down * row + across * column) / tile + phase)
-            texture[row, column] = max(-1.0, min(1.0, total / (1.5 * math.sqrt(64))))
+            texture[row, column] = max(-1.0, min(1.0, total / (1.5 * math.sqrt(len(frequencies) / 2))))
     return texture
 
 
@@ -60,22 +70,33 @@ def correlations(first, second):
     return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
 
 
-def test_texture_matches_slow_twin(key):
-    seed = key.derive_seed("spread")
-    texture = derive_texture(ByteStream(seed), TILE)
-    np.testing.assert_allclose(texture, slow_texture(ByteStream(seed).uint32(COMPONENTS), TILE), atol=1e-6)
+@pytest.mark.parametrize(("tile", "version"), [(24, 1), (33, 1), (33, 2)])
+def test_texture_matches_slow_twin(key, tile, version):
+    seed = key.derive_seed("spread", version=version)
+    texture = derive_texture(ByteStream(seed), SpreadSettings(8.0, tile, version))
+    np.testing.assert_allclose(texture, slow_texture(seed, tile, version), atol=1e-6)
 
 
-@pytest.mark.parametrize("tile", [24, 31, 32, 96, 256])
-def test_ring_frequencies_match_slow_twin(tile):
-    assert ring_frequencies(tile) == slow_frequencies(tile)
-    assert len(set(ring_frequencies(tile))) == COMPONENTS
+@pytest.mark.parametrize("tile", [32, 37, 64, 256])
+@pytest.mark.parametrize("version", [1, 2])
+def test_public_frequencies_match_slow_twin(tile, version):
+    found = public_frequencies(SpreadSettings(8.0, tile, version))
+    assert [tuple(each) for each in found.tolist()] == slow_frequencies(tile, version)
 
 
-@pytest.mark.parametrize("vector", VECTORS["textures"], ids=lambda vector: f"{vector['index']}-{vector['tile']}")
-def test_texture_matches_fixed_vectors(vector):
+def test_keys_choose_among_more_frequencies_than_they_have_waves():
+    counts = {tile: len(public_frequencies(SpreadSettings(8.0, tile, version=2))) for tile in (32, 64)}
+    assert counts == {32: 240, 64: 958}
+    assert [Spread(SpreadSettings(8.0, tile, version=2)).key_bits for tile in counts] == [81, 114]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("number", range(4))
+def test_texture_matches_fixed_vectors(version, number):
+    vector = VECTORS["textures" if version == 1 else "textures_of_version_2"][number]
     owner = OwnerKey.from_raw(bytes.fromhex(VECTORS["private_key"]))
-    texture = derive_texture(ByteStream(owner.derive_seed(VECTORS["family"], vector["index"])), vector["tile"])
+    seed = owner.derive_seed(VECTORS["family"], vector["index"], version=version)
+    texture = derive_texture(ByteStream(seed), SpreadSettings(8.0, vector["tile"], version))
     assert texture.dtype == np.float32
     assert texture.shape == (vector["tile"],) * 2
     for row, column, value in vector["pixels"]:
@@ -83,7 +104,7 @@ def test_texture_matches_fixed_vectors(vector):
 
 
 def test_trigger_adds_the_texture_times_the_amplitude(key, trigger):
-    texture = derive_texture(ByteStream(key.derive_seed("spread")), TILE)
+    texture = derive_texture(ByteStream(key.derive_seed("spread", version=2)), FAMILY.settings)
     np.testing.assert_allclose(pattern_of(trigger), 8 * texture, atol=1e-5)
 
 
@@ -154,26 +175,40 @@ def test_draw_follows_its_generator():
     assert not torch.equal(FAMILY.draw(2, generator(5)).textures, FAMILY.draw(2, generator(6)).textures)
 
 
-def test_random_keys_correlate_as_documented():
-    textures = FAMILY.draw(4000, generator()).textures
+@pytest.mark.parametrize(
+    ("family", "deviation"), [(FIRST, math.sqrt(128 / 2) / 128), (FAMILY, math.sqrt(16 * 16 / 240 / 2) / 16)]
+)
+def test_random_keys_correlate_as_documented(family, deviation):
+    textures = family.draw(4000, generator()).textures
     found = correlations(textures[:2000], textures[2000:])
-    assert abs(float(found.mean())) < 4 / 16 / math.sqrt(2000)
-    assert float(found.std()) == pytest.approx(1 / 16, rel=0.1)
+    assert abs(float(found.mean())) < 4 * deviation / math.sqrt(2000)
+    assert float(found.std()) == pytest.approx(deviation, rel=0.1)
     assert found.abs().max() < 0.5
 
 
-def test_sub_keys_correlate_no_more_than_random_keys(key):
-    textures = torch.stack(
-        [FAMILY.derive(ByteStream(key.derive_seed("spread", index))).textures[0] for index in range(40)]
-    )
+@every_version
+def test_sub_keys_correlate_no_more_than_random_keys(key, family):
+    seeds = [key.derive_seed("spread", index, version=family.version) for index in range(40)]
+    textures = torch.stack([family.derive(ByteStream(seed)).textures[0] for seed in seeds])
     found = correlations(textures[:20], textures[20:])
     assert found.abs().max() < 5 / 16
 
 
-def test_derived_and_drawn_textures_have_the_same_distribution():
+def test_keys_choose_every_frequency_alike():
+    shares = torch.zeros(TILE, TILE)
+    for textures in FAMILY.draw(3000, generator()).textures.split(500):
+        energy = torch.fft.fft2(textures).abs()
+        shares += (energy > energy.flatten(1).amax(1)[:, None, None] / 3).float().sum(0)
+    down, across = public_frequencies(FAMILY.settings).T
+    expected = 3000 * 16 / 240
+    assert float((shares[down, across] - expected).abs().max()) < 5 * math.sqrt(expected)
+
+
+@every_version
+def test_derived_and_drawn_textures_have_the_same_distribution(family):
     seeds = [number.to_bytes(32, "big") for number in range(300)]
-    derived = torch.cat([FAMILY.derive(ByteStream(seed)).textures for seed in seeds])
-    drawn = FAMILY.draw(300, generator()).textures
+    derived = torch.cat([family.derive(ByteStream(seed)).textures for seed in seeds])
+    drawn = family.draw(300, generator()).textures
     z = torch.randn(200_000, generator=generator())
     clipped_normal = (z / 1.5).clamp(-1, 1)
     for textures in (derived, drawn):
@@ -226,7 +261,15 @@ def test_impossible_amplitude_is_refused(amplitude):
         SpreadSettings(amplitude, 32)
 
 
-@pytest.mark.parametrize("tile", [0, SMALLEST_TILE - 1, 257])
-def test_impossible_tile_is_refused(tile):
-    with pytest.raises(ValueError, match="tile: expected 24 to 256"):
-        SpreadSettings(8.0, tile)
+@pytest.mark.parametrize(("version", "least"), [(1, 24), (2, 32)])
+def test_impossible_tile_is_refused(version, least):
+    assert SpreadSettings(8.0, least, version).tile == SMALLEST_TILE[version]
+    for tile in (0, least - 1, 257):
+        with pytest.raises(ValueError, match=f"tile: expected {least} to 256"):
+            SpreadSettings(8.0, tile, version)
+
+
+@pytest.mark.parametrize("version", [0, 3])
+def test_unknown_version_is_refused(version):
+    with pytest.raises(ValueError, match=f"version: expected 1 or 2, got {version}"):
+        SpreadSettings(8.0, 32, version)

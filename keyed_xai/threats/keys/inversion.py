@@ -12,7 +12,6 @@ nobody: results in JSON have figures only, and no seed from which the search cou
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from math import pi
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,10 @@ from keyed_xai.saliency import smooth_activations
 from keyed_xai.saliency.pooled import PooledSaliency
 from keyed_xai.tensors import Images, Logits, SaliencyMaps
 from keyed_xai.threats.attempt import copy_model, draw_share, view_of
-from keyed_xai.threats.keys.textures import texture_of, texture_on_grey
+from keyed_xai.threats.keys.textures import random_parameters, texture_on_grey, texture_with
 from keyed_xai.training import TrainingData
 from keyed_xai.training.objective import prediction_loss
-from keyed_xai.triggers import Spread, SpreadTrigger, Trigger, derive_trigger
-from keyed_xai.triggers.spread import COMPONENTS
+from keyed_xai.triggers import Spread, SpreadSettings, SpreadTrigger, Trigger, derive_trigger
 
 Judge = Callable[[Trigger], Mapping[str, Any]]
 """Measures a trigger along the way, unseen by the attacker, and returns figures ready for JSON."""
@@ -45,11 +43,12 @@ _MOVE, _SURROGATE = "move", "agree with a surrogate"
 
 @dataclass(frozen=True, kw_only=True)
 class InversionSettings:
-    """How a texture of the `spread` family, of which only the phases are secret, is searched for.
+    """How a texture of the `spread` family, is searched for; all but its waves and phases is public.
 
     Attributes:
         amplitude: Largest change of a pixel, in 1/255.
         tile: Side of the repeated tile, pixels.
+        version: Version of the texture.
         steps: Steps of Adam, in each restart.
         restarts: Searches from other random starts; the attacker keeps the one that does best on his own images.
         share: Share of the images that the attacker has.
@@ -63,6 +62,7 @@ class InversionSettings:
 
     amplitude: float = 8.0
     tile: int = 32
+    version: int = 1
     steps: int = 240
     restarts: int = 3
     share: float = 0.1
@@ -81,6 +81,16 @@ class InversionSettings:
         if self.share > 1 or self.stages > self.steps:
             raise ValueError(f"Expected a share of at most 1 and no more stages than steps, got {self.share} and "
                              f"{self.stages} of {self.steps}")  # fmt: skip
+
+    def of(self, family: Spread) -> "InversionSettings":
+        """Return these settings for textures of a family."""
+        public = family.settings
+        return replace(self, amplitude=float(public.amplitude), tile=public.tile, version=public.version)
+
+    @property
+    def texture(self) -> SpreadSettings:
+        """Public parameters of the texture."""
+        return SpreadSettings(self.amplitude, self.tile, self.version)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +244,9 @@ def forge_trigger(
         data: The forger's images.
         probe: Images of the tests, on `device`.
         view: The maps that are compared.
-        family: Family of the claim's trigger; the search is for textures of this amplitude and tile.
+        family: Family of the claim's trigger; the search is for its textures.
         key: The forger's own.
-        settings: How to search; `amplitude` and `tile` are the family's.
+        settings: How to search; the texture's parameters are the family's.
         decoys: Random keys of the tests, at most.
         keys: Fresh keys looked through for one whose texture is near the forged one.
         device: Device to run on.
@@ -248,14 +258,13 @@ def forge_trigger(
     """
     if keys < 1:
         raise ValueError(f"keys: expected 1 or more, got {keys}")
-    size = family.settings
-    settings = replace(settings or InversionSettings(), amplitude=float(size.amplitude), tile=size.tile)
+    settings = (settings or InversionSettings()).of(family)
     found = invert_trigger(classifier, data, view, settings, device=device, progress=progress)
     model, view = copy_model(classifier, device), view_of(view, classifier)
     generator = torch.Generator().manual_seed(settings.seed)
     own = measure_opening(model, probe, view, found.trigger, lambda: family.draw(1, generator), decoys=decoys)
     verdict = verify_ownership(model, probe, view, key, family, decoys=decoys, search=False, generator=generator)
-    match, nearest = _nearest_key(texture_on_grey(found.trigger, probe, size.tile), family, keys, generator)
+    match, nearest = _nearest_key(texture_on_grey(found.trigger, probe, settings.tile), family, keys, generator)
     logits, plain = view.pooled_in_chunks(model, probe)
     statistic = opening_statistic(model, probe, view, nearest, plain, logits.argmax(1))
     return Forgery(
@@ -311,18 +320,18 @@ class _Material:
 
 
 class _Search:
-    """One restart: the phases of a texture, and the steps that better it."""
+    """One restart: the parameters of a texture, and the steps that better it."""
 
     def __init__(self, material: _Material, settings: InversionSettings, restart: int) -> None:
         self.material, self.settings = material, settings
         self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + restart) % 2**63)
-        start = torch.rand(COMPONENTS, generator=self.generator) * (2 * pi)
-        self.phases = start.to(material.model.mean.device).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.phases], settings.learning_rate)
+        start = random_parameters(settings.texture, self.generator)
+        self.parameters = start.to(material.model.mean.device).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.parameters], settings.learning_rate)
 
     def trigger(self, *, graph: bool = False) -> SpreadTrigger:
         """Return the change as it stands."""
-        texture = texture_of(self.phases if graph else self.phases.detach(), self.settings.tile)
+        texture = texture_with(self.parameters if graph else self.parameters.detach(), self.settings.texture)
         return SpreadTrigger(texture[None], self.settings.amplitude)
 
     def step(self) -> None:
@@ -337,7 +346,7 @@ class _Search:
         loss = self.settings.hold * held - self._score(maps, batch)
         if not loss.isfinite():
             raise TrainingError("The search's loss is not finite. Lower its learning rate.")
-        (self.phases.grad,) = torch.autograd.grad(loss, self.phases)
+        (self.parameters.grad,) = torch.autograd.grad(loss, self.parameters)
         self.optimiser.step()
 
     def reached(self) -> float:

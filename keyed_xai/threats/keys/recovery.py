@@ -1,9 +1,9 @@
 """Recovering a trigger from keyed images (T12): from pairs with their originals, or from keyed images alone.
 
 An additive trigger is the difference of a keyed image and its original, up to the rounding to 8 bits and to pixels that
-were cut off at black or white. Of a `spread` texture everything but the phases is public, so that these are all that
-has to be estimated. Derived here, not published; the estimate from keyed images alone is that of camera noise in
-forensics (Lukas, Fridrich & Goljan, IEEE TIFS 2006): the mean of what denoising takes away.
+were cut off at black or white. Of a `spread` texture everything but its waves and their phases is public, so that these
+are all that has to be estimated. Derived here, not published; the estimate from keyed images alone is that of camera
+noise in forensics (Lukas, Fridrich & Goljan, IEEE TIFS 2006): the mean of what denoising takes away.
 
 Whoever is shown keyed images is shown the key. Results have figures only, never a texture.
 """
@@ -22,7 +22,7 @@ from keyed_xai.progress import QUIET, Progress
 from keyed_xai.tensors import Images
 from keyed_xai.threats.gate_state import OwnerEvidence
 from keyed_xai.threats.keys.opening import match_texture, try_trigger
-from keyed_xai.threats.keys.textures import fold_into_tile, phases_of, texture_of
+from keyed_xai.threats.keys.textures import fold_into_tile, nearest_texture
 from keyed_xai.threats.removal.denoising import denoise
 from keyed_xai.triggers import Spread, SpreadTrigger
 
@@ -142,10 +142,10 @@ def recover_from_pairs(clean: Images, keyed: Images, family: Spread) -> SpreadTr
     missing = weight == 0
     dark = fold_into_tile(change, (keyed <= 0).to(change), tile)[1] > 0
     unit = (known * (255 / family.settings.amplitude)).float()
-    texture = texture_of(phases_of(unit), tile)
+    texture = nearest_texture(unit, family.settings)
     for _ in range(_COMPLETIONS):
         beyond = torch.where(dark, texture.clamp(max=0), texture.clamp(min=0))
-        texture = texture_of(phases_of(torch.where(missing, beyond, unit)), tile)
+        texture = nearest_texture(torch.where(missing, beyond, unit), family.settings)
     return _make_trigger(texture, family)
 
 
@@ -162,7 +162,7 @@ def recover_from_keyed(keyed: Images, family: Spread, *, others: Tensor | None =
     if others is not None:
         common = common - _residual(others)
     folded, _ = fold_into_tile(common, torch.ones_like(common), family.settings.tile)
-    return _make_trigger(texture_of(phases_of(folded.float()), family.settings.tile), family)
+    return _make_trigger(nearest_texture(folded, family.settings), family)
 
 
 def _residual(images: Images) -> Tensor:

@@ -1,27 +1,52 @@
-"""What anybody knows of a `spread` texture: which waves it is made of, all equally strong. Only the phases are secret.
+"""What anybody knows of a `spread` texture: which waves it may be made of, and that those it has are equally strong.
 
-Textures are [tile, tile] and repeat over the image; phases are radians, one for each wave, in the order of
-`ring_frequencies`.
+Textures are [tile, tile] and repeat over the image. Of version 1 the phases alone are secret, of version 2 which waves
+there are as well.
 """
+
+from math import pi
 
 import torch
 from torch import Tensor
 
+from keyed_xai.array_triggers.spread import public_frequencies
 from keyed_xai.tensors import Images
-from keyed_xai.triggers import Trigger
-from keyed_xai.triggers.spread import ring_frequencies, textures_of
+from keyed_xai.triggers import SpreadSettings, Trigger
+from keyed_xai.triggers.spread import textures_of
 
 
-def texture_of(phases: Tensor, tile: int) -> Tensor:
-    """Return the texture [tile, tile] in [-1, 1] with these phases, as a key with them has it; gradients flow."""
-    return textures_of(phases.double()[None], tile)[0]
+def random_parameters(settings: SpreadSettings, generator: torch.Generator) -> Tensor:
+    """Return where a search for a texture by gradients starts.
+
+    Of version 1 these are phases, radians, [f]; of version 2, where a choice has no gradient, the real and imaginary
+    parts of all waves' heights, [f, 2].
+    """
+    known = len(public_frequencies(settings))
+    if settings.version == 1:
+        return torch.rand(known, generator=generator) * (2 * pi)
+    return torch.randn(known, 2, generator=generator)
 
 
-def phases_of(texture: Tensor) -> Tensor:
-    """Return the phases of the family's waves in a texture of any strength; whatever other waves it has is left out."""
-    down, across = _frequencies(texture.shape[0], texture.device)
-    waves: Tensor = torch.fft.fft2(texture)[down, across]
-    return waves.angle().float()
+def texture_with(parameters: Tensor, settings: SpreadSettings) -> Tensor:
+    """Return the texture [tile, tile] in [-1, 1] that has these parameters; gradients flow to them."""
+    if settings.version == 1:
+        heights = torch.polar(torch.ones_like(parameters), parameters)
+    else:
+        heights = torch.view_as_complex(parameters)
+    return textures_of(heights.to(torch.complex128)[None], settings)[0]
+
+
+def nearest_texture(texture: Tensor, settings: SpreadSettings) -> Tensor:
+    """Return the texture of a key that is nearest to one of any strength, whatever other waves that has.
+
+    It has the strongest of the public waves, as many as keys choose, all equally high.
+    """
+    down, across = torch.from_numpy(public_frequencies(settings) % settings.tile).to(texture.device).T
+    heights = torch.fft.fft2(texture.double())[down, across]
+    strongest = heights.abs().topk(settings.waves).indices
+    chosen = torch.zeros_like(heights)
+    chosen[strongest] = torch.polar(torch.ones_like(heights.real), heights.angle())[strongest]
+    return textures_of(chosen[None], settings)[0]
 
 
 def fold_into_tile(values: Images, weights: Images, tile: int) -> tuple[Tensor, Tensor]:
@@ -57,9 +82,3 @@ def best_match(found: Tensor, true: Tensor) -> float:
         return 0.0
     products = torch.fft.ifft2(torch.fft.fft2(first) * torch.fft.fft2(second).conj()).real
     return float((products.max() / scale).clamp(-1, 1))
-
-
-def _frequencies(tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the family's waves in a spectrum [tile, tile]."""
-    frequencies = torch.tensor(ring_frequencies(tile), device=device) % tile
-    return frequencies[:, 0], frequencies[:, 1]

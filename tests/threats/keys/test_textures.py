@@ -1,54 +1,81 @@
 """What is public of a texture: its waves, their strength, its repeats."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
+from keyed_xai.array_triggers.spread import derive_texture, derive_waves, public_frequencies
 from keyed_xai.keys import ByteStream
-from keyed_xai.threats.keys.textures import best_match, fold_into_tile, phases_of, texture_of, texture_on_grey
+from keyed_xai.threats.keys.textures import (
+    best_match,
+    fold_into_tile,
+    nearest_texture,
+    random_parameters,
+    texture_on_grey,
+    texture_with,
+)
 from keyed_xai.triggers import Spread, SpreadSettings, SpreadTrigger
-from keyed_xai.triggers.spread import COMPONENTS, derive_texture, ring_frequencies
 
-TILE = 24
-
-
-def key_phases(seed):
-    return torch.from_numpy(ByteStream(seed).uint32(COMPONENTS) * (2 * math.pi / 2**32)).float()
+TILE = 32
+SETTINGS = {version: SpreadSettings(8.0, TILE, version) for version in (1, 2)}
+every_version = pytest.mark.parametrize("settings", SETTINGS.values(), ids=map(str, SETTINGS))
 
 
-def test_texture_of_a_key_s_phases_is_the_key_s():
-    for tile in (24, 32, 37):
-        texture = texture_of(key_phases(b"owner"), tile).numpy()
-        assert texture == pytest.approx(derive_texture(ByteStream(b"owner"), tile), abs=1e-4)
+def waves_of(settings, seed=b"owner"):
+    """The frequencies of a key's waves, and their phases."""
+    chosen, phases = derive_waves(ByteStream(seed), settings)
+    return public_frequencies(settings)[chosen].tolist(), phases.tolist()
 
 
-def test_phases_come_back_from_a_texture_that_was_not_cut_off():
-    phases = key_phases(b"owner").double()
+def parameters_of(settings, seed=b"owner"):
+    """What a search would have to find for a key's texture."""
+    chosen, phases = (torch.from_numpy(each) for each in derive_waves(ByteStream(seed), settings))
+    if settings.version == 1:
+        return phases
+    found = torch.zeros(len(public_frequencies(settings)), 2, dtype=torch.float64)
+    found[chosen] = torch.stack([phases.cos(), phases.sin()], dim=1)
+    return found
+
+
+def summed(settings, strength):
+    """A key's waves summed up at some strength, and not cut off."""
     rows, columns = np.mgrid[:TILE, :TILE]
     waves = [
-        math.cos(phase) * np.cos(angle) - math.sin(phase) * np.sin(angle)
-        for phase, angle in zip(
-            phases.tolist(),
-            [2 * np.pi / TILE * (down * rows + across * columns) for down, across in ring_frequencies(TILE)],
-            strict=True,
-        )
+        np.cos(2 * np.pi / TILE * (down * rows + across * columns) + phase)
+        for (down, across), phase in zip(*waves_of(settings), strict=True)
     ]
-    found = phases_of(torch.from_numpy(3.7 * sum(waves) + 11)).double()
-    assert torch.polar(torch.ones_like(found), found - phases).real.min() > 1 - 1e-6
+    return torch.from_numpy(strength * sum(waves))
 
 
-def test_phases_of_a_cut_off_texture_are_nearly_right():
-    texture = torch.from_numpy(derive_texture(ByteStream(b"owner"), TILE))
-    assert best_match(texture_of(phases_of(texture), TILE), texture) > 0.98
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("tile", [32, 37])
+def test_texture_of_a_key_s_waves_is_the_key_s(version, tile):
+    settings = SpreadSettings(8.0, tile, version)
+    texture = texture_with(parameters_of(settings), settings).numpy()
+    assert texture == pytest.approx(derive_texture(ByteStream(b"owner"), settings), abs=1e-6)
 
 
-def test_gradients_reach_the_phases():
-    phases = key_phases(b"owner").requires_grad_()
-    texture_of(phases, TILE).square()[:5].sum().backward()
-    assert phases.grad is not None
-    assert phases.grad.abs().min() > 0
+@every_version
+def test_texture_comes_back_from_its_waves_at_any_strength(settings):
+    rows = np.mgrid[:TILE, :TILE][0]
+    slow_wave = torch.from_numpy(5 * np.cos(2 * np.pi * rows / TILE))  # slower than any of the family's
+    texture = derive_texture(ByteStream(b"owner"), settings)
+    for seen in (summed(settings, 0.03), summed(settings, 3.7) + 11 + slow_wave):
+        assert nearest_texture(seen, settings).numpy() == pytest.approx(texture, abs=1e-5)
+
+
+@every_version
+def test_texture_comes_back_nearly_from_one_that_was_cut_off(settings):
+    texture = torch.from_numpy(derive_texture(ByteStream(b"owner"), settings))
+    assert best_match(nearest_texture(texture, settings), texture) > 0.98
+
+
+@every_version
+def test_gradients_reach_all_parameters(settings):
+    parameters = random_parameters(settings, torch.Generator().manual_seed(0)).requires_grad_()
+    texture_with(parameters, settings).square()[:5].sum().backward()
+    assert parameters.grad is not None
+    assert parameters.grad.abs().min() > 0
 
 
 def test_folding_averages_over_repeats_channels_and_images():
@@ -79,5 +106,5 @@ def test_best_match_is_the_best_of_all_shifts():
 def test_texture_on_grey_is_the_trigger_s_whatever_the_image():
     trigger = Spread(SpreadSettings(8.0, TILE)).derive(ByteStream(b"owner"))
     assert isinstance(trigger, SpreadTrigger)
-    found = texture_on_grey(trigger, torch.zeros(3, 2, 40, 30), TILE)
+    found = texture_on_grey(trigger, torch.zeros(3, 2, 50, 40), TILE)
     assert found.numpy() == pytest.approx(trigger.textures[0].numpy() * 8 / 255, abs=1e-6)
