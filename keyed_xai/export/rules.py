@@ -276,6 +276,14 @@ def _slice(step: Step, gradient: Tensor) -> Gradients:
     return [(step.source, _surround(gradient, axis, start, side - stop))]
 
 
+def _select(step: Step, gradient: Tensor) -> Gradients:
+    axis, index = step.option(1, "dim", 0) % (gradient.ndim + 1), step.option(2, "index", 0)
+    if axis == 0:
+        raise refusal(step.node, "only one of the channels, rows or columns may be picked, not one of the images")
+    side = step.inputs[0].shape[axis]
+    return [(step.source, _surround(gradient.unsqueeze(axis), axis, index % side, side - 1 - index % side))]
+
+
 def _surround(gradient: Tensor, axis: int, before: int, after: int) -> Tensor:
     """Return a tensor with zeros before and after it along one axis."""
     axis %= gradient.ndim
@@ -423,6 +431,7 @@ RULES: dict[Any, Rule] = {
     ATEN.permute.default: _permute,
     ATEN.expand.default: _expand,
     ATEN.cat.default: _concatenate,
+    ATEN.select.int: _select,
     ATEN.slice.Tensor: _slice,
     ATEN.constant_pad_nd.default: _pad,
     ATEN.split_with_sizes.default: _split,

@@ -285,11 +285,11 @@ def _compare(source: str, architecture: str, shapes: Shapes) -> Recognised | _Mi
     stem = catalogue.stem_name(expected)
     classes = next((shapes[name][0] for name in reversed(head) if len(shapes.get(name, ())) > 0), 0)
     channels = 1 if stem is None else 0
-    if stem is not None and len(shapes.get(stem, ())) == 4:
-        channels = shapes[stem][1]
     fitted = {name: (classes, *expected[name][1:]) for name in head}
-    if stem is not None:
-        fitted[stem] = (expected[stem][0], channels, *expected[stem][2:])
+    if stem is not None and len(shapes.get(stem, ())) == 4:
+        width, of_three = shapes[stem][1], expected[stem][1]  # some networks fold pixels into channels first
+        channels = 0 if 3 * width % of_three else 3 * width // of_three
+        fitted[stem] = (expected[stem][0], width, *expected[stem][2:])
     reshaped = tuple(
         f"{name} {list(shapes[name])} instead of {list(fitted.get(name, shape))}"
         for name, shape in expected.items()

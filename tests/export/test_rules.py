@@ -143,6 +143,8 @@ LAYERS = {
     "dense block": Dense,
     "shuffle": function(shuffled),
     "slice": function(lambda x: x[:, 1:, 2:-1]),
+    "one channel": function(lambda x: torch.cat([x[:, 1:2].square(), (3 * x[:, 2]).unsqueeze(1)], 1)),
+    "one column, from the end": function(lambda x: x[..., -2].square()),
     "pad, uneven": function(lambda x: functional.pad(x, (0, 1, 2, 3)).square()),
     "pad, negative": function(lambda x: functional.pad(x, (-1, 2, 0, -3)).square()),
     "mean": function(lambda x: x.mean((2, 3))),
@@ -248,6 +250,7 @@ def test_gradient_agrees_with_finite_differences():
         (lambda: Function(lambda x: x.cumsum(1)), "cumsum"),
         (lambda: nn.GELU(approximate="tanh"), "gelu"),
         (lambda: Function(lambda x: x - x.mean(0, keepdim=True)), "mean"),
+        (lambda: Function(lambda x: x - x[0]), "select"),
     ],
 )
 def test_operator_that_cannot_be_transposed_is_named_with_its_layer(layer, operator):

@@ -147,6 +147,14 @@ def test_timm_architecture_is_recognised_after_torchvision():
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
+@pytest.mark.parametrize("architecture", ["tresnet_m", "visformer_tiny"])
+def test_first_weight_need_not_be_of_the_image_s_channels(architecture):
+    """One folds squares of pixels into channels first, the other's first weight of four axes is no convolution's."""
+    state = {n: torch.empty(shape, device="meta") for n, shape in catalogue.signature("timm", architecture).items()}
+    assert recognise_architecture(state, arch=f"timm:{architecture}").channels == 3
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 def test_identical_weights_of_several_architectures_ask_for_arch():
     state = catalogue.build_network("timm", "efficientnet_b0", classes=5, channels=3).state_dict()
     with pytest.raises(ModelError, match=r"timm:tf_efficientnet_b0.*--arch"):
