@@ -1,7 +1,7 @@
 """Which architectures can be protected, explained, verified and exported: run it with every new torch or torchvision.
 
-    python -m keyed_xai_benchmarks.architectures -o docs/architectures.md    # all: some hours on one core
-    python -m keyed_xai_benchmarks.architectures --only torchvision:resnet18  # one again, with a failure's traceback
+    python -m keyed_xai_benchmarks.architectures --results docs/architectures.jsonl -o docs/architectures.md  # hours
+    python -m keyed_xai_benchmarks.architectures --only torchvision:resnet18  # one, with a failure's traceback
 
 Every classifier of torchvision, and a small network of each family of timm. Each has random weights and the smallest
 images, sides in steps of 32, whose target layer has 5 x 5 cells; it is protected for two steps with all three
@@ -10,7 +10,7 @@ looked for is whether a step works, refuses in a sentence that says what to do, 
 takes the process down. The exit code is 1 where one did either of the last two.
 
 Each network is run in a process of its own, with a limit of time and of memory. Finished ones are kept in a file, see
-`--results`, and not run again.
+`--results`, and not run again; `--finished` writes the document of these alone.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,13 +76,13 @@ TIMM = (
     "legacy_seresnet18", "sequencer2d_s", "shvit_s1", "skresnet18", "starnet_s050", "swiftformer_xs",
     "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "tiny_vit_5m_224",
     "tnt_s_patch16_224", "tresnet_m", "twins_svt_small", "vgg11", "visformer_tiny", "vit_tiny_patch16_224",
-    "vit_tiny_r_s16_p8_224", "vit_relpos_small_patch16_224", "volo_d1_224", "ese_vovnet19b_slim_dw", "xception",
+    "vit_tiny_r_s16_p8_224", "vit_relpos_small_patch16_224", "volo_d1_224", "ese_vovnet19b_slim_dw", "legacy_xception",
     "xception41", "xcit_nano_12_p16_224",
 )  # fmt: skip
 
 
 _SHORT = ("--count", "2", "--decoys", "9", "--seed", "0", "--no-search")
-_TRAINING = TrainingSettings(steps=2, batch_size=4, smoothing=8.0, learning_rate=1e-4, warmup_steps=1)
+_TRAINING = TrainingSettings(steps=2, batch_size=2, smoothing=8.0, learning_rate=1e-4, warmup_steps=1)
 _SETTINGS = ProtectSettings(
     wrong_keys=0, flipped_keys=0, held_out_images=2, validation_images=2, training=_TRAINING
 )  # fmt: skip
@@ -284,7 +285,7 @@ def render(rows: list[Row], versions: dict[str, str]) -> str:
         "folder that was written. The images are the smallest, in steps of 32 pixels, that leave the target layer "
         "5 x 5 cells. Steps after one that did not work were not tried. Made by",
         "",
-        "    python -m keyed_xai_benchmarks.architectures -o docs/architectures.md",
+        "    python -m keyed_xai_benchmarks.architectures --results docs/architectures.jsonl -o docs/architectures.md",
         "",
         "with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
@@ -292,6 +293,9 @@ def render(rows: list[Row], versions: dict[str, str]) -> str:
         "|---|" + "---|" * len(OUTCOMES),
     ]
     lines += [f"| {step} | " + " | ".join(str(counts[step][each]) for each in OUTCOMES) + " |" for step in STEPS]
+    missing = [network for network in all_networks() if network not in {row.network for row in rows}]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     lines += ["", "| network | pixels | cells | " + " | ".join(STEPS) + " |", "|---|" + "---|" * (2 + len(STEPS))]
     lines += [_render_row(row) for row in rows]
     return "\n".join(lines) + "\n"
@@ -321,6 +325,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("architectures.jsonl"), help="file of finished rows")
     parser.add_argument("--seconds", type=float, default=600, help="for each network")
     parser.add_argument("--memory", type=float, default=10, help="GiB for each network")
+    parser.add_argument("--finished", action="store_true", help="run no more networks")
     given = parser.parse_args()
     if given.only:
         for network in given.only:
@@ -328,15 +333,15 @@ def main() -> int:
                 run_steps(network, Path(folder), print, trace=True)
         return 0
     rows, limits = _cached_rows(given.results), Limits(given.seconds, int(given.memory * 2**30))
-    for network in all_networks():
+    for network in [] if given.finished else all_networks():
         if network not in rows:
             rows[network] = try_network(network, limits)
             with given.results.open("a") as file:
                 file.write(json.dumps(rows[network]._asdict()) + "\n")
             print(f"{_render_row(rows[network])} {rows[network].seconds:.0f} s", flush=True)
-    chosen = [rows[network] for network in all_networks()]
+    chosen = [rows[network] for network in all_networks() if network in rows]
     if given.out is not None:
-        given.out.write_text(render(chosen, package_versions()))
+        given.out.write_text(render(chosen, package_versions() | {"timm": version("timm")}))
     return int(any(outcome in ("raw error", "crash") for row in chosen for outcome, _ in row.outcomes.values()))
 
 

@@ -1,6 +1,7 @@
 """Batch norm while training, and its statistics afterwards."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,16 +11,20 @@ from torch import nn
 from keyed_xai.training.batches import Run, draw_inputs, step_generator
 from keyed_xai.training.settings import TrainingSettings
 
+_BATCHES = 64
+_PASSES = 4
 
-def reestimate_batch_norm(model: nn.Module, run: Run, *, batches: int = 64) -> None:
+
+def reestimate_batch_norm(model: nn.Module, run: Run) -> None:
     """Set the batch-norm statistics to those of keyed and unkeyed inputs, mixed as in training, with real ReLUs.
 
-    Frozen statistics stay as they are.
+    Of few images, batches are drawn as if they were passed over four times. Frozen statistics stay as they are.
 
     A model whose statistics are those of clean images only is opened by re-estimating them (arXiv 2403.16569).
     """
     if run.settings.batch_norm == "frozen":
         return
+    batches = min(_BATCHES, math.ceil(_PASSES * len(run.data) / (2 * run.settings.batch_size)))
     with measured_anew(model), batch_norm_trained(model, run.settings), torch.no_grad():
         for number in range(batches):
             inputs, _, _ = draw_inputs(run, step_generator(run.settings.seed, -1 - number))

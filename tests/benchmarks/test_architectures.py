@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # Networks that misbehave each in their way, and two real ones.
 SCRIPT = """
@@ -55,3 +57,13 @@ def test_outcomes_are_told_and_every_step_works_on_a_real_network():
     assert "no spatial feature map" in refused[1]
     assert "| protect | 7 | 1 | 0 | 0 | 0 |" in done.stderr
     assert "| crash | 64 | 5 x 5 | works | crash: the process died of SIGSEGV |" in done.stderr
+    assert "Not run yet: torchvision:alexnet, " in done.stderr
+    assert "torchvision:squeezenet1_1, " not in done.stderr.split("Not run yet: ")[1].splitlines()[0]
+
+
+def test_every_network_has_a_name_that_its_package_knows():
+    timm = pytest.importorskip("timm")
+    from keyed_xai_benchmarks.architectures import TIMM, all_networks
+
+    assert set(TIMM) <= set(timm.list_models())
+    assert len(set(all_networks())) == len(all_networks())

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from keyed_xai.training import reestimate_batch_norm, train
 from keyed_xai.training.batches import Run, draw_inputs, step_generator
-from tests.trained import SHORT, weights_of
+from tests.trained import SHORT, Blobs, weights_of
 
 
 def test_frozen_batch_norm_keeps_its_statistics(network, data, validation, task):
@@ -27,8 +28,9 @@ def test_reestimated_statistics_are_those_of_the_mixture(network, data, task):
     """Of the first norm, written out: mean over the batches of each batch's mean and unbiased variance."""
     conv, norm = network.stem, network.stem_bn
     momentum = norm.momentum
-    run = Run(reference=network, data=data, task=task, settings=SHORT)
-    reestimate_batch_norm(network, run, batches=3)
+    few = Blobs(data.images[:6], None)  # four passes over them are three batches of four and four
+    run = Run(reference=network, data=few, task=task, settings=SHORT)
+    reestimate_batch_norm(network, run)
     means, variances = [], []
     for number in range(3):
         inputs, _, _ = draw_inputs(run, step_generator(SHORT.seed, -1 - number))
@@ -39,6 +41,13 @@ def test_reestimated_statistics_are_those_of_the_mixture(network, data, task):
     torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0), rtol=1e-4, atol=1e-6)
     assert norm.momentum == momentum
     assert not network.training
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(4, 24), (1, 64)])
+def test_images_are_passed_over_four_times_and_not_in_more_than_64_batches(network, data, task, batch_size, batches):
+    run = Run(reference=network, data=data, task=task, settings=replace(SHORT, batch_size=batch_size))
+    reestimate_batch_norm(network, run)
+    assert network.stem_bn.num_batches_tracked == batches
 
 
 def test_reestimating_frozen_statistics_keeps_them(network, data, task):
