@@ -114,6 +114,8 @@ def textures_of(heights: Tensor, settings: SpreadSettings) -> Tensor:
             Only their proportions count: sums are clipped at the same number of standard deviations.
         settings: Public parameters of the textures.
     """
+    if not len(heights):  # torch 2.11 cannot transform nothing
+        return torch.zeros(0, settings.tile, settings.tile, device=heights.device)
     down, across = torch.from_numpy(public_frequencies(settings) % settings.tile).to(heights.device).T
     spectrum = heights.new_zeros(len(heights), settings.tile, settings.tile)
     spectrum[:, down, across] = heights
