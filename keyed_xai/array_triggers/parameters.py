@@ -26,13 +26,3 @@ class Ranges:
         shares = stream.uint32(len(self.least)) / 2.0**32
         placed: NDArray[np.float64] = self.least + (self.greatest - self.least) * shares
         return placed
-
-
-def require_first_version(version: int) -> None:
-    """Check the version of a family that has had no other than the first.
-
-    Raises:
-        ValueError: It is another one.
-    """
-    if version != 1:
-        raise ValueError(f"version: expected 1, got {version}")

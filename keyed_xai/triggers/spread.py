@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keyed_xai.array_triggers.spread import LARGEST, SpreadSettings, derive_waves, public_frequencies
+from keyed_xai.array_triggers.spread import LARGEST, SpreadSettings, derive_texture, public_frequencies
 from keyed_xai.keys import SEED_BYTES, ByteStream
 from keyed_xai.tensors import Images
 
-__all__ = ["Spread", "SpreadSettings", "SpreadTrigger", "textures_of"]
+__all__ = ["Spread", "SpreadSettings", "SpreadTrigger", "places_in_spectrum", "textures_of"]
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,17 @@ class Spread:
 
     def derive(self, stream: ByteStream) -> SpreadTrigger:
         """Return the trigger of the key whose stream this is."""
-        chosen, phases = (torch.from_numpy(each)[None] for each in derive_waves(stream, self.settings))
-        return self._make_trigger(chosen, phases)
+        texture = derive_texture(stream, self.settings)
+        return SpreadTrigger(torch.from_numpy(texture)[None], self.settings.amplitude)
 
     def draw(self, count: int, generator: torch.Generator) -> SpreadTrigger:
         """Return the triggers of `count` fresh random keys, one for each image of a batch of that size."""
         known, waves = len(public_frequencies(self.settings)), self.settings.waves
-        chosen = torch.rand(count, known, generator=generator).argsort(1)[:, :waves]
         phases = torch.rand(count, waves, generator=generator, dtype=torch.float64) * (2 * math.pi)
-        return self._make_trigger(chosen, phases)
-
-    def _make_trigger(self, chosen: Tensor, phases: Tensor) -> SpreadTrigger:
-        """Return the triggers with these of the public frequencies and these phases, radians, [n, waves] each."""
-        heights = torch.zeros(len(chosen), len(public_frequencies(self.settings)), dtype=torch.complex128)
-        heights.scatter_(1, chosen, torch.polar(torch.ones_like(phases), phases))
+        heights = torch.polar(torch.ones_like(phases), phases)
+        if waves < known:
+            chosen = torch.rand(count, known, generator=generator).argsort(1)[:, :waves]
+            heights = heights.new_zeros(count, known).scatter(1, chosen, heights)
         return SpreadTrigger(textures_of(heights, self.settings), self.settings.amplitude)
 
 
@@ -116,10 +113,16 @@ def textures_of(heights: Tensor, settings: SpreadSettings) -> Tensor:
     """
     if not len(heights):  # torch 2.11 cannot transform nothing
         return torch.zeros(0, settings.tile, settings.tile, device=heights.device)
-    down, across = torch.from_numpy(public_frequencies(settings) % settings.tile).to(heights.device).T
+    down, across = places_in_spectrum(settings, heights.device)
     spectrum = heights.new_zeros(len(heights), settings.tile, settings.tile)
     spectrum[:, down, across] = heights
     sums = settings.tile**2 * torch.fft.ifft2(spectrum).real
     deviation = (heights.abs().square().sum(1) / 2).sqrt()[:, None, None]
     textures: Tensor = (sums / (LARGEST * deviation)).clamp(-1, 1).float()
     return textures
+
+
+def places_in_spectrum(settings: SpreadSettings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the public frequencies in a spectrum [tile, tile]."""
+    down, across = torch.from_numpy(public_frequencies(settings) % settings.tile).to(device).T
+    return down, across

@@ -12,7 +12,7 @@ from torch import Tensor
 from keyed_xai.array_triggers.spread import public_frequencies
 from keyed_xai.tensors import Images
 from keyed_xai.triggers import SpreadSettings, Trigger
-from keyed_xai.triggers.spread import textures_of
+from keyed_xai.triggers.spread import places_in_spectrum, textures_of
 
 
 def random_parameters(settings: SpreadSettings, generator: torch.Generator) -> Tensor:
@@ -41,7 +41,7 @@ def nearest_texture(texture: Tensor, settings: SpreadSettings) -> Tensor:
 
     It has the strongest of the public waves, as many as keys choose, all equally high.
     """
-    down, across = torch.from_numpy(public_frequencies(settings) % settings.tile).to(texture.device).T
+    down, across = places_in_spectrum(settings, texture.device)
     heights = torch.fft.fft2(texture.double())[down, across]
     strongest = heights.abs().topk(settings.waves).indices
     chosen = torch.zeros_like(heights)
