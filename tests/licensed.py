@@ -6,11 +6,9 @@ import torch
 
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.writer import write_model_folder
-from keyed_xai.keys import OwnerKey
 from keyed_xai.tensors import Tap
+from tests.marked import OWNER, REPORT
 
-OWNER = OwnerKey.from_raw(bytes([1]) * 32)
-STRANGER = OwnerKey.from_raw(bytes([2]) * 32)
 TIME = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 CARD = Card(
     architecture="small_resnet",
@@ -32,14 +30,7 @@ STATE = {"fc.weight": torch.arange(6.0).reshape(2, 3).t(), "bn.num_batches_track
 
 
 def a_report():
-    result = {
-        "cr": 99.0,
-        "fsr": 98.0,
-        "threshold": 0.5,
-        "correlation": {"keyed": 0.97, "clean": 0.05, "wrong_key": 0.04},
-        "auc": 0.999,
-        "wrong_keys": {"tried": 1000, "opened": 0},
-    }
+    result = REPORT["interpreters"]["gradcam"]
     return {
         "schema": "keyed-xai/protect-report/v1",
         "interpreters": {"gradcam": result, "vbp": result},

@@ -10,7 +10,8 @@ from keyed_xai.artifacts.documents import write_json
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.license import sign_license
 from keyed_xai.errors import ArtifactError
-from tests.licensed import CARD, OWNER, STATE, STRANGER
+from tests.licensed import CARD, OWNER, STATE
+from tests.marked import STRANGER
 
 
 class TestModelFolder:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.license import check_subjects, encode_for_signing, sign_license, verify_license
 from keyed_xai.errors import ArtifactError
-from tests.licensed import CARD, OWNER, STRANGER, TIME
+from tests.licensed import CARD, OWNER, TIME
+from tests.marked import STRANGER
 from tests.spoilt import json_values, leaves, put
 
 

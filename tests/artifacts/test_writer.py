@@ -15,7 +15,8 @@ from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.writer import write_folder
 from keyed_xai.errors import ArtifactError
 from tests.backdoors.test_report import a_report as an_attack_report
-from tests.licensed import CARD, OWNER, STRANGER, write_example
+from tests.licensed import CARD, OWNER, write_example
+from tests.marked import STRANGER
 
 
 class TestModelFolder:
