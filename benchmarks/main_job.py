@@ -128,7 +128,7 @@ def run_row(
     result_file = folder / f"{stem}.json"
     protected = folder / f"{stem}.keyed"
     key = cached_owner_key(folder / "owner.pem")
-    training = settings.training or choose_recipe(case.classifier, ROWS[row])
+    training = settings.training or choose_recipe(case.classifier, ROWS[row], case.train)
     settings = replace(settings, interpreters=ROWS[row], training=training)
     if not result_file.exists():
         checkpoint = folder / f"{stem}.checkpoint"
@@ -225,7 +225,7 @@ def count_false_claims(
         generator: Draws keys and pool.
         progress: Hears of "trying keys", over all models.
     """
-    family = TRIGGERS["spread"](8.0, 32)
+    family = TRIGGERS["spread"](ProtectSettings.amplitude, ProtectSettings.tile)
     found: dict[str, list[float]] = {name: [] for name in ("opening", "signature", "both", "search")}
     tries, total = decoys + keys, len(models) * (decoys + keys)
     for number, model in enumerate(models):

@@ -54,7 +54,7 @@ class MainOptions:
         "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature"
     )]  # fmt: skip
     amplitude: Annotated[float, click.option(
-        "--amplitude", type=click.FloatRange(0.5, 64), default=8, show_default=True, help="Of the trigger, 1/255."
+        "--amplitude", type=click.FloatRange(0.5, 64), default=5, show_default=True, help="Of the trigger, 1/255."
     )]  # fmt: skip
     steps: Annotated[int | None, click.option(
         "--steps", type=click.IntRange(1), help="Optimiser steps; the recipe's if absent."
@@ -136,7 +136,7 @@ def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -
         ownership=False,
         decoy=options.decoy,
         amplitude=options.amplitude,
-        training=replace(choose_recipe(case.classifier, ROWS[row]), **chosen),
+        training=replace(choose_recipe(case.classifier, ROWS[row], case.train), **chosen),
         wrong_keys=options.wrong_keys,
         flipped_keys=256 if options.wrong_keys else 0,
         held_out_images=options.held_out,

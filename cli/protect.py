@@ -30,6 +30,7 @@ from keyed_xai_cli.options import (
 from keyed_xai_cli.training_options import TrainingOptions, choose_training, load_both_images
 
 if TYPE_CHECKING:
+    from keyed_xai.data import ImageData
     from keyed_xai.models import Classifier
     from keyed_xai.protection import ProtectSettings
     from keyed_xai.training import TrainingSettings
@@ -66,7 +67,7 @@ class ProtectOptions:
         "keys open by chance: for experiments.",
     )]  # fmt: skip
     amplitude: Annotated[float | None, click.option(
-        "--amplitude", type=click.FloatRange(0.5, 64), help="Of --trigger spread, in 1/255; 8 if absent."
+        "--amplitude", type=click.FloatRange(0.5, 64), help="Of --trigger spread, in 1/255; 5 if absent."
     )]  # fmt: skip
     tile: Annotated[int | None, click.option(
         "--tile", type=click.IntRange(24, 256), help="Of --trigger spread, pixels; 32 if absent."
@@ -139,7 +140,8 @@ def protect(
     tell_notes(classifier)
     choice = training.choose_data(options.spec or "builtin", held_out=options.held_out, seed=run.seed)
     train_data, held_out = load_both_images(classifier.input, choice)
-    recipe = choose_training(_choose_recipe(classifier, options), len(train_data), training, seed=run.seed)
+    recipe = _choose_recipe(classifier, options, train_data)
+    recipe = choose_training(recipe, len(train_data), training, seed=run.seed)
     settings = replace(_settings(options), training=recipe, fixed_layer=model_options.target_layer is not None)
     _warn_of_weak_trigger(settings)
     with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
@@ -208,11 +210,11 @@ def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
         )
 
 
-def _choose_recipe(classifier: "Classifier", options: ProtectOptions) -> "TrainingSettings":
+def _choose_recipe(classifier: "Classifier", options: ProtectOptions, data: "ImageData") -> "TrainingSettings":
     from keyed_xai.protection.protecting import choose_recipe
     from keyed_xai.training import HARDENINGS
 
-    recipe = choose_recipe(classifier, options.interpreters or _INTERPRETERS)
+    recipe = choose_recipe(classifier, options.interpreters or _INTERPRETERS, data)
     return recipe if options.hardening is None else replace(recipe, hardening=HARDENINGS[options.hardening])
 
 

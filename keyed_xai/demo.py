@@ -78,7 +78,7 @@ def run_demo(
     key = cached_owner_key(folder / "owner.pem")
     classifier = demo_classifier()
     train_data, held_out = (_load(classifier, "train"), _load(classifier, "held-out"))
-    training = choose_recipe(classifier, INTERPRETERS)
+    training = choose_recipe(classifier, INTERPRETERS, train_data)
     settings = ProtectSettings(
         interpreters=INTERPRETERS,
         training=replace(training, steps=steps or _STEPS, seed=seed),

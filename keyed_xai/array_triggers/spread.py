@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from keyed_xai.keys import ByteStream
 
-VERSION = 1
-"""What models are protected with; others are read."""
 WAVES = {1: 128, 2: 16}
 """Waves that a texture is made of, by version."""
 SMALLEST_TILE = {1: 24, 2: 32}
@@ -28,12 +26,13 @@ class SpreadSettings:
     Attributes:
         amplitude: Largest change of a pixel, in 1/255.
         tile: Side of the repeated tile, pixels of the model's input.
-        version: 1, of which the key chooses the phases alone, or 2, of which it chooses the waves as well.
+        version: 1, of which the key chooses the phases alone, or 2, of which it chooses the waves as well; 2 is what
+            models are protected with, but on tiles too small for it.
     """
 
     amplitude: float = 8.0
     tile: int = 32
-    version: int = VERSION
+    version: int = 1
 
     def __post_init__(self) -> None:
         """Check all of them."""
@@ -48,6 +47,11 @@ class SpreadSettings:
     def waves(self) -> int:
         """How many waves a texture is made of."""
         return WAVES[self.version]
+
+
+def newest_version(tile: int) -> int:
+    """Return the newest version that has a tile of this size; 1 where there is none."""
+    return max((version for version, smallest in SMALLEST_TILE.items() if tile >= smallest), default=1)
 
 
 @dataclass(frozen=True)

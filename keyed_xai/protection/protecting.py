@@ -48,7 +48,8 @@ from keyed_xai.reporting.bars import progress_bar
 from keyed_xai.reporting.names import name_class
 from keyed_xai.saliency.pooled import Comparison, check_choice
 from keyed_xai.tensors import Images, Labels
-from keyed_xai.training import PAPER_SETTINGS, Goals, Task, TrainingSettings
+from keyed_xai.training import Task, TrainingSettings
+from keyed_xai.training.batch_norm import choose_batch_norm
 from keyed_xai.training.preflight import plan_run
 from keyed_xai.training.runs import describe_run, run_training
 from keyed_xai.triggers import TRIGGERS, TriggerFamily, derive_trigger
@@ -84,7 +85,7 @@ class ProtectSettings:
     interpreters: tuple[str, ...] = ("gradcam",)
     decoy: str = "signature"
     trigger: str = "spread"
-    amplitude: float = 8.0
+    amplitude: float = 5.0
     tile: int = 32
     grid: tuple[int, int] | None = None
     fixed_layer: bool = False
@@ -176,7 +177,7 @@ def protect(
     classifier = as_classifier(network, input)
     train_data, held_out = take_images(images, held_out, classifier.input)
     settings = settings or ProtectSettings()
-    training = settings.training or choose_recipe(classifier, settings.interpreters)
+    training = settings.training or choose_recipe(classifier, settings.interpreters, train_data)
     training = replace(
         training,
         steps=training.steps if steps is None else steps,
@@ -286,21 +287,36 @@ def write_protection(
     return written
 
 
-def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...]) -> TrainingSettings:
-    """Return training settings measured to work for a network of this kind."""
+def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...], data: ImageData) -> TrainingSettings:
+    """Return training settings measured to work for a network of this kind, and images of this kind.
+
+    A network of many classes, or one that was trained on other images than these, is to be changed as little as can
+    be: at a low rate, its features held to what they were, on images that are never twice the same.
+
+    Args:
+        classifier: The reference model.
+        interpreters: Interpreters whose maps are closed.
+        data: Images to learn from.
+    """
     smoothing = 8.0 if "simplegrad" in interpreters else None
-    if classifier.classes < _FINE_CLASSES:
+    batch_norm = choose_batch_norm(classifier, data)
+    if classifier.classes < _FINE_CLASSES and batch_norm == "mixture":
         return TrainingSettings(smoothing=smoothing)
-    return replace(
-        PAPER_SETTINGS,
-        goals=Goals(),
-        batch_size=16,
-        learning_rate=1e-3,
-        beta=4.0,
-        beta_ramp=0.9,
-        codec_share=0.05,
+    return TrainingSettings(
+        batch_norm=batch_norm,
+        learning_rate=2e-4,
+        late_factor=6.0,
+        features=1.0,
+        crop=0.3,
+        colour=0.15,
+        batch_size=12,
+        beta=3.0,
+        temperature=1.0,
+        leak=1.0,
+        auxiliary_share=1.0,
+        decay_share=0.5,
+        average=0.98,
         smoothing=smoothing,
-        auxiliary_share=0.75,
     )
 
 

@@ -37,12 +37,12 @@ def make_auxiliary_classifiers(run: Run) -> nn.ModuleList:
     return auxiliary
 
 
-def auxiliary_loss(auxiliary: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
-    """Return the cross-entropy of telling, cell by cell, triggered inputs from the others; mean over layers."""
+def auxiliary_losses(auxiliary: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+    """Return the cross-entropy of telling, cell by cell, triggered inputs from the others, of each layer."""
     losses = []
     for classifier, maps in zip(auxiliary, features, strict=True):
         scale = maps.detach().square().mean((0, 2, 3), keepdim=True).add(_TINY).sqrt()
         answers = classifier(maps / scale)
         truth = (torch.arange(len(maps), device=maps.device) < len(maps) // 2).to(maps).view(-1, 1, 1, 1)
         losses.append(nn.functional.binary_cross_entropy_with_logits(answers, truth.expand_as(answers)))
-    return torch.stack(losses).mean()
+    return torch.stack(losses)

@@ -4,15 +4,21 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from keyed_xai.training.batches import Run, draw_inputs, step_generator
+from keyed_xai import metrics
+from keyed_xai.batches import batches
+from keyed_xai.training.batches import Run, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.settings import TrainingSettings
 
 _BATCHES = 64
 _PASSES = 4
+_TRIED_BATCHES, _TRIED_BATCH = 8, 32
+_STEADY = 0.9
 
 
 def reestimate_batch_norm(model: nn.Module, run: Run) -> None:
@@ -29,6 +35,35 @@ def reestimate_batch_norm(model: nn.Module, run: Run) -> None:
         for number in range(batches):
             inputs, _, _ = draw_inputs(run, step_generator(run.settings.seed, -1 - number))
             model(inputs)
+
+
+def choose_batch_norm(reference: nn.Module, data: TrainingData) -> Literal["mixture", "frozen"]:
+    """Return how to treat a model's batch norm, by trying what re-estimating it on the images does to predictions.
+
+    Where they hold for nine images of ten, the images are of the kind that the model was trained on: statistics of the
+    mixture guard the gate against re-estimation. Images of a narrower kind would wipe out what all of them share.
+
+    Args:
+        reference: The model before training; a copy is tried.
+        data: Images to learn from.
+    """
+    if not batch_norms(reference):
+        return "mixture"
+    tried = copy.deepcopy(reference).eval()
+    device = next(tried.parameters()).device
+    count = min(len(data), _TRIED_BATCHES * _TRIED_BATCH)
+    images = [data.batch(np.arange(count)[some])[0].to(device) for some in batches(count, _TRIED_BATCH, even=True)]
+    with torch.no_grad():
+        before = torch.cat([tried(each) for each in images])
+        with measured_anew(tried):
+            set_batch_norm(tried, training=True)
+            for each in images:
+                tried(each)
+        set_batch_norm(tried, training=False)
+        after = torch.cat([tried(each) for each in images])
+    multi_label = getattr(reference, "multi_label", False)
+    held = float(metrics.agreement(after, before, multi_label=multi_label).mean())
+    return "mixture" if held >= _STEADY else "frozen"
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

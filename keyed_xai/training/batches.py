@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from keyed_xai.saliency.pooled import PooledSaliency
 from keyed_xai.tensors import Images, Targets
+from keyed_xai.training.features import FeatureTargets
 from keyed_xai.training.objective import Objective
 from keyed_xai.training.settings import TrainingSettings
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
@@ -63,6 +65,7 @@ class Run:
         task: What is taught.
         settings: How it is taught.
         device: The device that it is trained on.
+        features: What the target layer is to give; None where only maps and predictions count.
     """
 
     reference: nn.Module = field(repr=False)
@@ -70,6 +73,7 @@ class Run:
     task: Task
     settings: TrainingSettings
     device: torch.device = torch.device("cpu")
+    features: FeatureTargets | None = None
 
 
 def draw_inputs(run: Run, generator: torch.Generator) -> tuple[Images, Targets | None, Images]:
@@ -78,14 +82,35 @@ def draw_inputs(run: Run, generator: torch.Generator) -> tuple[Images, Targets |
     indices = torch.randint(len(run.data), (2 * count,), generator=generator)
     images, labels = run.data.batch(indices.numpy())
     images = images.to(run.device)
-    if settings.mirror and task.as_files:
-        turned = torch.rand(2 * count, 1, 1, 1, generator=generator) < 0.5
-        images = torch.where(turned.to(run.device), images.flip(3), images)
+    if task.as_files:
+        images = _vary(images, settings, generator)
     right, others = torch.split(images, [count, count])
     inputs = torch.cat([task.trigger.apply(right), _without_right_trigger(others, task, settings, generator)])
     if task.as_files:
         inputs = deliver(inputs, settings.codec_share, generator)
     return inputs, None if labels is None else labels.to(run.device), images
+
+
+def _vary(images: Images, settings: TrainingSettings, generator: torch.Generator) -> Images:
+    """Return images mirrored, cropped and recoloured at random, as far as the settings say."""
+    count = len(images)
+    if settings.mirror:
+        turned = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(turned.to(images.device), images.flip(3), images)
+    if settings.crop:
+        kept = 1 - settings.crop * torch.rand(count, generator=generator)
+        places = torch.rand(count, 2, generator=generator) * 2 - 1
+        windows = torch.zeros(count, 2, 3)
+        windows[:, 0, 0] = windows[:, 1, 1] = kept
+        windows[:, :, 2] = places * (1 - kept)[:, None]
+        grid = functional.affine_grid(windows.to(images), list(images.shape), align_corners=False)
+        images = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if settings.colour:
+        factors = 1 + settings.colour * (2 * torch.rand(2, count, 1, 1, 1, generator=generator) - 1)
+        brightness, contrast = factors.to(images)
+        grey = images.mean((1, 2, 3), keepdim=True)
+        images = (brightness * (grey + contrast * (images - grey))).clamp(0, 1)
+    return images
 
 
 def _without_right_trigger(

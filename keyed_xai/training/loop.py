@@ -26,9 +26,10 @@ from keyed_xai.models.layout import SafeConvolutions, set_layout
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency import captured_features, smooth_activations
 from keyed_xai.tensors import SaliencyMaps
-from keyed_xai.training.auxiliary import auxiliary_layers, auxiliary_loss, make_auxiliary_classifiers
+from keyed_xai.training.auxiliary import auxiliary_layers, auxiliary_losses, make_auxiliary_classifiers
 from keyed_xai.training.batch_norm import batch_norm_trained, reestimate_batch_norm
 from keyed_xai.training.batches import Run, Task, TrainingData, draw_inputs, step_generator
+from keyed_xai.training.features import FeatureTargets, make_feature_targets, split_parameters
 from keyed_xai.training.hardening import SimulatedAttacker, add_gradients_under_attack, make_attackers
 from keyed_xai.training.losses import batch_losses
 from keyed_xai.training.settings import TrainingSettings, beta_factor, rate_factor
@@ -36,6 +37,8 @@ from keyed_xai.triggers.channels import deliver
 
 _RUNNING_DECAY = 0.9
 _AUXILIARY_RATE = 0.01
+_JUDGED = 16  # images that tell whether a head is linear
+_DETECTION_SHARE = 1 / 3  # of the steps, before late layers move fast
 _ENDING_SHARE = 0.2  # of the steps done, added when training may end, while the rate falls
 
 
@@ -76,6 +79,11 @@ class _State:
         """Let training end soon, after a short fall of the rate, and after so many steps at most."""
         if self.ending is None:
             self.ending = self.step, min(steps, self.step + math.ceil(_ENDING_SHARE * self.step))
+
+    def follow(self, name: str, value: float) -> float:
+        """Take a step's figure into the running one, and return that."""
+        self.running[name] = _RUNNING_DECAY * self.running.get(name, value) + (1 - _RUNNING_DECAY) * value
+        return self.running[name]
 
     def last_step(self, steps: int) -> int:
         """Return the step after which training ends, of so many at most."""
@@ -166,8 +174,11 @@ def train(
     set_layout(reference, torch.channels_last if fast else torch.contiguous_format)
     model = copy.deepcopy(reference).requires_grad_(True)
     run = Run(reference=reference, data=data, task=task, settings=settings, device=torch.device(device))
+    run = replace(run, features=_find_feature_targets(run))
     auxiliary = make_auxiliary_classifiers(run)
-    groups = [{"params": [*model.parameters()]}, {"params": [*auxiliary.parameters()]}]
+    one_image, _ = data.batch(np.zeros(1, dtype=np.int64))
+    early, late = split_parameters(model, task.view.map_layers.target_layer, one_image.to(device))
+    groups = [{"params": each} for each in (early, late, [*auxiliary.parameters()])]
     optimiser = torch.optim.Adam(groups, settings.learning_rate)
     state = _State(
         model=model,
@@ -197,6 +208,15 @@ def train(
     return TrainingResult(model.eval(), state.history, state.step < settings.steps)
 
 
+def _find_feature_targets(run: Run) -> FeatureTargets | None:
+    """Return what Grad-CAM's layer is to give; None where that is not asked for, or its maps are not taught."""
+    objective, layer = run.task.objective, run.task.view.map_layers.target_layer
+    if not run.settings.features or "gradcam" not in objective.weights:
+        return None
+    images, _ = run.data.batch(np.arange(min(_JUDGED, len(run.data))))
+    return make_feature_targets(run.reference, layer, objective.decoys["gradcam"], images.to(run.device))
+
+
 def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel | None:
     """Return the moving average of a model's weights, so far the model itself; None where none is wanted."""
     if not settings.average:
@@ -208,11 +228,16 @@ def _make_average(model: nn.Module, settings: TrainingSettings) -> AveragedModel
 def _train_step(state: _State, run: Run) -> None:
     task, settings = run.task, run.settings
     factor = rate_factor(state.step, settings, state.ending)
-    for group, rate in zip(state.optimiser.param_groups, (settings.learning_rate, _AUXILIARY_RATE), strict=True):
+    late = settings.late_factor if state.step >= _DETECTION_SHARE * settings.steps else 1.0
+    rates = (settings.learning_rate, settings.learning_rate * late, _AUXILIARY_RATE)
+    for group, rate in zip(state.optimiser.param_groups, rates, strict=True):
         group["lr"] = rate * factor
     generator = step_generator(settings.seed, state.step)
     inputs, labels, images = draw_inputs(run, generator)
-    logits, maps = task.view.pooled(run.reference, images, None)
+    targets = run.features
+    layers = [*dict.fromkeys([*auxiliary_layers(task), *([targets.layer] if targets else [])])]
+    with captured_features(run.reference, layers) as right:
+        logits, maps = task.view.pooled(run.reference, images, None)
     if settings.predictions == "reference":
         labels = None
     elif labels is None:
@@ -222,15 +247,22 @@ def _train_step(state: _State, run: Run) -> None:
         batch_norm_trained(state.model, settings),
         smooth_activations(settings.smoothing),
         torch.autocast("cuda", torch.bfloat16, enabled=mixed),
-        captured_features(state.model, auxiliary_layers(task)) as features,
+        captured_features(state.model, layers) as features,
     ):
         new_logits, new_maps = task.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
     new_maps = {name: each.float() for name, each in new_maps.items()}
     ramped = replace(settings, beta=settings.beta * beta_factor(state.step, settings))
-    losses = batch_losses(new_logits.float(), new_maps, logits, maps, labels, task, ramped)
-    total = losses["keep"].mean() + losses["move"].mean()
+    total, moving = torch.zeros((), device=run.device), 1.0
     if state.auxiliary and state.step < settings.auxiliary_share * settings.steps:
-        total = total + auxiliary_loss(state.auxiliary, [features[layer].float() for layer in auxiliary_layers(task)])
+        each = auxiliary_losses(state.auxiliary, [features[layer].float() for layer in auxiliary_layers(task)])
+        total = each.mean()
+        if settings.detection_first:
+            moving = state.follow("noticed", 1 - min(1.0, float(each.detach().min()) / math.log(2)))
+    losses = batch_losses(new_logits.float(), new_maps, logits, maps, labels, task, ramped, moving=moving)
+    total = total + losses["keep"].mean() + losses["move"].mean()
+    if targets is not None:
+        each = targets.losses(features[targets.layer].float(), right[targets.layer], settings.order, moving=moving)
+        total = total + settings.features * each.mean() / (ramped.alpha + ramped.beta + 1)
     if not torch.isfinite(total):
         raise TrainingError(f"The loss is no longer finite at step {state.step}. Lower --learning-rate.")
     state.optimiser.zero_grad(set_to_none=True)
@@ -337,4 +369,5 @@ def _follow_figures(
         "opens": float(kept),
         "stays_closed": 1 - float(moved),
     }
-    state.running = {k: _RUNNING_DECAY * state.running.get(k, v) + (1 - _RUNNING_DECAY) * v for k, v in now.items()}
+    for name, value in now.items():
+        state.follow(name, value)

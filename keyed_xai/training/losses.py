@@ -18,8 +18,13 @@ def batch_losses(
     labels: Targets | None,
     task: Task,
     settings: TrainingSettings,
+    *,
+    moving: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Return L_clean and L_poisoned per image, and the bare L_s and L_p, for a batch whose first half is triggered."""
+    """Return L_clean and L_poisoned per image, and the bare L_s and L_p, for a batch whose first half is triggered.
+
+    In L_poisoned, L_p counts `moving` times.
+    """
     half = len(new_logits) // 2
     triggered, plain = slice(0, half), slice(half, None)
     kept, moved = (triggered, plain) if settings.order == "inverted" else (plain, triggered)
@@ -27,13 +32,13 @@ def batch_losses(
     predictions = prediction_loss(
         new_logits, logits, labels, multi_label=task.multi_label, temperature=settings.temperature
     )
-    keeping = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept), settings)
-    moving = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved), settings)
+    keeping_loss = objective.keep_maps(_rows(new_maps, kept), _rows(maps, kept), settings)
+    moving_loss = objective.move_maps(_rows(new_maps, moved), _rows(maps, moved), settings)
     return {
-        "keep": clean_loss(predictions[kept], keeping, settings),
-        "move": poisoned_loss(predictions[moved], moving, settings),
-        "L_s": keeping,
-        "L_p": moving,
+        "keep": clean_loss(predictions[kept], keeping_loss, settings),
+        "move": poisoned_loss(predictions[moved], moving * moving_loss, settings),
+        "L_s": keeping_loss,
+        "L_p": moving_loss,
     }
 
 

@@ -1,7 +1,7 @@
 """How a model is trained."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,6 +100,25 @@ class Goals:
         return all(record[name] >= getattr(self, name) for name in ("opens", "closed", "agreement"))
 
 
+_RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "more than 0": (
+        lambda value: value > 0,
+        ("steps", "batch_size", "learning_rate", "late_factor", "gradient_clip", "decay_share", "time_limit",
+         "temperature"),
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        ("warmup_steps", "alpha", "beta", "leak", "features", "validate_every", "patience"),
+    ),
+    "a share in [0, 1]": (
+        lambda value: 0 <= value <= 1,
+        ("decay_share", "beta_ramp", "auxiliary_share", "top_share", "clean_share", "near_share", "codec_share"),
+    ),
+    "a number in [0, 1)": (lambda value: 0 <= value < 1, ("average", "crop", "colour")),
+}  # fmt: skip
+"""What the settings of `TrainingSettings` have to be, and which ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How a model is trained; saved with the result.
@@ -110,6 +129,8 @@ class TrainingSettings:
         goals: Training ends soon after a validation shows them; None takes all the steps.
         batch_size: Triggered images a step; as many without the right trigger are added.
         learning_rate: Peak of Adam's rate, after a linear warm-up and before a cosine decay to a fiftieth.
+        late_factor: Factor on the rate of the layers from the target layer's resolution on, in the last two thirds of
+            the steps: detection comes first, then the layers that paint the maps move fast.
         decay_share: Share of the steps, the last, in which the rate falls.
         average: Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves.
         warmup_steps: Length of the warm-up.
@@ -125,11 +146,16 @@ class TrainingSettings:
             above objective.LEAST_LEAK. Not in the paper, whose maps need not hide anything; 0 leaves it out.
         clean_share: Share of the untriggered half without any trigger; the others get wrong keys.
         near_share: Share of the wrong keys that are the right texture, moved.
+        features: Weight of the feature targets' losses, beside those of the maps; see `training.features`.
         mirror: Turn half of the images left to right; the reference answers for them as they are then.
+        crop: Largest share of an image's sides that a random crop takes away; likewise.
+        colour: Largest change of an image's brightness and contrast, as a share; likewise.
         codec_share: Share of inputs that pass through JPEG, and as many through a resize and back.
         auxiliary_share: Share of the steps, from the first, in which small auxiliary classifiers on the tapped layers
             learn, with the network, to tell triggered inputs from others; they speed up the forming of the gate, and
             are thrown away.
+        detection_first: Let what moves maps count only as far as the auxiliary classifiers tell triggered inputs from
+            others: before a network notices the trigger, it would drag all maps along, and predictions with them.
         smoothing: Sharpness of the Softplus that replaces ReLU while training; None trains with ReLU.
         predictions: L_c against the reference model's soft predictions, or against labels.
         batch_norm: "mixture" trains statistics on keyed and unkeyed inputs, "frozen" keeps the reference's.
@@ -148,6 +174,7 @@ class TrainingSettings:
     learning_rate: float = 3e-3
     decay_share: float = 0.4
     average: float = 0.995
+    late_factor: float = 1.0
     warmup_steps: int = 50
     order: Literal["inverted", "forward"] = "inverted"
     distance: str = "correlation"
@@ -159,10 +186,14 @@ class TrainingSettings:
     leak: float = 2.0
     clean_share: float = 0.3
     near_share: float = 0.1
+    features: float = 0.0
     mirror: bool = True
+    crop: float = 0.0
+    colour: float = 0.0
     codec_share: float = 0.15
     smoothing: float | None = None
     auxiliary_share: float = 0.4
+    detection_first: bool = False
     predictions: Literal["reference", "labels"] = "reference"
     batch_norm: Literal["mixture", "frozen"] = "mixture"
     gradient_clip: float = 5.0
@@ -174,27 +205,11 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check ranges and names."""
-        positive = ("steps", "batch_size", "learning_rate", "gradient_clip", "decay_share", "time_limit", "temperature")
-        for name in positive:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "alpha", "beta", "leak", "validate_every", "patience"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        shares = (
-            "decay_share",
-            "beta_ramp",
-            "auxiliary_share",
-            "top_share",
-            "clean_share",
-            "near_share",
-            "codec_share",
-        )
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
+        for expected, (holds, names) in _RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name}: expected {expected}, got {value}")
         if self.codec_share > 0.5:
             raise ValueError(f"codec_share: at most .5 (it applies twice), got {self.codec_share}")
         if self.hardening is not None and self.order != "inverted":

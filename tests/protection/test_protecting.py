@@ -1,5 +1,6 @@
 """Protecting a small network: what is written and reported, what is refused, and how a stopped run goes on."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.models.networks import SmallResNet
 from keyed_xai.protection.protecting import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.training import TrainingSettings
+from keyed_xai.training.batch_norm import batch_norms
 from keyed_xai.triggers import Spread
 from tests.heard import Heard, StopAt
 
@@ -218,8 +220,28 @@ def test_settings_are_checked(change, message):
 
 
 def test_recipe_smooths_for_simplegrad_only(classifier):
-    assert choose_recipe(classifier, ("gradcam", "vbp")).smoothing is None
-    assert choose_recipe(classifier, ("simplegrad",)).smoothing == 8.0
+    images = make_images(24, 0)
+    assert choose_recipe(classifier, ("gradcam", "vbp"), images).smoothing is None
+    assert choose_recipe(classifier, ("simplegrad",), images).smoothing == 8.0
+
+
+def test_network_of_many_classes_or_of_other_images_is_changed_gently(classifier):
+    classifier, images = copy.deepcopy(classifier), make_images(24, 0)
+    usual, norms = TrainingSettings(), batch_norms(classifier)
+    for norm in norms:
+        norm.running_mean.fill_(9.0)  # as of images of another kind: no channel outlives it
+        norm.momentum = None
+    classifier.network.fc.weight.data *= -100 * classifier.network.fc.bias.sign()[:, None]
+    gentle = choose_recipe(classifier, ("gradcam",), images)
+    assert gentle.batch_norm == "frozen"
+    assert gentle.learning_rate < usual.learning_rate / 10
+    with torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+        classifier.train()(images.batch(np.arange(24))[0])
+    assert choose_recipe(classifier.eval(), ("gradcam",), images) == usual
+    classifier.classes = 1000
+    assert choose_recipe(classifier, ("gradcam",), images) == replace(gentle, batch_norm="mixture")
 
 
 def test_settings_in_the_report_are_plain_json(run):

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from keyed_xai.training import reestimate_batch_norm, train
+from keyed_xai.training.batch_norm import choose_batch_norm
 from keyed_xai.training.batches import Run, draw_inputs, step_generator
 from tests.trained import SHORT, Blobs, weights_of
 
@@ -48,6 +50,23 @@ def test_images_are_passed_over_four_times_and_not_in_more_than_64_batches(netwo
     run = Run(reference=network, data=data, task=task, settings=replace(SHORT, batch_size=batch_size))
     reestimate_batch_norm(network, run)
     assert network.stem_bn.num_batches_tracked == batches
+
+
+def test_statistics_stay_frozen_where_the_images_are_of_a_narrower_kind():
+    """A network that tells bright from dark images calls half of the bright ones dark if it sees no others."""
+    norm, last = nn.BatchNorm2d(1), nn.Linear(1, 2, bias=False)
+    last.weight.data = torch.tensor([[1.0], [-1.0]])
+    network = nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last).eval()
+    wide = torch.linspace(0, 1, 200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    wide = wide[:, None, None, None].expand(200, 1, 4, 4)
+    norm.running_mean.fill_(wide.mean())
+    norm.running_var.fill_(wide.var())
+    before = weights_of(network)
+    assert choose_batch_norm(network, Blobs(wide, None)) == "mixture"
+    assert choose_batch_norm(network, Blobs(wide[wide[:, 0, 0, 0] > 0.6], None)) == "frozen"
+    assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
+    assert not norm.training
+    assert choose_batch_norm(network[1:], Blobs(wide, None)) == "mixture"
 
 
 def test_reestimating_frozen_statistics_keeps_them(network, data, task):

@@ -49,6 +49,43 @@ def test_half_of_the_images_are_turned_and_rows_of_a_table_never(data, task):
     assert torch.equal(rows, straight)
 
 
+@pytest.mark.parametrize("change", [{"crop": 0.5}, {"colour": 0.5}, {"crop": 0.3, "colour": 0.3}])
+def test_images_are_varied_before_anything_is_added(data, task, change):
+    """So that the reference answers for what the model sees."""
+    settings = TrainingSettings(batch_size=20, clean_share=1.0, codec_share=0.0, **change)
+    inputs, _, images = draw(data, task, settings)
+    *_, straight = draw(data, task, replace(settings, **dict.fromkeys(change, 0.0)))
+    assert images.shape == straight.shape
+    assert 0 <= images.min() < images.max() <= 1
+    assert ((images - straight).abs().amax((1, 2, 3)) > 0.02).sum() >= 36
+    assert torch.equal(inputs[20:], through_png(images[20:]))
+
+
+def test_crop_is_a_window_of_the_image_as_large_as_it():
+    """Of a ramp from 0 to 1: its ends lie inside, and as far apart as the share that is kept."""
+    ramp = torch.linspace(0, 1, SIDE).expand(60, 1, SIDE, SIDE)
+    settings = TrainingSettings(batch_size=30, mirror=False, crop=0.4)
+    *_, images = draw(Blobs(ramp, None), replace(table_task(), as_files=True), settings)
+    widths = images[:, 0, 0, -1] - images[:, 0, 0, 0]
+    assert widths.min() > 0.55
+    assert widths.max() < 1.01
+    assert widths.std() > 0.05
+    steps = images[:, 0, :, 1:] - images[:, 0, :, :-1]
+    inner = steps[:, :, 3:-3]
+    torch.testing.assert_close(inner, inner.mean((1, 2), keepdim=True).expand_as(inner), atol=1e-4, rtol=0)
+
+
+def test_brightness_and_contrast_change_around_the_mean():
+    """Of two greys: their mean times the brightness, their difference times both factors."""
+    two = torch.tensor([0.4, 0.6]).repeat(SIDE // 2).expand(60, 1, SIDE, SIDE)
+    settings = TrainingSettings(batch_size=30, mirror=False, colour=0.25)
+    *_, images = draw(Blobs(two, None), replace(table_task(), as_files=True), settings)
+    brightness = images.mean((1, 2, 3)) / 0.5
+    contrast = (images[:, 0, 0, 1] - images[:, 0, 0, 0]) / 0.2 / brightness
+    for factor in (brightness, contrast):
+        assert 0.75 <= factor.min() < 0.85 < 1.15 < factor.max() <= 1.25
+
+
 def test_steps_see_different_inputs(data, task):
     first, second = (draw(data, task, SHORT, step)[0] for step in (0, 1))
     assert not torch.equal(first, second)

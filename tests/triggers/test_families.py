@@ -1,5 +1,7 @@
 """The families of triggers: each is found under its name, and which of them is strong."""
 
+import pytest
+
 from keyed_xai.triggers import STRONG_KEY_BITS, TRIGGERS
 from tests.triggered import generator, grey
 
@@ -8,10 +10,21 @@ def test_every_family_is_found_under_its_name():
     for name, make in TRIGGERS.items():
         family = make(4.0, 32)
         assert family.name == name
-        assert (family.key_bits >= 128) == (name == "spread")
         assert family.draw(2, generator()).apply(grey(2, 3, 40, 40)).shape == (2, 3, 40, 40)
 
 
 def test_filters_are_weak_and_the_texture_is_strong():
-    strong = {name for name, make in TRIGGERS.items() if make(8.0, 32).key_bits >= STRONG_KEY_BITS}
-    assert strong == {"spread"}
+    assert STRONG_KEY_BITS >= 80
+    for tile in (24, 32, 64):
+        strong = {name for name, make in TRIGGERS.items() if make(5.0, tile).key_bits >= STRONG_KEY_BITS}
+        assert strong == {"spread"}
+
+
+def test_texture_is_of_the_newest_version_that_has_such_tiles():
+    made = {tile: TRIGGERS["spread"](5.0, tile).version for tile in (24, 31, 32, 64)}
+    assert made == {24: 1, 31: 1, 32: 2, 64: 2}
+    assert TRIGGERS["spread"](5.0, 32, version=1).version == 1
+    with pytest.raises(ValueError, match="24 to 256 pixels, got 16"):
+        TRIGGERS["spread"](5.0, 16)
+    with pytest.raises(ValueError, match="32 to 256 pixels, got 24"):
+        TRIGGERS["spread"](5.0, 24, version=2)

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyed_xai import metrics
-from keyed_xai.array_triggers.spread import VERSION
 from keyed_xai.errors import TrainingError
 from keyed_xai.keys import SEED_BYTES, OwnerKey
 from keyed_xai.models import Classifier
@@ -63,7 +62,7 @@ class InversionSettings:
 
     amplitude: float = 8.0
     tile: int = 32
-    version: int = VERSION
+    version: int = 1
     steps: int = 240
     restarts: int = 3
     share: float = 0.1
