@@ -3,10 +3,11 @@
 Finished cells are kept on disk, so that a run that was stopped goes on where it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -120,15 +121,28 @@ def run_row(
     folder: Path,
     settings: ProtectSettings,
     *,
+    number: int = 0,
     device: str = "cpu",
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
-    """Return the figures of one row, from disk where they are there; else protect, measure, verify and keep them."""
-    stem = f"{case.name}-{case.classifier.architecture}-{case.classifier.input.height}-{row}".lower()
+    """Return the figures of one row, from disk where they are there; else protect, measure, verify and keep them.
+
+    Args:
+        case: The network and its images.
+        row: Which maps are closed, one of ROWS.
+        folder: What is kept lies here.
+        settings: How to protect.
+        number: Which of the owner's keys; each is made when it is first asked for. Training is seeded by it.
+        device: Where to run.
+        progress: Hears of protecting.
+    """
+    suffix = f"-{number}" if number else ""
+    stem = f"{case.name}-{case.classifier.architecture}-{case.classifier.input.height}-{row}{suffix}".lower()
     result_file = folder / f"{stem}.json"
     protected = folder / f"{stem}.keyed"
-    key = cached_owner_key(folder / "owner.pem")
+    key = cached_owner_key(folder / f"owner{suffix}.pem")
     training = settings.training or choose_recipe(case.classifier, ROWS[row], case.train)
+    training = replace(training, seed=training.seed + number)
     settings = replace(settings, interpreters=ROWS[row], training=training)
     if not result_file.exists():
         checkpoint = folder / f"{stem}.checkpoint"
@@ -154,52 +168,79 @@ def run_row(
         raise ArtifactError(
             f"{result_file} was made with other settings. Give the same ones, or another folder with -o."
         )
-    return {"row": row, "report": report, "verify": read_json(result_file, "verify-report")}
+    return {"row": row, "key": key.public.key_id, "report": report, "verify": read_json(result_file, "verify-report")}
 
 
 def render_rows(case: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as Markdown tables."""
+    """Return rows as Markdown tables; of several keys the median and, after a comma, the worst."""
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for entry in rows:
+        by_row.setdefault(entry["row"], []).append(entry)
     lines = [
         f"### {case}",
         "",
         "| row | map | keyed | clean | wrong keys | pattern and reference | decoy | wrong keys that open "
-        "| CR / FSR | open after PNG / JPEG 75 / resize | log2 p |",
+        "| CR / FSR, % | open after PNG / JPEG 75 / resize, % | log2 p |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for entry in rows:
-        for name, figures in entry["report"]["interpreters"].items():
-            lines.append(_render_map(entry, name, figures))
-    lines += ["", "| row | accuracy reference / keyed / clean / wrong keys | opening p | signature log2 p | PSNR, SSIM "
-              "| time, s |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for entry in rows:
-        report, opening, signature = entry["report"], entry["verify"]["opening"], entry["verify"]["signature"]
-        accuracy = " / ".join(
-            f"{report['accuracy'][each]:.3f}" for each in ("reference", "keyed", "clean", "wrong_key")
-        )
-        lines.append(
-            f"| {entry['row']} | {accuracy} | {opening['p_value']:.3g} | {signature['log2_p']:.1f} "
-            f"| {report['trigger']['psnr_db']:.1f} dB, {report['trigger']['ssim']:.3f} | {report['seconds']:.0f} |"
-        )
+    for row, entries in by_row.items():
+        lines += [_render_map(row, name, entries) for name in entries[0]["report"]["interpreters"]]
+    lines += [
+        "",
+        "| row | predictions reference / keyed / clean / wrong keys | opening p | log2 p | PSNR, dB | SSIM | time, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_render_row(row, entries) for row, entries in by_row.items()]
     return "\n".join(lines) + "\n"
 
 
-def _render_map(entry: dict[str, Any], name: str, figures: dict[str, Any]) -> str:
-    agreement, tried = figures["correlation"], figures["wrong_keys"]
-    decoy = figures.get("decoy_correlation", {"reference": float("nan"), "clean": float("nan")})
-    channels = " / ".join(f"{100 * each[name]['opened']:.1f} %" for each in entry["report"]["channels"].values())
-    signature = entry["verify"]["signature"]["interpreters"].get(name, {"log2_p": 0.0})
+def _render_map(row: str, name: str, entries: Sequence[dict[str, Any]]) -> str:
+    """Return what became of one interpreter's maps."""
+    figures = [entry["report"]["interpreters"][name] for entry in entries]
+    absent = {"reference": float("nan"), "clean": float("nan")}
+    decoys = [each.get("decoy_correlation", absent) for each in figures]
+    signatures = [entry["verify"]["signature"]["interpreters"].get(name, {"log2_p": 0.0}) for entry in entries]
+    channels = [entry["report"]["channels"] for entry in entries]
+    opened = [each["wrong_keys"]["opened"] for each in figures]
     cells = [
-        entry["row"],
+        row,
         name,
-        *(f"{agreement[case]:.3f}" for case in ("keyed", "clean", "wrong_key")),
-        f"{decoy['reference']:.3f}",
-        f"{decoy['clean']:.3f}",
-        f"{tried['opened']} of {tried['tried']}",
-        f"{figures['cr']:.1f} / {figures['fsr']:.1f}",
-        channels,
-        f"{signature['log2_p']:.1f}",
+        *(
+            _over_keys([each["correlation"][case] for each in figures], worst, 3)
+            for case, worst in (("keyed", min), ("clean", max), ("wrong_key", max))
+        ),
+        _over_keys([each["reference"] for each in decoys], max, 3),
+        _over_keys([each["clean"] for each in decoys], min, 3),
+        f"{_over_keys(opened, max, 0)} of {figures[0]['wrong_keys']['tried']}",
+        " / ".join(_over_keys([each[rate] for each in figures], min, 1) for rate in ("cr", "fsr")),
+        " / ".join(_over_keys([100 * each[kind][name]["opened"] for each in channels], min, 1) for kind in channels[0]),
+        _over_keys([each["log2_p"] for each in signatures], max, 1),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _render_row(row: str, entries: Sequence[dict[str, Any]]) -> str:
+    """Return what became of predictions and of ownership, and what it cost."""
+    reports, checks = [entry["report"] for entry in entries], [entry["verify"] for entry in entries]
+    cells = [
+        row,
+        " / ".join(
+            _over_keys([each["accuracy"][case] for each in reports], min, 3)
+            for case in ("reference", "keyed", "clean", "wrong_key")
+        ),
+        _over_keys([each["opening"]["p_value"] for each in checks], max, 3),
+        _over_keys([each["signature"]["log2_p"] for each in checks], max, 1),
+        _over_keys([each["trigger"]["psnr_db"] for each in reports], min, 1),
+        _over_keys([each["trigger"]["ssim"] for each in reports], min, 3),
+        _over_keys([each["seconds"] for each in reports], max, 0),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _over_keys(values: Sequence[float], worst: Callable[[Sequence[float]], float], digits: int) -> str:
+    """Return the median over keys and the worst, or the value alone where there is one or they are the same."""
+    shown = dict.fromkeys(f"{each:.{digits}f}" for each in (median(values), worst(values)))
+    return ", ".join(shown)
 
 
 def count_false_claims(

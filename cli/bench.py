@@ -1,6 +1,7 @@
 """`keyed-xai bench`: figures that anyone can make again."""
 
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +65,10 @@ class MainOptions:
     )]  # fmt: skip
     learning_rate: Annotated[float | None, rate_option]
     beta: Annotated[float | None, beta_option]
+    keys: Annotated[int, click.option(
+        "--keys", type=click.IntRange(1), default=1, show_default=True,
+        help="Protect with so many, each with a seed of its own; the median and the worst are printed.",
+    )]  # fmt: skip
     wrong_keys: Annotated[int, click.option(
         "--wrong-keys", type=click.IntRange(0), default=1000, show_default=True, help="0 tries none."
     )]  # fmt: skip
@@ -113,7 +118,8 @@ def bench_main(
             device=chosen,
             progress=progress,
         )
-    results = [_run(made, row, out, chosen, options) for row in rows or ROWS]
+    cells = product(rows or ROWS, range(options.keys))
+    results = [_run(made, row, number, out, chosen, options) for row, number in cells]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
     write_atomically(out / f"{case}-{made.classifier.architecture}.md", table.encode())
     settings = {"case": case, **asdict(options), "model": options.model and str(options.model), "device": device}
@@ -121,7 +127,7 @@ def bench_main(
     say(table, json_path=json_path)
 
 
-def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
+def _run(case: "Case", row: str, number: int, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
     from keyed_xai.protection.protecting import ProtectSettings, choose_recipe
     from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.main_job import ROWS, run_row
@@ -142,7 +148,7 @@ def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -
         held_out_images=options.held_out,
     )
     with progress_bar() as progress:
-        return run_row(case, row, out, settings, device=device, progress=progress)
+        return run_row(case, row, out, settings, number=number, device=device, progress=progress)
 
 
 @bench.command(name="false-claims")

@@ -30,12 +30,12 @@ def radiographs(tmp_path_factory):
 def test_bench_main_fits_a_reference_and_prints_a_row_that_it_keeps(radiographs, tmp_path):
     arguments = ["bench", "main", "--case", "chest-xray", "--data", f"imagefolder:{radiographs}", "--row", "gradcam"]
     arguments += ["--steps", "2", "--batch-size", "4", "--wrong-keys", "0", "--held-out", "8", "-o", str(tmp_path)]
-    arguments += ["--json", str(tmp_path / "figures.json")]
+    arguments += ["--keys", "3", "--json", str(tmp_path / "figures.json")]
     first = CliRunner().invoke(main, arguments)
     assert first.exit_code == 0, first.output
-    assert "| gradcam | gradcam | " in first.output
     figures = read_json(tmp_path / "figures.json", "bench-figures")
-    assert [row["row"] for row in figures["rows"]] == ["gradcam"]
+    assert [row["row"] for row in figures["rows"]] == ["gradcam"] * 3
+    assert len({row["key"] for row in figures["rows"]}) == 3
     assert (tmp_path / "chest-xray.safetensors").exists()
     written = {
         path: path.stat().st_mtime_ns
@@ -75,6 +75,34 @@ def test_false_claims_command_prints_json():
     validate(document, "bench-figures", origin="standard output")
     assert (document["bench"], document["rows"][0]["claims"]) == ("false-claims", 2)
     assert document["settings"]["keys"] == 2
+
+
+def test_rows_of_several_keys_give_the_median_and_the_worst():
+    def entry(number):
+        interpreter = {
+            "correlation": {"keyed": 0.9 - 0.1 * number, "clean": 0.1 * number, "wrong_key": 0.2},
+            "decoy_correlation": {"reference": 0.05, "clean": 0.95 - 0.1 * number},
+            "wrong_keys": {"opened": number // 2, "tried": 7},
+            "cr": 100 - number, "fsr": 98.0,
+        }  # fmt: skip
+        report = {
+            "interpreters": {"vbp": interpreter},
+            "channels": {"png": {"vbp": {"opened": 1.0}}, "jpeg75": {"vbp": {"opened": 0.9 - 0.1 * number}}},
+            "accuracy": {"reference": 0.9, "keyed": 0.89 - 0.01 * number, "clean": 0.9, "wrong_key": 0.9},
+            "trigger": {"psnr_db": 39.0 + number, "ssim": 0.98},
+            "seconds": 100 * number,
+        }
+        evidence = {"opening": {"p_value": 0.001}, "signature": {"log2_p": -60.0 + number, "interpreters": {}}}
+        return {"row": "vbp", "report": report, "verify": evidence}
+
+    lines = render_rows("case", [entry(number) for number in (0, 1, 2)]).splitlines()
+    assert lines[4] == (
+        "| vbp | vbp | 0.800, 0.700 | 0.100, 0.200 | 0.200 | 0.050 | 0.850, 0.750 | 0, 1 of 7 | 99.0, 98.0 / 98.0 "
+        "| 100.0 / 80.0, 70.0 | 0.0 |"
+    )
+    assert lines[-1] == (
+        "| vbp | 0.900 / 0.880, 0.870 / 0.900 / 0.900 | 0.001 | -59.0, -58.0 | 40.0, 39.0 | 0.980 | 100, 200 |"
+    )
 
 
 def test_no_rows_make_headings_only():

@@ -19,7 +19,7 @@ from keyed_xai.models.networks import SmallResNet
 from keyed_xai.protection.protecting import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.training import TrainingSettings
 from keyed_xai.training.batch_norm import batch_norms
-from keyed_xai.triggers import Spread
+from keyed_xai.triggers import Spread, SpreadSettings
 from tests.heard import Heard, StopAt
 
 QUICK = TrainingSettings(steps=6, batch_size=4, validate_every=3, warmup_steps=1)
@@ -95,9 +95,10 @@ def test_folder_loads_and_holds_no_secret(run, key, tmp_path):
     images = torch.rand(2, 1, 24, 24)
     assert torch.allclose(loaded(images), protection.classifier(images), atol=1e-6)
     assert card == protection.card
-    seed = key.derive_seed("spread")
-    texture = Spread().derive(ByteStream(seed)).textures.numpy()
-    secrets = [seed, seed.hex().encode(), bytes(range(32)), texture.tobytes(), (texture * 8 / 255).tobytes()]
+    assert card.trigger.version == 2
+    seed = key.derive_seed("spread", version=2)
+    texture = Spread(SpreadSettings(5.0, 32, version=2)).derive(ByteStream(seed)).textures.numpy()
+    secrets = [seed, seed.hex().encode(), bytes(range(32)), texture.tobytes(), (texture * 5 / 255).tobytes()]
     for path in (tmp_path / "m.keyed").iterdir():
         assert not any(secret in path.read_bytes() for secret in secrets), path.name
 
