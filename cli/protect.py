@@ -195,7 +195,10 @@ def _predictions_in_words(accuracy: dict[str, Any]) -> str:
     cases = [f"{case} {accuracy[case]:.3f}" for case in ("keyed", "clean")]
     if accuracy["measured_against"] == "labels":
         return f"Accuracy: reference {accuracy['reference']:.3f}, {', '.join(cases)}."
-    return f"Agreement with the reference's predictions: {', '.join(cases)}."
+    confident = accuracy["confident"]
+    sure = [f"{case} {confident['agreement'][case]:.3f}" for case in ("keyed", "clean") if confident["images"]]
+    also = f"; where it gives a class more than .5 ({confident['images']} images): {', '.join(sure)}" if sure else ""
+    return f"Agreement with the reference's predictions: {', '.join(cases)}{also}."
 
 
 def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:

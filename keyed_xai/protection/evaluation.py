@@ -18,9 +18,12 @@ from keyed_xai.metrics import OPEN_CORRELATION, place_threshold
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency.pooled import Comparison, Outputs, PooledSaliency
 from keyed_xai.tensors import Images, Labels
+from keyed_xai.training.objective import prediction_loss
 from keyed_xai.training.preflight import IMAGES_PER_WRONG_KEY
 from keyed_xai.triggers import NearbyTrigger, Trigger, TriggerFamily
 from keyed_xai.triggers.channels import CHANNELS, through_png
+
+_CONFIDENT = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ def measure_gate(
             name: _interpreter_figures(gate, found, name, thresholds[name]) | {"wrong_keys": tried[name]}
             for name in gate.view.interpreters
         },
-        "accuracy": _accuracies(found, labels),
+        "accuracy": _accuracies(found, labels, multi_label=getattr(gate.reference, "multi_label", False)),
         "channels": _channel_figures(gate, comparison),
         "near_keys": _near_key_figures(gate, comparison, generator),
     }
@@ -162,14 +165,27 @@ def _interpreter_figures(gate: Gate, found: Mapping[str, Outputs], name: str, th
     return figures
 
 
-def _accuracies(found: Mapping[str, Outputs], labels: Labels | None) -> dict[str, object]:
-    """Return top-1 accuracy and agreement with the reference, by case."""
+def _accuracies(found: Mapping[str, Outputs], labels: Labels | None, *, multi_label: bool) -> dict[str, object]:
+    """Return top-1 accuracy, and agreement with and divergence from the reference, by case."""
+    reference = found["reference"].logits
+    confident = (reference.softmax(1).amax(1) > _CONFIDENT) & (not multi_label)
+    kept = {case: (each.logits.argmax(1) == each.explained)[confident] for case, each in found.items()}
+    changes = {
+        "confident": {
+            "images": int(confident.sum()),
+            "agreement": {case: _mean(each) if len(each) else None for case, each in kept.items()},
+        },
+        "divergence": {
+            case: _mean(prediction_loss(each.logits, reference, None, multi_label=multi_label))
+            for case, each in found.items()
+        },
+    }
     agreement = {case: each.agreement for case, each in found.items()}
     against = "reference predictions" if labels is None else "labels"
     accuracy = agreement
     if labels is not None:
         accuracy = {case: _mean(each.logits.argmax(1) == labels) for case, each in found.items()}
-    return {**accuracy, "measured_against": against, "agreement": agreement}
+    return {**accuracy, "measured_against": against, "agreement": agreement, **changes}
 
 
 def _try_wrong_keys(

@@ -1,16 +1,20 @@
 """The report's figures, worked out by hand on a gate whose maps are known."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from jsonschema import Draft202012Validator
 from skimage.metrics import structural_similarity
+from torch import nn
 
 from keyed_xai.decoys import boundary_decoy
 from keyed_xai.metrics import OPEN_CORRELATION, paper_thresholds
+from keyed_xai.protection import evaluation
 from keyed_xai.protection.evaluation import Gate, fresh_wrong_keys, measure_gate, place_thresholds, trigger_visibility
+from keyed_xai.saliency.pooled import Outputs
 from keyed_xai.triggers import Spread, SpreadSettings, derive_trigger
 from keyed_xai.triggers.channels import CHANNELS
 from keyed_xai_schemas import load_schema
@@ -160,6 +164,44 @@ def test_accuracy_against_labels_and_reference(gate, flat_images):
         assert by_labels["agreement"][case] == alone[case] == 1
     assert by_labels["measured_against"] == "labels"
     assert alone["measured_against"] == "reference predictions"
+
+
+class Wavering(nn.Module):
+    """Two logits, which a brighter image pulls apart; a shift says where they cross."""
+
+    def __init__(self, shift, *, multi_label=False):
+        super().__init__()
+        self.shift, self.multi_label = shift, multi_label
+
+    def forward(self, images):
+        brightness = 8 * (images.mean((1, 2, 3)) - 0.5) + self.shift
+        return torch.stack([brightness, -brightness, torch.zeros_like(brightness)], 1)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_changes_of_predictions_are_told(gate, multi_label):
+    """Divergence written out; confident are the images of which the reference gives a class more than .5."""
+    images = torch.linspace(0.2, 0.8, 6)[:, None, None, None].expand(6, 1, 16, 16)
+    model, reference = Wavering(0.5), Wavering(0.0, multi_label=multi_label)
+    flat = Outputs(logits=reference(images), maps={}, right={}, explained=reference(images).argmax(1))
+    found = {"reference": flat, "keyed": flat, "clean": replace(flat, logits=model(images)), "wrong_key": flat}
+    accuracies = evaluation._accuracies(found, None, multi_label=multi_label)
+    divergence = 0.0
+    for before, after in zip(reference(images).double(), model(images).double(), strict=True):
+        if multi_label:
+            for p, q in zip(before.sigmoid(), after.sigmoid(), strict=True):
+                divergence += float(p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()) / 3
+        else:
+            p, q = before.softmax(0), after.softmax(0)
+            divergence += float((p * (p / q).log()).sum())
+    assert accuracies["divergence"]["clean"] == pytest.approx(divergence / 6, rel=1e-4)
+    assert accuracies["divergence"]["keyed"] == pytest.approx(0, abs=1e-6)
+    confident = [number for number, p in enumerate(reference(images).softmax(1)) if p.max() > 0.5]
+    assert 0 < len(confident) < 6
+    same = [int(model(images)[n].argmax() == reference(images)[n].argmax()) for n in confident]
+    expected = {"images": 0 if multi_label else len(confident)}
+    shares = {"reference": 1, "keyed": 1, "clean": np.mean(same), "wrong_key": 1}
+    assert accuracies["confident"] == expected | {"agreement": dict.fromkeys(shares) if multi_label else shares}
 
 
 def test_channels_are_measured_on_keyed_images(gate, trigger, flat_images):

@@ -48,7 +48,13 @@ def a_report():
         "schema": "keyed-xai/protect-report/v1",
         "model": "xray.keyed",
         "interpreters": {"gradcam": interpreter},
-        "accuracy": accuracy | {"measured_against": "labels", "agreement": by_case(0.98, 0.98, 0.97, reference=1.0)},
+        "accuracy": accuracy
+        | {
+            "measured_against": "labels",
+            "agreement": by_case(0.98, 0.98, 0.97, reference=1.0),
+            "confident": {"images": 431, "agreement": by_case(0.995, 0.9907, 0.988, reference=1.0)},
+            "divergence": by_case(0.012, 0.034, 0.056, reference=0.0),
+        },
         "channels": {"png": opening, "jpeg75": opening, "resize": opening},
         "near_keys": dict.fromkeys(("moved_1px", "moved_2px", "moved", "half_strength"), opening),
         "trigger": {"family": "spread", "amplitude": 8, "tile": 32, "psnr_db": 33.12, "ssim": 0.912, "key_bits": 512},
@@ -232,6 +238,18 @@ def test_agreement_takes_the_place_of_accuracy_without_labels():
     report = replaced(a_report(), ("accuracy", "measured_against"), "reference predictions")
     assert "Right by the labels" not in render(report).text
     assert "Right by the labels" in render().text
+
+
+def test_confident_predictions_are_told_where_there_are_any():
+    page = render().text
+    assert "431 images" in page
+    assert "99.1 %" in page
+    assert "Same, of the confident" in page
+    none = {"images": 0, "agreement": dict.fromkeys(("reference", "keyed", "clean", "wrong_key"))}
+    page = render(replaced(a_report(), ("accuracy", "confident"), none)).text
+    assert "Same, of the confident" not in page
+    assert "None" not in page
+    assert "0.034" in page
 
 
 def test_filter_has_neither_amplitude_nor_tile():
