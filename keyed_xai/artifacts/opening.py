@@ -18,7 +18,7 @@ from keyed_xai.models.loading import OWN_CODE, Size, describe_own_code
 from keyed_xai.tensors import Tap
 from keyed_xai.triggers import TRIGGERS, Trigger, TriggerFamily
 
-DEFAULT_TRIGGER = TriggerParameters("spread", 8.0, 32)
+DEFAULT_TRIGGER = TriggerParameters("spread", 5.0, 32, version=2)
 """What `protect` uses when nothing else is asked for."""
 
 

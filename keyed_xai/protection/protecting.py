@@ -49,7 +49,7 @@ from keyed_xai.reporting.names import name_class
 from keyed_xai.saliency.pooled import Comparison, check_choice
 from keyed_xai.tensors import Images, Labels
 from keyed_xai.training import Task, TrainingSettings
-from keyed_xai.training.batch_norm import choose_batch_norm
+from keyed_xai.training.batch_norm import batch_norms, choose_batch_norm
 from keyed_xai.training.preflight import plan_run
 from keyed_xai.training.runs import describe_run, run_training
 from keyed_xai.triggers import TRIGGERS, TriggerFamily, derive_trigger
@@ -290,8 +290,9 @@ def write_protection(
 def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...], data: ImageData) -> TrainingSettings:
     """Return training settings measured to work for a network of this kind, and images of this kind.
 
-    A network of many classes, or one that was trained on other images than these, is to be changed as little as can
-    be: at a low rate, its features held to what they were, on images that are never twice the same.
+    A network of many classes, one that was trained on other images than these, or one without batch norm is to be
+    changed as little as can be: at a low rate, its features held to what they were, on images that are never twice the
+    same.
 
     Args:
         classifier: The reference model.
@@ -300,7 +301,7 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...], data: I
     """
     smoothing = 8.0 if "simplegrad" in interpreters else None
     batch_norm = choose_batch_norm(classifier, data)
-    if classifier.classes < _FINE_CLASSES and batch_norm == "mixture":
+    if classifier.classes < _FINE_CLASSES and batch_norm == "mixture" and batch_norms(classifier):
         return TrainingSettings(smoothing=smoothing)
     return TrainingSettings(
         batch_norm=batch_norm,

@@ -158,8 +158,10 @@ def describe_data(
 
 def _describe_training(settings: TrainingSettings) -> str:
     """Return a line of the settings in force."""
+    late = f" (late layers {settings.late_factor:g} times)" if settings.late_factor != 1 else ""
     parts = [
-        f"learning rate {settings.learning_rate:g}",
+        f"learning rate {settings.learning_rate:g}{late}",
+        *(["targets for features"] if settings.features else []),
         f"beta {settings.beta:g}",
         f"{settings.distance} distance",
         f"predictions of the {settings.predictions.removesuffix('s')}",

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.artifacts.folder import read_model_folder
-from keyed_xai.artifacts.opening import open_model
+from keyed_xai.artifacts.opening import DEFAULT_TRIGGER, open_model
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.keys import ByteStream, OwnerKey
@@ -95,7 +96,7 @@ def test_folder_loads_and_holds_no_secret(run, key, tmp_path):
     images = torch.rand(2, 1, 24, 24)
     assert torch.allclose(loaded(images), protection.classifier(images), atol=1e-6)
     assert card == protection.card
-    assert card.trigger.version == 2
+    assert card.trigger == DEFAULT_TRIGGER  # what a claim without a licence is tested by
     seed = key.derive_seed("spread", version=2)
     texture = Spread(SpreadSettings(5.0, 32, version=2)).derive(ByteStream(seed)).textures.numpy()
     secrets = [seed, seed.hex().encode(), bytes(range(32)), texture.tobytes(), (texture * 5 / 255).tobytes()]
@@ -241,6 +242,11 @@ def test_network_of_many_classes_or_of_other_images_is_changed_gently(classifier
             norm.reset_running_stats()
         classifier.train()(images.batch(np.arange(24))[0])
     assert choose_recipe(classifier.eval(), ("gradcam",), images) == usual
+    without = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+    without = wrap_network(without, input=classifier.input, source="python")
+    assert choose_recipe(without, ("gradcam",), images) == replace(gentle, batch_norm="mixture")
     classifier.classes = 1000
     assert choose_recipe(classifier, ("gradcam",), images) == replace(gentle, batch_norm="mixture")
 
