@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
+from keyed_xai_cli.bench_near_keys import near_keys
 from keyed_xai_cli.bench_paper import (
     beta_option,
     figure1b,
@@ -192,5 +193,5 @@ def false_claims(
     emit_measurement("false-claims", found, settings, json_path=json_path)
 
 
-for command in (table1, table2, table3, table6, figure1b, figure3, figure5, nashville, serving):
+for command in (table1, table2, table3, table6, figure1b, figure3, figure5, nashville, near_keys, serving):
     bench.add_command(command)
