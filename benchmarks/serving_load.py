@@ -58,7 +58,7 @@ def running_server(model: Path, *, threads: int = 1, device: str = "cpu") -> Ite
     Raises:
         KeyedXAIError: It does not come up, or does not stop cleanly.
     """
-    command = [sys.executable, "-m", "keyed_xai_cli.main", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "keyed_xai_cli", "serve", str(model), "--port", "0"]
     command += ["--threads", str(threads), "--device", device]
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stderr=said, env=os.environ.copy()) as process:
         try:

@@ -112,7 +112,3 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
     """
     if environment.keys().isdisjoint({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}):
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
-
-
-if __name__ == "__main__":
-    main()

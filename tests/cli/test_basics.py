@@ -361,6 +361,6 @@ class TestOptions:
 
 
 def test_module_runs_as_a_script():
-    command = [sys.executable, "-m", "keyed_xai_cli.main", "--version"]
+    command = [sys.executable, "-m", "keyed_xai_cli", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert __version__ in result.stdout
+    assert result.stdout == f"keyed-xai, version {__version__}\n"
