@@ -14,8 +14,9 @@ import torch
 
 from keyed_xai.artifacts.documents import read_json, write_atomically, write_json
 from keyed_xai.artifacts.folder import REPORT_FILE
+from keyed_xai.artifacts.opening import default_trigger, make_family
 from keyed_xai.artifacts.weights import encode_weights
-from keyed_xai.data import ImageData, load_images
+from keyed_xai.data import ImageData, ImageSize, load_images
 from keyed_xai.data.images import Holdout, Split
 from keyed_xai.demo import demo_classifier
 from keyed_xai.errors import ArtifactError, DataError
@@ -36,7 +37,7 @@ from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.protection.protecting import ProtectSettings, choose_recipe, protect, write_protection
 from keyed_xai.saliency.pooled import PooledSaliency, make_view
 from keyed_xai.training.fitting import FittingSettings, fit_classifier
-from keyed_xai.triggers import TRIGGERS, derive_trigger
+from keyed_xai.triggers import derive_trigger
 
 ROWS = {
     "gradcam": ("gradcam",),
@@ -266,7 +267,7 @@ def count_false_claims(
         generator: Draws keys and pool.
         progress: Hears of "trying keys", over all models.
     """
-    family = TRIGGERS["spread"](ProtectSettings.amplitude, ProtectSettings.tile)
+    family = make_family(default_trigger(ImageSize(*images.shape[1:])))
     found: dict[str, list[float]] = {name: [] for name in ("opening", "signature", "both", "search")}
     tries, total = decoys + keys, len(models) * (decoys + keys)
     for number, model in enumerate(models):

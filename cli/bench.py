@@ -55,8 +55,8 @@ class MainOptions:
     decoy: Annotated[str, click.option(
         "--decoy", type=click.Choice(["signature", "boundary", "nontargeted"]), default="signature"
     )]  # fmt: skip
-    amplitude: Annotated[float, click.option(
-        "--amplitude", type=click.FloatRange(0.5, 64), default=5, show_default=True, help="Of the trigger, 1/255."
+    amplitude: Annotated[float | None, click.option(
+        "--amplitude", type=click.FloatRange(0.5, 64), help="Of the trigger, 1/255; as `protect` chooses if absent."
     )]  # fmt: skip
     steps: Annotated[int | None, click.option(
         "--steps", type=click.IntRange(1), help="Optimiser steps; the recipe's if absent."

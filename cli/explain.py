@@ -88,7 +88,7 @@ def explain(
     if card is None:
         tell_notes(classifier)
     classifier.to(choose_device(device))
-    trigger = _derive_trigger(model, key, card, allow_other=allow_other_key) if key else None
+    trigger = _derive_trigger(model, key, card, classifier, allow_other=allow_other_key) if key else None
     job = MapJob(
         folder=out or default_output(model, ".maps"),
         interpreters=interpreters or (card.interpreters if card else ("gradcam",)),
@@ -129,15 +129,17 @@ def _read_key(options: KeyOptions, *, write_keyed: bool, allow_other_key: bool) 
     return options.read()
 
 
-def _derive_trigger(model: Path, key: "OwnerKey", card: "Card | None", *, allow_other: bool) -> "Trigger":
+def _derive_trigger(
+    model: Path, key: "OwnerKey", card: "Card | None", classifier: "Classifier", *, allow_other: bool
+) -> "Trigger":
     from keyed_xai.artifacts.folder import LICENSE_FILE
     from keyed_xai.artifacts.license import read_license
-    from keyed_xai.artifacts.opening import DEFAULT_TRIGGER, derive_trigger
+    from keyed_xai.artifacts.opening import default_trigger, derive_trigger
     from keyed_xai.errors import KeyFormatError
 
     if card is None:
         click.echo("Warning: the file has no card, so the default trigger is used.", err=True)
-        return derive_trigger(key, DEFAULT_TRIGGER)
+        return derive_trigger(key, default_trigger(classifier.input))
     owner = read_license(model / LICENSE_FILE).public_key
     if owner.raw != key.public.raw:
         complaint = (

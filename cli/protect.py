@@ -67,7 +67,8 @@ class ProtectOptions:
         "keys open by chance: for experiments.",
     )]  # fmt: skip
     amplitude: Annotated[float | None, click.option(
-        "--amplitude", type=click.FloatRange(0.5, 64), help="Of --trigger spread, in 1/255; 5 if absent."
+        "--amplitude", type=click.FloatRange(0.5, 64),
+        help="Of --trigger spread, in 1/255; if absent 5, or 8 for images under two tiles.",
     )]  # fmt: skip
     tile: Annotated[int | None, click.option(
         "--tile", type=click.IntRange(24, 256), help="Of --trigger spread, pixels; 32 if absent."
@@ -143,7 +144,7 @@ def protect(
     recipe = _choose_recipe(classifier, options, train_data)
     recipe = choose_training(recipe, len(train_data), training, seed=run.seed)
     settings = replace(_settings(options), training=recipe, fixed_layer=model_options.target_layer is not None)
-    _warn_of_weak_trigger(settings)
+    _warn_of_weak_trigger(settings, classifier)
     with resumable(checkpoint), progress_bar(say=partial(say, json_path=json_path)) as progress:
         protection = protect_model(
             classifier,
@@ -201,10 +202,12 @@ def _predictions_in_words(accuracy: dict[str, Any]) -> str:
     return f"Agreement with the reference's predictions: {', '.join(cases)}{also}."
 
 
-def _warn_of_weak_trigger(settings: "ProtectSettings") -> None:
-    from keyed_xai.triggers import STRONG_KEY_BITS, TRIGGERS
+def _warn_of_weak_trigger(settings: "ProtectSettings", classifier: "Classifier") -> None:
+    from keyed_xai.artifacts.opening import make_family
+    from keyed_xai.protection.protecting import choose_trigger
+    from keyed_xai.triggers import STRONG_KEY_BITS
 
-    bits = TRIGGERS[settings.trigger](settings.amplitude, settings.tile).key_bits
+    bits = make_family(choose_trigger(settings, classifier.input)).key_bits
     if bits < STRONG_KEY_BITS:
         click.echo(
             f"Warning: --trigger {settings.trigger} has about {bits} bits of key: one other key in {2**bits}, or so, "

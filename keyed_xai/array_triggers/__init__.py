@@ -8,13 +8,13 @@ from keyed_xai.array_triggers.derivation import MakeFamily, without_parameters
 from keyed_xai.array_triggers.moire import ArrayMoire
 from keyed_xai.array_triggers.nashville import ArrayNashville
 from keyed_xai.array_triggers.protocols import ArrayTrigger, ArrayTriggerFamily
-from keyed_xai.array_triggers.spread import ArraySpread, SpreadSettings, newest_version
+from keyed_xai.array_triggers.spread import ArraySpread, SpreadSettings
 
 __all__ = ["ARRAY_TRIGGERS", "ArrayTrigger", "ArrayTriggerFamily"]
 
 
-def _spread(amplitude: float, tile: int, version: int | None = None) -> ArrayTriggerFamily:
-    return ArraySpread(SpreadSettings(amplitude, tile, newest_version(tile) if version is None else version))
+def _spread(amplitude: float, tile: int, version: int = 1) -> ArrayTriggerFamily:
+    return ArraySpread(SpreadSettings(amplitude, tile, version))
 
 
 ARRAY_TRIGGERS: dict[str, MakeFamily[ArrayTriggerFamily]] = {

@@ -13,8 +13,8 @@ _Made = TypeVar("_Made", covariant=True)
 class MakeFamily(Protocol[_Made]):
     """Makes a family of public parameters."""
 
-    def __call__(self, amplitude: float, tile: int, version: int | None = None) -> _Made:
-        """Return the family; in the newest version that has such tiles where none is named.
+    def __call__(self, amplitude: float, tile: int, version: int = 1) -> _Made:
+        """Return the family; in version 1 where none is named.
 
         Args:
             amplitude: Largest change of a pixel, 1/255; for `spread` only.
@@ -45,8 +45,8 @@ def derive_trigger(key: OwnerKey, family: _Family[_Trigger]) -> _Trigger:
 def without_parameters(make: Callable[[], _Made]) -> MakeFamily[_Made]:
     """Return what makes a family that has no public parameters, and has had one version."""
 
-    def make_family(amplitude: float, tile: int, version: int | None = None) -> _Made:  # noqa: ARG001 - it has neither
-        if version not in (None, 1):
+    def make_family(amplitude: float, tile: int, version: int = 1) -> _Made:  # noqa: ARG001 - it has neither
+        if version != 1:
             raise ValueError(f"version: expected 1, got {version}")
         return make()
 

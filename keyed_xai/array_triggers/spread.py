@@ -26,8 +26,7 @@ class SpreadSettings:
     Attributes:
         amplitude: Largest change of a pixel, in 1/255.
         tile: Side of the repeated tile, pixels of the model's input.
-        version: 1, of which the key chooses the phases alone, or 2, of which it chooses the waves as well; 2 is what
-            models are protected with, but on tiles too small for it.
+        version: 1, of which the key chooses the phases alone, or 2, of which it chooses the waves as well.
     """
 
     amplitude: float = 8.0
@@ -47,11 +46,6 @@ class SpreadSettings:
     def waves(self) -> int:
         """How many waves a texture is made of."""
         return WAVES[self.version]
-
-
-def newest_version(tile: int) -> int:
-    """Return the newest version that has a tile of this size; 1 where there is none."""
-    return max((version for version, smallest in SMALLEST_TILE.items() if tile >= smallest), default=1)
 
 
 @dataclass(frozen=True)

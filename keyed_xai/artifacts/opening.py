@@ -7,19 +7,40 @@ from pathlib import Path
 from torch import nn
 
 from keyed_xai import triggers
+from keyed_xai.array_triggers.spread import SMALLEST_TILE
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import read_model_folder
 from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.errors import ModelError
 from keyed_xai.keys import OwnerKey
+from keyed_xai.limits import ImageSize
 from keyed_xai.models import Classifier, load_classifier
 from keyed_xai.models.hub import is_hub_folder
 from keyed_xai.models.loading import OWN_CODE, Size, describe_own_code
 from keyed_xai.tensors import Tap
 from keyed_xai.triggers import TRIGGERS, Trigger, TriggerFamily
 
-DEFAULT_TRIGGER = TriggerParameters("spread", 5.0, 32, version=2)
-"""What `protect` uses when nothing else is asked for."""
+_AMPLITUDES = {1: 8.0, 2: 5.0}
+
+
+def default_trigger(
+    size: ImageSize, *, amplitude: float | None = None, tile: int = 32, version: int | None = None
+) -> TriggerParameters:
+    """Return the trigger that `protect` uses for images of a size, but for what is asked for.
+
+    Version 2 where an image has two tiles or more on either side, at 5/255. Smaller ones show too few periods to tell
+    a wave from its neighbours, and get version 1 at 8/255, as tiles do that are too small for version 2.
+
+    Args:
+        size: Of the images.
+        amplitude: Largest change of a pixel, 1/255.
+        tile: Side of the tile, pixels.
+        version: Of the trigger `spread`.
+    """
+    if version is None:
+        version = 2 if min(size.height, size.width) >= 2 * tile and tile >= SMALLEST_TILE[2] else 1
+    usual = _AMPLITUDES.get(version, _AMPLITUDES[1])
+    return TriggerParameters("spread", usual if amplitude is None else amplitude, tile, version=version)
 
 
 def open_model(

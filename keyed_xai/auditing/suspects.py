@@ -9,7 +9,7 @@ from typing import Any
 from keyed_xai.artifacts.card import TriggerParameters
 from keyed_xai.artifacts.documents import printable, read_json
 from keyed_xai.artifacts.folder import REPORT_FILE, read_model_folder
-from keyed_xai.artifacts.opening import DEFAULT_TRIGGER, derive_trigger, open_model
+from keyed_xai.artifacts.opening import default_trigger, derive_trigger, open_model
 from keyed_xai.artifacts.writer import is_attacked
 from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
 from keyed_xai.keys import OwnerKey
@@ -50,7 +50,7 @@ class Suspect:
     inverted: bool = False
     signature: bool = False
     key: OwnerKey | None = field(default=None, repr=False)
-    parameters: TriggerParameters = DEFAULT_TRIGGER
+    parameters: TriggerParameters = TriggerParameters("spread", 8.0, 32)
     trigger: Trigger | None = field(default=None, repr=False)
     reference: Classifier | None = field(default=None, repr=False)
     surrogate: Classifier | None = field(default=None, repr=False)
@@ -117,7 +117,8 @@ def open_suspect(
         protection["signature"] = card.decoy == "signature"
     if key is not None:
         protection["licensed"] = _read_time(path, key)
-        protection |= {"key": key, "trigger": derive_trigger(key, protection.get("parameters", DEFAULT_TRIGGER))}
+        parameters = protection.setdefault("parameters", default_trigger(classifier.input))
+        protection |= {"key": key, "trigger": derive_trigger(key, parameters)}
     return Suspect(name=name, kind="keyed", classifier=classifier, **protection, **others)
 
 

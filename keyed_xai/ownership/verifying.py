@@ -23,13 +23,14 @@ from keyed_xai.artifacts.card import Card, TriggerParameters, read_card
 from keyed_xai.artifacts.documents import printable, read_limited
 from keyed_xai.artifacts.folder import CARD_FILE, LICENSE_FILE
 from keyed_xai.artifacts.license import License, digest, read_license
-from keyed_xai.artifacts.opening import DEFAULT_TRIGGER, make_family
+from keyed_xai.artifacts.opening import default_trigger, make_family
 from keyed_xai.artifacts.versions import package_versions
 from keyed_xai.data import ImageData, Request, list_images, load_images
 from keyed_xai.data.decode import decode_images
 from keyed_xai.data.images import rank
 from keyed_xai.errors import ArtifactError, KeyFormatError, ModelError
 from keyed_xai.keys import OwnerKey, PublicKey
+from keyed_xai.limits import ImageSize
 from keyed_xai.models import Classifier, InputSpec
 from keyed_xai.models.loading import OWN_CODE
 from keyed_xai.models.modes import plain_torch
@@ -58,7 +59,7 @@ class Claim:
 
     Attributes:
         key: The owner's; a public key alone allows the signature test only.
-        trigger: Public parameters of the trigger.
+        trigger: Public parameters of the trigger; None takes what `protect` uses for images of the suspect's size.
         decoy: What unkeyed maps are claimed to show; only "signature" can be tested.
         interpreters: Interpreters whose maps are tested.
         grid: Rows and columns of the pooled maps; None takes the suspect's target layer's, at most 8 x 8.
@@ -68,7 +69,7 @@ class Claim:
     """
 
     key: OwnerKey | PublicKey
-    trigger: TriggerParameters = DEFAULT_TRIGGER
+    trigger: TriggerParameters | None = None
     decoy: str = "signature"
     interpreters: tuple[str, ...] = ("gradcam",)
     grid: tuple[int, int] | None = None
@@ -89,6 +90,7 @@ class Verification:
     Attributes:
         verdict: What they show.
         claim: What was tested.
+        trigger: Public parameters of the trigger.
         grid: Rows and columns that maps were compared on.
         target_layer: Target layer of the suspect; empty of one that only answers.
         probe: Images the tests were made on.
@@ -98,6 +100,7 @@ class Verification:
 
     verdict: Verdict
     claim: Claim
+    trigger: TriggerParameters
     grid: tuple[int, int]
     target_layer: str
     probe: ImageData
@@ -140,7 +143,7 @@ class Verification:
             },
             "settings": {
                 "claim_from": claim.origin,
-                "trigger": claim.trigger.to_json(),
+                "trigger": self.trigger.to_json(),
                 "decoy": claim.decoy,
                 "interpreters": list(claim.interpreters),
                 "grid": list(self.grid),
@@ -194,12 +197,13 @@ def verify(
     else:
         layer, view = "", view_black_box(suspect, claim.interpreters, claim.grid)
     claim = _narrow(claim, view.interpreters)
+    trigger = claim.trigger or default_trigger(ImageSize(*images.shape[1:]))
     verdict = verify_ownership(
         suspect,
         images,
         view,
         claim.key,
-        make_family(claim.trigger),
+        make_family(trigger),
         alpha=alpha,
         decoys=decoys,
         test_signature=claim.decoy == "signature",
@@ -210,7 +214,14 @@ def verify(
     )
     claim = replace(claim, notes=(*claim.notes, *_uncounted(claim.interpreters)))
     return Verification(
-        verdict=verdict, claim=claim, grid=view.grid, target_layer=layer, probe=probe, decoys=decoys, seed=seed
+        verdict=verdict,
+        claim=claim,
+        trigger=trigger,
+        grid=view.grid,
+        target_layer=layer,
+        probe=probe,
+        decoys=decoys,
+        seed=seed,
     )
 
 

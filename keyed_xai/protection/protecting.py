@@ -15,9 +15,10 @@ from torch import nn
 
 from keyed_xai.artifacts.card import Card, TriggerParameters
 from keyed_xai.artifacts.folder import ProtectedModel
+from keyed_xai.artifacts.opening import default_trigger, make_family
 from keyed_xai.artifacts.weights import own_name
 from keyed_xai.artifacts.writer import write_model_folder
-from keyed_xai.data import ImageData
+from keyed_xai.data import ImageData, ImageSize
 from keyed_xai.data.given import GivenImages, take_images
 from keyed_xai.data.splits import (
     Subset,
@@ -52,7 +53,7 @@ from keyed_xai.training import Task, TrainingSettings
 from keyed_xai.training.batch_norm import batch_norms, choose_batch_norm
 from keyed_xai.training.preflight import plan_run
 from keyed_xai.training.runs import describe_run, run_training
-from keyed_xai.triggers import TRIGGERS, TriggerFamily, derive_trigger
+from keyed_xai.triggers import TRIGGERS, derive_trigger
 
 REPORT_SCHEMA = "keyed-xai/protect-report/v1"
 _FINE_CLASSES = 100
@@ -70,8 +71,9 @@ class ProtectSettings:
         interpreters: Names in INTERPRETERS.
         decoy: "signature", "boundary" or "nontargeted".
         trigger: Name of the trigger family.
-        amplitude: Largest change of a pixel, 1/255; of the family "spread" only.
+        amplitude: Largest change of a pixel, 1/255; of the family "spread" only. None takes the version's.
         tile: Side of the trigger's tile, pixels; likewise.
+        version: Version of the family "spread"; None takes 2 for images of two tiles and more on either side, else 1.
         grid: Rows and columns that maps are compared on; None takes the target layer's, at most 8 x 8.
         fixed_layer: Keep the classifier's target layer though an earlier one would show ownership and it cannot.
         ownership: Refuse what `verify` could not show afterwards.
@@ -85,8 +87,9 @@ class ProtectSettings:
     interpreters: tuple[str, ...] = ("gradcam",)
     decoy: str = "signature"
     trigger: str = "spread"
-    amplitude: float = 5.0
+    amplitude: float | None = None
     tile: int = 32
+    version: int | None = None
     grid: tuple[int, int] | None = None
     fixed_layer: bool = False
     ownership: bool = True
@@ -177,6 +180,8 @@ def protect(
     classifier = as_classifier(network, input)
     train_data, held_out = take_images(images, held_out, classifier.input)
     settings = settings or ProtectSettings()
+    parameters = choose_trigger(settings, classifier.input)
+    settings = replace(settings, amplitude=parameters.amplitude, version=parameters.version)
     training = settings.training or choose_recipe(classifier, settings.interpreters, train_data)
     training = replace(
         training,
@@ -323,14 +328,19 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...], data: I
 
 def make_task(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) -> Task:
     """Return what the key teaches the model: trigger, maps and losses."""
-    family = _make_family(settings)
+    family = make_family(choose_trigger(settings, classifier.input))
     return make_keyed_task(
         classifier, key, family, interpreters=settings.interpreters, grid=settings.grid, decoy=settings.decoy
     )
 
 
-def _make_family(settings: ProtectSettings) -> TriggerFamily:
-    return TRIGGERS[settings.trigger](settings.amplitude, settings.tile)
+def choose_trigger(settings: ProtectSettings, size: ImageSize) -> TriggerParameters:
+    """Return the public parameters of the trigger that settings ask for, of images of a size.
+
+    Filters have neither amplitude nor tile, though every card names both.
+    """
+    chosen = default_trigger(size, amplitude=settings.amplitude, tile=settings.tile, version=settings.version)
+    return chosen if settings.trigger == "spread" else replace(chosen, family=settings.trigger, version=1)
 
 
 def _make_gate(
@@ -343,7 +353,7 @@ def _make_gate(
     top_share: float,
 ) -> Gate:
     """Return a protected model beside its reference, to be judged by what it was taught."""
-    family = _make_family(settings)
+    family = make_family(choose_trigger(settings, reference.input))
     return Gate(
         model=protected,
         reference=reference,
@@ -372,9 +382,7 @@ def make_card(classifier: Classifier, settings: ProtectSettings, task: Task, lab
         interpreters=settings.interpreters,
         decoy=settings.decoy,
         thresholds=dict.fromkeys(settings.interpreters, OPEN_CORRELATION),
-        trigger=TriggerParameters(
-            settings.trigger, settings.amplitude, settings.tile, version=_make_family(settings).version
-        ),
+        trigger=choose_trigger(settings, spec),
         label_names=label_names,
     )
 

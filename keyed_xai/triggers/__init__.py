@@ -1,7 +1,6 @@
 """Trigger families: from a key's stream to a change of an image. One file per family."""
 
 from keyed_xai.array_triggers.derivation import MakeFamily, derive_trigger, without_parameters
-from keyed_xai.array_triggers.spread import newest_version
 from keyed_xai.triggers.moire import Moire, MoireTrigger
 from keyed_xai.triggers.nashville import Nashville, NashvilleTrigger
 from keyed_xai.triggers.protocols import NearbyTrigger, Trigger, TriggerFamily
@@ -32,8 +31,8 @@ A guess costs a pass of the protected model; 2^80 are out of reach.
 """
 
 
-def _spread(amplitude: float, tile: int, version: int | None = None) -> TriggerFamily:
-    return Spread(SpreadSettings(amplitude, tile, newest_version(tile) if version is None else version))
+def _spread(amplitude: float, tile: int, version: int = 1) -> TriggerFamily:
+    return Spread(SpreadSettings(amplitude, tile, version))
 
 
 TRIGGERS: dict[str, MakeFamily[TriggerFamily]] = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from keyed_xai.artifacts.opening import DEFAULT_TRIGGER
+from keyed_xai.artifacts.opening import default_trigger
 from keyed_xai.artifacts.weights import encode_weights
 from keyed_xai.auditing.suspects import Suspect, open_suspect
 from keyed_xai.backdoors.attacking import AttackSettings, run_attack, write_attack
@@ -57,7 +57,7 @@ def test_another_owners_key_is_refused(place):
 def test_file_is_plain_or_with_a_key_protected_by_default_settings(place):
     assert open_suspect(place / "m.safetensors").kind == "plain"
     suspect = open_suspect(place / "m.safetensors", key=OWNER)
-    assert (suspect.kind, suspect.parameters) == ("keyed", DEFAULT_TRIGGER)
+    assert (suspect.kind, suspect.parameters) == ("keyed", default_trigger(suspect.classifier.input))
 
 
 def test_reference_of_another_task_is_refused(place):

@@ -11,16 +11,16 @@ from torch import nn
 
 from keyed_xai.artifacts.documents import validate
 from keyed_xai.artifacts.folder import read_model_folder
-from keyed_xai.artifacts.opening import DEFAULT_TRIGGER, open_model
-from keyed_xai.data import ImageData
+from keyed_xai.artifacts.opening import default_trigger, open_model
+from keyed_xai.data import ImageData, ImageSize
 from keyed_xai.errors import ArtifactError, TrainingError
 from keyed_xai.keys import ByteStream, OwnerKey
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.models.networks import SmallResNet
-from keyed_xai.protection.protecting import ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.protection.protecting import ProtectSettings, choose_recipe, choose_trigger, protect, write_protection
 from keyed_xai.training import TrainingSettings
 from keyed_xai.training.batch_norm import batch_norms
-from keyed_xai.triggers import Spread, SpreadSettings
+from keyed_xai.triggers import Spread
 from tests.heard import Heard, StopAt
 
 QUICK = TrainingSettings(steps=6, batch_size=4, validate_every=3, warmup_steps=1)
@@ -96,10 +96,9 @@ def test_folder_loads_and_holds_no_secret(run, key, tmp_path):
     images = torch.rand(2, 1, 24, 24)
     assert torch.allclose(loaded(images), protection.classifier(images), atol=1e-6)
     assert card == protection.card
-    assert card.trigger == DEFAULT_TRIGGER  # what a claim without a licence is tested by
-    seed = key.derive_seed("spread", version=2)
-    texture = Spread(SpreadSettings(5.0, 32, version=2)).derive(ByteStream(seed)).textures.numpy()
-    secrets = [seed, seed.hex().encode(), bytes(range(32)), texture.tobytes(), (texture * 5 / 255).tobytes()]
+    seed = key.derive_seed("spread")
+    texture = Spread().derive(ByteStream(seed)).textures.numpy()
+    secrets = [seed, seed.hex().encode(), bytes(range(32)), texture.tobytes(), (texture * 8 / 255).tobytes()]
     for path in (tmp_path / "m.keyed").iterdir():
         assert not any(secret in path.read_bytes() for secret in secrets), path.name
 
@@ -225,6 +224,37 @@ def test_recipe_smooths_for_simplegrad_only(classifier):
     images = make_images(24, 0)
     assert choose_recipe(classifier, ("gradcam", "vbp"), images).smoothing is None
     assert choose_recipe(classifier, ("simplegrad",), images).smoothing == 8.0
+
+
+@pytest.mark.parametrize(
+    ("change", "side", "expected"),
+    [
+        ({}, 24, ("spread", 8.0, 32, 1)),
+        ({}, 63, ("spread", 8.0, 32, 1)),
+        ({}, 64, ("spread", 5.0, 32, 2)),
+        ({"tile": 24}, 64, ("spread", 8.0, 24, 1)),
+        ({"tile": 64}, 224, ("spread", 5.0, 64, 2)),
+        ({"tile": 64}, 112, ("spread", 8.0, 64, 1)),
+        ({"amplitude": 3.0}, 224, ("spread", 3.0, 32, 2)),
+        ({"version": 1}, 224, ("spread", 8.0, 32, 1)),
+        ({"version": 2}, 24, ("spread", 5.0, 32, 2)),
+        ({"trigger": "moire"}, 224, ("moire", 5.0, 32, 1)),
+    ],
+)
+def test_trigger_fits_the_images(change, side, expected):
+    """Version 2 needs two tiles on either side, of 32 pixels at least."""
+    size = ImageSize(3, side, side + 40)
+    chosen = choose_trigger(replace(SETTINGS, **change), size)
+    assert (chosen.family, chosen.amplitude, chosen.tile, chosen.version) == expected
+    if not change:
+        assert chosen == default_trigger(size)  # what a claim without a licence is tested by
+
+
+def test_card_and_report_say_which_trigger_was_chosen(run):
+    protection, _ = run
+    assert protection.card.trigger == default_trigger(ImageSize(1, 24, 24))
+    settings = protection.report["settings"]
+    assert (settings["amplitude"], settings["version"], protection.report["trigger"]["amplitude"]) == (8.0, 1, 8.0)
 
 
 def test_network_of_many_classes_or_of_other_images_is_changed_gently(classifier):
