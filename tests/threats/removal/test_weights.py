@@ -111,5 +111,3 @@ def test_settings_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match="expected"):
             make()
-
-
