@@ -29,6 +29,17 @@ def draw_statistics(network):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
+_FACTORIES = """
+from torch import nn
+def good(): return nn.Linear(2, 3)
+def other(): return "a network"
+def failing(): raise KeyError("x")
+number = 3
+class Inner:
+    make = staticmethod(good)
+"""
+
+
 def pytest_report_header():
     """Says which torch runs, and whether it is one that `make lock` has pinned."""
     pinned = [re.search(r"^torch==(.+)$", file.read_text(), re.M)[1] for file in sorted((ROOT / ".ci").glob("*.txt"))]
@@ -134,3 +145,12 @@ def flat_images():
     blobs = [np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 200) for y, x in centres]
     pixels = np.round(60 + 120 * np.stack(blobs)) / 255
     return torch.from_numpy(pixels[:, None]).float()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Modules of factories in the working folder: one that can be imported, one that cannot."""
+    (tmp_path / "own_factories.py").write_text(_FACTORIES)
+    (tmp_path / "own_broken.py").write_text("import no_such_module_at_all")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))

@@ -3,7 +3,9 @@
 from functools import cache
 
 import numpy as np
+import onnx
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torchvision.models import densenet, resnet, squeezenet, vgg
 
@@ -12,6 +14,8 @@ from keyed_xai.export.parity import compare, open_session, random_images
 from keyed_xai.models import InputSpec, wrap_network
 from keyed_xai.models.networks import SmallResNet, TableMLP
 from keyed_xai.saliency import INTERPRETERS
+from keyed_xai_cli import main as cli
+from tests.marked import unmarked_classifier, write_folder
 
 ALL = tuple(INTERPRETERS)
 COLOUR = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -82,3 +86,23 @@ def parity_of(model, classifier, settings, seed=0):
 def outputs(model, images, target=None):
     inputs = {"image": images.numpy()} | ({} if target is None else {"target": np.array(target, dtype=np.int64)})
     return [torch.from_numpy(each) for each in open_session(model.SerializeToString())(inputs)]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def altered(file, change):
+    """The file's bytes after `change` has worked on the model."""
+    model = onnx.load_from_string(file.data)
+    change(model)
+    return model.SerializeToString()
+
+
+def export_model(folder):
+    """A protected model's folder, its classifier, and the ONNX file made of it on the command line."""
+    classifier = unmarked_classifier()
+    write_folder(folder / "m.keyed", classifier)
+    result = run("export", folder / "m.keyed", "-o", folder / "m.onnx", "--json", folder / "m.json")
+    assert result.exit_code == 0, result.output
+    return folder, classifier, result

@@ -30,3 +30,6 @@ class StopAt(Silent):
     def advance(self, task, done, total, figures=NO_FIGURES, /):
         if task.startswith(self.task) and done == self.done:
             raise self.error
+
+
+FIGURES = {"keep_loss": 0.1, "move_loss": 0.2, "opens": 0.975, "stays_closed": 1.0}

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torchvision
 from click.testing import CliRunner
 from PIL import Image
 from torch import nn
@@ -16,16 +15,14 @@ from keyed_xai.artifacts.opening import open_model
 from keyed_xai.data import ImageData
 from keyed_xai.errors import ModelError
 from keyed_xai.keys import write_owner_key
-from keyed_xai.models import InputSpec, load_classifier, recognise_architecture, wrap_network
-from keyed_xai.models.factory import build_with_factory
+from keyed_xai.models import InputSpec, load_classifier, wrap_network
 from keyed_xai.models.networks import SmallResNet
-from keyed_xai.models.origin import settle_origin
 from keyed_xai.protection.protecting import protect, write_protection
 from keyed_xai_cli.main import main
+from tests.own import COLOUR, headed, perceptron
 from tests.protection.test_protecting import SETTINGS, make_images
 
 GREY = InputSpec(1, 24, 24, mean=(0.5,), std=(0.25,))
-COLOUR = InputSpec(3, 64, 64, mean=(0.5,) * 3, std=(0.25,) * 3)
 OPTIONS = ["--without-ownership", "--grid", "4", "--steps", "2", "--batch-size", "4", "--wrong-keys", "1",
            "--held-out", "4", "--limit", "16", "--input-size", "24", "--data", "fashion-mnist"]  # fmt: skip
 
@@ -46,71 +43,6 @@ class Mine(nn.Module):
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(each) for each in arguments])
-
-
-def headed(name, module, head):
-    torch.manual_seed(0)
-    network = torchvision.models.get_model(name, num_classes=7).eval()
-    network.set_submodule(module, head)
-    return network.eval()
-
-
-def perceptron(width, activation):
-    return nn.Sequential(nn.Linear(width, 8), activation, nn.Dropout(), nn.Linear(8, 5))
-
-
-HEADS = {
-    "dropout": ("resnet18", "fc", lambda: nn.Sequential(nn.Dropout(), nn.Linear(512, 5))),
-    "perceptron": ("resnet18", "fc", lambda: perceptron(512, nn.ReLU())),
-    "norm": ("resnet18", "fc", lambda: nn.Sequential(nn.Linear(512, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))),
-    "fastai": (
-        "resnet18",
-        "fc",
-        lambda: nn.Sequential(
-            nn.BatchNorm1d(512), nn.Dropout(), nn.Linear(512, 8, bias=False), nn.ReLU(), nn.BatchNorm1d(8),
-            nn.Dropout(), nn.Linear(8, 5, bias=False),
-        ),
-    ),
-    "layer norm": ("resnet18", "fc", lambda: nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 5))),
-    "whole classifier": ("mobilenet_v2", "classifier", lambda: nn.Linear(1280, 5)),
-    "last of several": ("mobilenet_v3_small", "classifier.3", lambda: perceptron(1024, nn.ReLU())),
-    "DenseNet": ("densenet121", "classifier", lambda: nn.Sequential(nn.Dropout(), nn.Linear(1024, 5))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", HEADS)
-def test_replaced_head_is_recognised_and_loads_to_the_same_logits(case, tmp_path):
-    name, module, head = HEADS[case]
-    network = headed(name, module, head())
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    loaded = load_classifier(tmp_path / "model.pt", input_size=64)
-    assert (loaded.architecture, loaded.source, loaded.classes) == (name, "torchvision", 5)
-    images = torch.rand(2, 3, 64, 64)
-    normalised = (images - loaded.mean) / loaded.std
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(images), network(normalised))
-    assert bool(loaded.notes) == any(isinstance(each, nn.ReLU) for each in network.get_submodule(module).modules())
-
-
-def test_named_architecture_with_another_head_loads(tmp_path):
-    network = headed("resnet18", "fc", perceptron(512, nn.ReLU()))
-    assert recognise_architecture(network.state_dict(), arch="torchvision:resnet18").classes == 5
-    with pytest.raises(ModelError, match="do not fit resnet34"):
-        recognise_architecture(network.state_dict(), arch="resnet34")
-
-
-@pytest.mark.parametrize("names", [{}, {"architecture": "resnet18"}, {"architecture": "mine", "source": "pickle"}])
-def test_known_network_is_called_by_its_name_whatever_its_head(names):
-    classifier = wrap_network(headed("resnet18", "fc", perceptron(512, nn.ReLU())), input=COLOUR, **names)
-    settle_origin(classifier)
-    assert (classifier.architecture, classifier.source) == ("resnet18", "torchvision")
-
-
-@pytest.mark.parametrize("activation", [nn.GELU(), nn.Identity()])
-def test_head_that_weights_do_not_tell_stays_own_code(activation):
-    classifier = wrap_network(headed("resnet18", "fc", perceptron(512, activation)), input=COLOUR)
-    settle_origin(classifier)
-    assert (classifier.architecture, classifier.source) == ("ResNet", "python")
 
 
 def test_wrong_name_is_refused_before_training(key):
@@ -176,49 +108,6 @@ def test_weights_of_another_network_are_refused(tmp_path, change, said):
         load_classifier(tmp_path / "m.pt", network=Mine(), input_size=24)
     with pytest.raises(ModelError, match="give one of the two"):
         load_classifier(tmp_path / "m.pt", network=Mine(), arch="resnet18")
-
-
-FACTORIES = """
-from torch import nn
-def good(): return nn.Linear(2, 3)
-def other(): return "a network"
-def failing(): raise KeyError("x")
-number = 3
-class Inner:
-    make = staticmethod(good)
-"""
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    (tmp_path / "own_factories.py").write_text(FACTORIES)
-    (tmp_path / "own_broken.py").write_text("import no_such_module_at_all")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-
-def test_factory_is_found_and_called(package):
-    assert isinstance(build_with_factory("own_factories:good"), nn.Linear)
-    assert isinstance(build_with_factory("own_factories:Inner.make"), nn.Linear)
-
-
-@pytest.mark.parametrize(
-    ("factory", "said"),
-    [
-        ("own_factories", "Expected PACKAGE.MODULE:CALLABLE"),
-        ("own_factories:", "Expected PACKAGE.MODULE:CALLABLE"),
-        ("../own:good", "Expected PACKAGE.MODULE:CALLABLE"),
-        ("no_such_package.x:good", "there is no module no_such_package"),
-        ("own_factories:bad", "own_factories has no bad"),
-        ("own_factories:number", "is of type int, not a callable"),
-        ("own_factories:other", "must return a torch.nn.Module, but returned str"),
-        ("own_factories:failing", "failed: KeyError: 'x'"),
-        ("own_broken:good", "failed: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-    ],
-)
-def test_factory_that_makes_no_network_is_refused(package, factory, said):
-    with pytest.raises(ModelError, match=said):
-        build_with_factory(factory)
 
 
 def test_every_command_takes_a_factory(key, tmp_path, monkeypatch):

@@ -7,9 +7,7 @@ import sys
 from dataclasses import fields, is_dataclass, replace
 from datetime import UTC, datetime
 
-import numpy as np
 import pytest
-import torch
 
 from keyed_xai.auditing.catalogue import (
     AUDITS,
@@ -18,28 +16,14 @@ from keyed_xai.auditing.catalogue import (
     find_entry,
     run_entry,
 )
-from keyed_xai.auditing.entries import Observation, judge_copy
 from keyed_xai.auditing.removal_entries import REMOVALS, STACKED
-from keyed_xai.auditing.subject import TriggeredData, measure_state, state_before
-from keyed_xai.errors import TrainingError
-from keyed_xai.threats.detection.neural_cleanse import CleanseSettings
-from keyed_xai.threats.gate_state import measure_gate_state
-from keyed_xai.threats.removal.distillation import with_random_weights
+from keyed_xai.auditing.subject import measure_state
 from tests.audited import (
-    ATTACKERS,
-    OTHERS,
     SECRETS,
-    TRIGGER,
-    control_subject,
-    example,
     keyed_subject,
-    public_subject,
 )
-from tests.poisoned import TARGET
-from tests.threatened import evidence, protected, reference, surrogate
+from tests.threatened import evidence, protected, surrogate
 from tests.threats.removal.test_overwriting import SETTINGS, overwritten
-
-DEFENCES = ("activation-clustering", "spectral-signatures")
 
 
 def places(settings):
@@ -184,157 +168,6 @@ def test_explanation_aware_attack_needs_a_surrogate_and_defences_a_trigger():
     assert not AUDITS["neural-cleanse"].lacks(keyed_subject(trigger=None))
 
 
-def test_state_of_a_protected_model_is_what_the_evidence_measures():
-    state, gate = state_before(keyed_subject()), measure_gate_state(protected(), evidence(decoys=99))
-    assert (state.accuracy, state.measure) == (gate.predictions["top1"], "top1")
-    assert state.correlation == gate.correlation
-    assert state.ownership == gate.to_json()["ownership"]
-    assert state.keyed == gate.correlation["gradcam"]["keyed"]
-    given = replace(state, accuracy=0.5)
-    assert state_before(keyed_subject(before=given)) is given
-
-
-def test_state_without_labels_is_agreement():
-    unlabelled = public_subject(labels=None, reference=None)
-    assert state_before(unlabelled).accuracy == 1.0
-    assert state_before(unlabelled).measure == "agreement"
-    other = measure_state(surrogate(), unlabelled)
-    with torch.no_grad():
-        both = [model(unlabelled.images).argmax(1) for model in (surrogate(), protected())]
-    assert other.accuracy == pytest.approx(float((both[0] == both[1]).double().mean()))
-
-
-def test_public_trigger_is_measured_against_the_reference_or_the_right_maps_of_the_model_itself():
-    """Without a reference, what the model itself shows with the trigger stands in for the right maps."""
-    known, alone = (state_before(public_subject(reference=model)) for model in (reference(), None))
-    gate = measure_gate_state(protected(), evidence(), ownership=False)
-    assert known.correlation["gradcam"] == pytest.approx(gate.correlation["gradcam"], abs=1e-5)
-    assert alone.correlation["gradcam"]["keyed"] == pytest.approx(1, abs=1e-5)
-    assert alone.unkeyed < 0.6
-    forward = state_before(public_subject(reference=None, inverted=False))
-    assert forward.correlation["gradcam"]["unkeyed"] == pytest.approx(1, abs=1e-5)
-    assert known.ownership is None
-
-
-def test_plain_backdoor_is_measured_by_its_success():
-    state = state_before(control_subject("badnets"))
-    assert state.attack_success > 0.8
-    assert state.correlation == {}
-    assert state_before(control_subject(None)).attack_success < 0.2
-
-
-def test_model_that_was_destroyed_is_refused():
-    broken = with_random_weights(protected()).eval()
-    with torch.no_grad():
-        for parameter in broken.parameters():
-            parameter.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="not finite"):
-        measure_state(broken, public_subject())
-
-
-@pytest.mark.parametrize(("name", "outcome"), [("int8", "survives"), ("reference", "removed"), ("random", "removed")])
-def test_gate_is_judged_by_maps_and_ownership(name, outcome):
-    copies = {"reference": reference, "random": lambda: with_random_weights(protected()).eval()}
-    subject = keyed_subject()
-    model = copies[name]() if name in copies else REMOVALS[name](protected(), subject.attacker()).model
-    seen = judge_copy(subject, model)
-    assert seen.outcome == outcome, seen.sentence
-    assert f"{seen.after.unkeyed:.2f}" in seen.sentence
-    assert ("no longer shown" in seen.sentence) == (outcome == "removed")
-
-
-def test_gate_is_open_or_damaged_by_the_stated_figures(monkeypatch):
-    """With an ownership claim that holds."""
-    before = state_before(keyed_subject())
-    cases = {
-        (0.9, 0.1): "survives",
-        (0.9, 0.45): "gate leaks",
-        (0.9, 0.6): "gate opened",
-        (0.4, 0.1): "maps damaged",
-        (0.4, 0.6): "gate opened",
-    }
-    for (keyed, unkeyed), outcome in cases.items():
-        after = replace(before, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
-        monkeypatch.setattr("keyed_xai.auditing.entries.measure_state", lambda *_, after=after: after)
-        assert judge_copy(keyed_subject(before=before), protected()).outcome == outcome
-        drifted = replace(before, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
-        assert judge_copy(keyed_subject(before=drifted), protected()).outcome == "survives"
-
-
-def test_backdoor_in_explanations_is_gone_when_its_maps_are_right():
-    assert judge_copy(public_subject(), protected()).outcome == "survives"
-    gone = judge_copy(public_subject(), reference())
-    assert gone.outcome == "removed"
-    assert "without the trigger" in gone.sentence
-    forward = public_subject(inverted=False)
-    assert judge_copy(forward, protected()).outcome == "nothing to remove", "its triggered maps are right"
-
-
-def test_what_was_never_there_is_not_removed_or_opened(monkeypatch):
-    shown = state_before(keyed_subject())
-    hidden = replace(shown, ownership={**shown.ownership, "shown": False})
-    cases = {(0.9, 0.1): "survives", (0.9, 0.6): "nothing to remove", (0.2, 0.9): "nothing to remove"}
-    opened = example(lambda *_: Observation(outcome="gate opened", sentence="It is open."), group="keys")
-    monkeypatch.setitem(AUDITS, "mine", opened)
-    for (keyed, unkeyed), outcome in cases.items():
-        before = replace(hidden, correlation={"gradcam": {"keyed": keyed, "unkeyed": unkeyed}})
-        monkeypatch.setattr("keyed_xai.auditing.entries.measure_state", lambda *_, after=before: after)
-        assert judge_copy(keyed_subject(before=before), protected()).outcome == outcome
-        found = run_entry("mine", keyed_subject(before=before)).observation
-        assert found.outcome == ("gate opened" if outcome == "survives" else outcome)
-        assert "It is open." in found.sentence
-
-
-def test_plain_backdoor_is_gone_when_it_fails():
-    subject = control_subject("badnets")
-    assert judge_copy(subject, subject.classifier).outcome == "survives"
-    assert judge_copy(subject, control_subject(None).classifier).outcome == "removed"
-    clean = control_subject(None)
-    assert judge_copy(clean, clean.classifier).outcome == "left alone"
-
-
-@pytest.mark.parametrize("name", DEFENCES)
-def test_defence_catches_the_control_and_leaves_the_clean_network_alone(name):
-    caught, spared = (run_entry(name, control_subject(attack)).observation for attack in ("badnets", None))
-    assert caught.outcome == "flagged", caught.sentence
-    assert spared.outcome == "left alone", spared.sentence
-
-
-def test_neural_cleanse_flags_the_class_of_the_patch():
-    """With the settings that the defence's own test takes."""
-    assert AUDITS["neural-cleanse"].settings == CleanseSettings()
-    brief = CleanseSettings(rounds=40, batches=4, batch_size=16, patience=3, stop_patience=8)
-    seen = replace(AUDITS["neural-cleanse"], settings=brief).run(control_subject("badnets"))
-    assert seen.outcome == "flagged"
-    assert TARGET in seen.figures["flagged"]
-
-
-def test_training_data_are_clustered_as_the_network_was_fitted():
-    caught, spared = (
-        run_entry("activation-clusters", control_subject(attack)).observation for attack in ("badnets", None)
-    )
-    assert (caught.outcome, spared.outcome) == ("flagged", "left alone")
-    assert sum(each["rows"] for each in caught.figures["classes"]) == len(control_subject("badnets").fitted)
-
-
-def test_spectral_signatures_look_at_a_tenth_of_triggered_images_where_the_data_are_clean():
-    figures = run_entry("spectral-signatures", keyed_subject()).observation.figures
-    assert (figures["poisoned"], figures["rows"]) == (round(0.1 * len(ATTACKERS)), len(ATTACKERS))
-
-
-def test_triggered_data_change_the_rows_they_say():
-    rows = np.arange(len(OTHERS)) % 3 == 0
-    data = TriggeredData(clean=OTHERS, rows=rows, trigger=TRIGGER)
-    images, labels = data.batch(np.arange(len(OTHERS)))
-    plain, _ = OTHERS.batch(np.arange(len(OTHERS)))
-    changed = (images != plain).flatten(1).any(1).numpy()
-    assert (changed == rows).all()
-    assert labels.tolist() == OTHERS.labels.tolist()
-    assert ((images * 255).round() / 255 - images).abs().max() < 1e-6
-    assert (data.classes, data.multi_label, len(data)) == (OTHERS.classes, False, 48)
-    assert "16 triggered" in data.source
-
-
 def test_attack_that_fails_is_a_finding():
     finding = run_entry("explanations", keyed_subject())
     assert finding.observation.outcome == "failed"
@@ -355,18 +188,6 @@ def test_curve_says_what_was_measured_at_each_stage():
     assert len(curve) > 1
     assert all({"weight", "accuracy", "correlation"} <= row.keys() for row in curve)
     assert "ownership" not in curve[0]
-
-
-def test_own_entry_is_a_function_and_a_line(monkeypatch):
-    def count(subject, settings):
-        return Observation(outcome="reported", sentence=f"{len(subject.images)} images, seed {settings.seed}.")
-
-    monkeypatch.setitem(AUDITS, "count", example(count))
-    assert "count" in choose_entries(["checks"])
-    assert run_entry("count", keyed_subject(seed=7)).to_json()["sentence"] == "48 images, seed 7."
-    monkeypatch.setitem(AUDITS, "count", example(count, images=5))
-    found = run_entry("count", keyed_subject()).to_json()
-    assert (found["sentence"], found["strength"]) == ("5 images, seed 0.", "10 components; on up to 5 images")
 
 
 @pytest.mark.parametrize(("licensed", "owner"), [(datetime(2026, 1, 1, tzinfo=UTC), "the first owner"), (None, None)])

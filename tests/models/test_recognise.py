@@ -4,13 +4,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from keyed_xai.errors import ModelError
 from keyed_xai.models import Recognised, catalogue, recognise_architecture
-from keyed_xai.models.naming import current_names
 from keyed_xai.models.networks import SmallResNet, TableMLP
+from tests.saved import torchvision_state
 
 TORCHVISION = [
     "alexnet", "convnext_base", "convnext_small", "convnext_tiny", "densenet121", "densenet161", "efficientnet_b0",
@@ -23,35 +22,11 @@ TORCHVISION = [
 """Every family, and those that share tensor names; the table's own test covers the rest."""
 
 
-def torchvision_state(name, classes=5, **options):
-    """Return a state dict with shapes but no numbers."""
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
-
-    def build():
-        return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
-
-    return catalogue.build_without_memory(build).state_dict()
-
-
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_architecture_is_recognised(name):
     assert recognise_architecture(torchvision_state(name)) == Recognised(
         architecture=name, source="torchvision", classes=5, channels=3
     )
-
-
-def test_table_lists_every_torchvision_classifier():
-    listed = {name for group in catalogue.name_table()["torchvision"] for name in group.architectures}
-    assert listed >= set(catalogue.architectures("torchvision"))
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vgg11", "squeezenet1_1", "mobilenet_v2", "googlenet", "regnet_x_400mf"])
-def test_table_agrees_with_a_fresh_one(name):
-    committed = {group.digest: group for group in catalogue.name_table()["torchvision"]}
-    for fresh in catalogue.make_name_table("torchvision", [name]):
-        assert committed[fresh.digest].tensors == fresh.tensors
-        assert name in committed[fresh.digest].architectures
 
 
 def test_recognition_builds_few_networks(monkeypatch):
@@ -125,27 +100,6 @@ def test_weights_that_are_not_a_table_mlp_say_what_differs():
         recognise_architecture(torchvision_state("resnet18"), arch="TableMLP")
 
 
-@pytest.mark.skipif(find_spec("efficientnet_lite_pytorch") is None, reason="efficientnet_lite_pytorch is not installed")
-@pytest.mark.parametrize("number", [0, 1])
-def test_efficientnet_lite_is_recognised(number):
-    name = f"efficientnet-lite{number}"
-    network = catalogue.build_network("efficientnet_lite_pytorch", name, classes=5, channels=3)
-    assert recognise_architecture(network.state_dict()) == Recognised(
-        architecture=name, source="efficientnet_lite_pytorch", classes=5, channels=3
-    )
-
-
-@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
-def test_timm_architecture_is_recognised_after_torchvision():
-    network = catalogue.build_network("timm", "resnetv2_50", classes=5, channels=1)
-    assert recognise_architecture(network.state_dict()) == Recognised(
-        architecture="resnetv2_50", source="timm", classes=5, channels=1
-    )
-    shared = torchvision_state("resnet18")
-    assert recognise_architecture(shared).source == "torchvision"
-    assert recognise_architecture(shared, arch="timm:resnet18").source == "timm"
-
-
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 @pytest.mark.parametrize("architecture", ["tresnet_m", "visformer_tiny"])
 def test_first_weight_need_not_be_of_the_image_s_channels(architecture):
@@ -161,34 +115,6 @@ def test_identical_weights_of_several_architectures_ask_for_arch():
         recognise_architecture(state)
     assert recognise_architecture(state, arch="tf_efficientnet_b0").architecture == "tf_efficientnet_b0"
     assert recognise_architecture(state, hints=["efficientnet_b0"]).architecture == "efficientnet_b0"
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module.model."])
-def test_wrapper_prefix_is_taken_off(prefix):
-    state = {prefix + name: tensor for name, tensor in torchvision_state("resnet18").items()}
-    assert recognise_architecture(state).architecture == "resnet18"
-
-
-def test_older_names_of_torchvision_files_are_brought_up_to_date():
-    names = [
-        "features.denseblock1.denselayer1.norm.1.weight",
-        "encoder.layers.encoder_layer_0.mlp.linear_1.bias",
-        "encoder.layers.encoder_layer_0.mlp.linear_2.bias",
-        "features.0.weight",
-    ]
-    assert list(current_names(names).values()) == [
-        "features.denseblock1.denselayer1.norm1.weight",
-        "encoder.layers.encoder_layer_0.mlp.0.bias",
-        "encoder.layers.encoder_layer_0.mlp.3.bias",
-        "features.0.weight",
-    ]
-
-
-def test_channels_and_image_size_may_be_any():
-    state = torchvision_state("resnet18")
-    state["conv1.weight"] = torch.empty(64, 1, 7, 7, device="meta")
-    assert recognise_architecture(state).channels == 1
-    assert recognise_architecture(torchvision_state("vit_b_32", image_size=96)).architecture == "vit_b_32"
 
 
 def test_arch_accepts_other_spellings_and_lists_near_ones():

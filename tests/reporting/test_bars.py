@@ -3,15 +3,11 @@
 import io
 import re
 
-import pytest
 from rich.console import Console
 
-from keyed_xai.progress import QUIET, Progress, Within
 from keyed_xai.reporting import bars
 from keyed_xai.reporting.bars import KEPT, Bars, ProgressLines, progress_bar
-from tests.heard import Heard
-
-FIGURES = {"keep_loss": 0.1, "move_loss": 0.2, "opens": 0.975, "stays_closed": 1.0}
+from tests.heard import FIGURES
 
 
 def lines_of(between, **options):
@@ -110,21 +106,3 @@ def test_nothing_is_written_where_it_is_soon_over(capfd):
     with progress_bar() as shown:
         shown.advance("explaining", 1, 2)
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("listener", [QUIET, Within(Heard())])
-def test_lines_that_nobody_reads_are_not_worked_out(listener):
-    def work():
-        raise AssertionError("worked out")
-        yield ""
-
-    assert isinstance(listener, Progress)
-    listener.say(work())
-
-
-def test_part_of_other_work_goes_by_the_name_of_the_whole():
-    heard = Heard()
-    Within(Within(heard, "fitting a reference"), "training resnet50").advance("fitting", 3, 4, FIGURES)
-    Within(heard).advance("training", 1, 2)
-    assert heard.steps == [("fitting a reference", 3, 4), ("training", 1, 2)]
-    assert heard.figures == [FIGURES, {}]
