@@ -47,7 +47,8 @@ class TrainingResult:
     """The trained model and how it got there.
 
     Attributes:
-        model: The best model by validation loss, in eval mode.
+        model: The best model in eval mode: of those whose gate comes nearest to the goals, or of all where there are
+            none, the one of the lowest validation loss.
         history: One record per validation: step, loss, keyed and unkeyed correlation, shares of maps that open and
             stay closed (worst interpreter), agreement.
         stopped_early: Whether training ended before its last step: the goals held, patience or time ran out.
@@ -70,7 +71,7 @@ class _State:
     step: int = 0
     seconds: float = 0.0
     ending: tuple[int, int] | None = None
-    best_loss: float = math.inf
+    best: tuple[float, float] = (math.inf, math.inf)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float | int]] = field(default_factory=list)
     running: dict[str, float] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class _State:
             "step": self.step,
             "seconds": self.seconds,
             "ending": self.ending,
-            "best_loss": self.best_loss,
+            "best": self.best,
             "best_weights": self.best_weights,
             "history": self.history,
             "running": self.running,
@@ -122,7 +123,8 @@ class _State:
             if checkpoint["ending"] is not None:
                 start, end = checkpoint["ending"]
                 self.ending = int(start), int(end)
-            self.best_loss = float(checkpoint["best_loss"])
+            shortfall, loss = checkpoint["best"]
+            self.best = float(shortfall), float(loss)
             self.best_weights = dict(checkpoint["best_weights"])
             self.history = list(checkpoint["history"])
             self.running = dict(checkpoint["running"])
@@ -285,9 +287,9 @@ def _validate(state: _State, run: Run, validation: TrainingData) -> None:
     candidate.eval()
     record = _validation_record(candidate, run, validation)
     state.history.append({"step": state.step, **record})
-    if record["loss"] < state.best_loss:
-        state.best_loss = record["loss"]
-        state.best_weights = candidate.state_dict()
+    rank = settings.goals.gate_shortfall(record) if settings.goals is not None else 0.0, record["loss"]
+    if math.isfinite(record["loss"]) and rank < state.best:
+        state.best, state.best_weights = rank, candidate.state_dict()
     reached = settings.goals is not None and settings.hardening is None and settings.goals.are_met(record)
     if reached or _patience_ran_out(state, settings):
         state.finish(settings.steps)

@@ -97,7 +97,11 @@ class Goals:
 
     def are_met(self, record: Mapping[str, float | int]) -> bool:
         """Return whether a validation shows all of them."""
-        return all(record[name] >= getattr(self, name) for name in ("opens", "closed", "agreement"))
+        return not self.gate_shortfall(record) and record["agreement"] >= self.agreement
+
+    def gate_shortfall(self, record: Mapping[str, float | int]) -> float:
+        """Return by how much the shares of a validation that should open, or stay closed, miss theirs together."""
+        return max(0.0, self.opens - record["opens"]) + max(0.0, self.closed - record["closed"])
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {

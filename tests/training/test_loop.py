@@ -162,6 +162,21 @@ def test_best_validation_wins(network, data, validation, task):
     assert all(torch.equal(tensor, best[name]) for name, tensor in result.model.state_dict().items())
 
 
+def test_gate_nearest_to_the_goals_wins_before_the_lowest_loss(network, data, validation, task):
+    """At a steep rate, where losses and shares go up and down; goals that all reach leave the loss to decide."""
+    settings = replace(SHORT, steps=24, learning_rate=0.02, validate_every=2)
+    kept = set()
+    for goals in (Goals(1.0, 1.0, 1.0), Goals(0.0, 0.0, 1.0)):
+        saved, result = checkpoints_of(network, data, validation, task, replace(settings, goals=goals))
+        ranks = [(goals.gate_shortfall(record), record["loss"]) for record in result.history]
+        number = ranks.index(min(ranks))
+        assert saved[-1]["best"] == ranks[number]
+        best = saved[number]["best_weights"]
+        assert all(torch.equal(tensor, best[name]) for name, tensor in result.model.state_dict().items())
+        kept.add(number)
+    assert len(kept) == 2
+
+
 def test_patience_stops_early(network, data, validation, task):
     """At a rate far too high nothing gets better after some validation; then the rate falls for a fifth more steps."""
     settings = replace(SHORT, steps=40, learning_rate=1.0, validate_every=1, patience=2, warmup_steps=0)
@@ -254,7 +269,7 @@ def test_checkpoint_holds_no_trigger(network, data, validation, task):
     assert tuple(texture.shape) not in shapes
     assert all(tensor.numel() < texture.numel() or tensor.ndim == 4 for tensor in tensors_in(saved[-1]))
     assert set(saved[-1]) == {
-        "model", "tutors", "optimiser", "attackers", "average", "step", "seconds", "ending", "best_loss",
+        "model", "tutors", "optimiser", "attackers", "average", "step", "seconds", "ending", "best",
         "best_weights", "history", "running",
     }  # fmt: skip
 

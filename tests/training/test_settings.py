@@ -14,6 +14,9 @@ def test_goals_hold_where_every_one_does():
     assert Goals(0.95, 0.98, 0.99).are_met(record)
     for name in record:
         assert not Goals(0.95, 0.98, 0.99).are_met(record | {name: record[name] - 0.02})
+    assert Goals(0.95, 0.98, 0.99).gate_shortfall(record) == 0
+    short = record | {"opens": 0.85, "closed": 0.5, "agreement": 0.0}
+    assert Goals(0.95, 0.98, 0.99).gate_shortfall(short) == pytest.approx(0.1 + 0.48)
 
 
 @pytest.mark.parametrize("name", ["opens", "closed", "agreement"])
