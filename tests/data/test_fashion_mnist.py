@@ -13,8 +13,9 @@ from keyed_xai.data import ImageSize, builtin, load_images
 from keyed_xai.data.fashion_mnist import CLASSES
 from keyed_xai.errors import DataError
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "make_builtin_data.py"
 SIZE = ImageSize(1, 28, 28)
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "make_builtin_data.py"
 
 
 def write_files(folder, *, counts=(50, 20), suffix=".gz"):
@@ -139,24 +140,6 @@ def test_32_pixels_are_padded_and_other_sizes_scaled(tmp_path):
     assert scaled.shape == (50, 1, 14, 40)
     expected = Image.fromarray(whole[7, 0]).resize((40, 14), Image.Resampling.BILINEAR)
     assert np.array_equal(scaled[7, 0], np.asarray(expected))
-
-
-def test_committed_subset_is_small_balanced_and_labelled():
-    path = Path(builtin.__file__).parent / builtin.SUBSET
-    assert path.stat().st_size <= 5 * 2**20
-    assert (path.parent / "LICENSE.fashion_mnist_subset.txt").is_file()
-    for split, count in (("train", 10_000), ("held-out", 1000)):
-        data = load_images("builtin", ImageSize(1, 32, 32), split=split)
-        assert data.images.shape == (count, 1, 32, 32)
-        assert data.images.dtype == np.uint8
-        assert np.bincount(data.labels).tolist() == [count // 10] * 10
-        assert data.classes == CLASSES
-        assert len(np.unique(data.images.reshape(count, -1), axis=0)) >= count - 5
-
-
-def test_splits_of_the_committed_subset_share_no_image():
-    train, held_out = (load_images("builtin", SIZE, split=split) for split in ("train", "held-out"))
-    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in held_out.images}
 
 
 def test_script_makes_a_subset_of_the_same_form_twice_the_same(tmp_path):

@@ -2,9 +2,21 @@
 
 import pytest
 
-from tests.exported import exported
+from tests.exported import (
+    LAYERS,
+    Both,
+    classifier_of,
+    exported,
+    images_of,
+)
 
 
 @pytest.fixture
 def small():
     return exported("SmallResNet")
+
+
+@pytest.fixture(scope="module")
+def every():
+    """All layers, traced once: tracing takes longer than all gradients."""
+    return Both(classifier_of(LAYERS), images_of())

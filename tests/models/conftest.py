@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from keyed_xai.models.networks import SmallResNet
+from tests.rescaled import make_residual
 from tests.saved import build
 
 
@@ -47,3 +48,8 @@ def save(tmp_path):
         return tmp_path / "c.pt"
 
     return write
+
+
+@pytest.fixture
+def residual():
+    return make_residual()

@@ -4,6 +4,7 @@ import pytest
 
 from keyed_xai.threats.attempt import Attacker
 from keyed_xai.threats.removal.fine_tuning import fine_tune
+from tests.rescaled import make_residual
 from tests.threatened import make_blobs
 from tests.tuned import LONG, make_classifier
 
@@ -22,3 +23,8 @@ def learned(data):
 @pytest.fixture(scope="module")
 def forty():
     return make_blobs(40, 0)
+
+
+@pytest.fixture
+def residual():
+    return make_residual()

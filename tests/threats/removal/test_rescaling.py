@@ -1,39 +1,19 @@
 """Rescaling and permuting channels: logits stay, feature maps do not, and what cannot be done exactly is left."""
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional
 
-from keyed_xai.errors import ModelError
 from keyed_xai.metrics import correlation
-from keyed_xai.models import InputSpec, wrap_network
-from keyed_xai.models.layer_graph import batch_norm_after, last_convolution, last_layer, trace_calls
-from keyed_xai.models.networks import SmallResNet
+from keyed_xai.models import InputSpec
+from keyed_xai.models.layer_graph import last_convolution, last_layer
 from keyed_xai.saliency.pooled import make_view
 from keyed_xai.threats.removal import rescaling
 from keyed_xai.threats.removal.rescaling import ChannelGroup, RescalingSettings, find_channel_groups, rescale_channels
-from tests.threatened import SIDE, make_blobs
-
-SPEC = InputSpec(1, SIDE, SIDE, mean=(0.4,), std=(0.2,))
-
-
-def classify(network, spec=SPEC, **options):
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return wrap_network(network.eval(), input=spec, **options)
-
-
-@pytest.fixture
-def residual():
-    torch.manual_seed(0)
-    return classify(SmallResNet(1, 3, (4, 6, 6)))
+from tests.rescaled import classify
+from tests.threatened import make_blobs
 
 
 @pytest.fixture
@@ -186,29 +166,3 @@ def test_known_families(name, groups, convolution, layer):
 
 
 # The graph itself
-
-
-def test_last_convolution_of_a_residual_block_is_not_its_shortcut():
-    classifier = classify(SmallResNet(1, 3, (4, 8)))
-    assert last_convolution(classifier) == "network.blocks.1.conv2"
-    assert batch_norm_after(classifier, "network.blocks.1.conv2") == "network.blocks.1.bn2"
-    assert batch_norm_after(classifier, "network.blocks.1.shortcut") is None
-
-
-def test_depth_counts_layers_on_the_longest_way(residual):
-    depths = {call.module: call.depth for call in trace_calls(residual) if call.name in ("conv2d", "linear")}
-    first, second = "network.blocks.0", "network.blocks.1"
-    assert [depths[name] for name in ("network.stem", f"{first}.conv2", f"{second}.shortcut", "network.fc")] == [
-        1,
-        3,
-        4,
-        8,
-    ]
-    assert np.prod(trace_calls(residual)[-1].output.shape) == 2 * 3
-
-
-def test_network_without_layers_is_refused(pooled_image):
-    classifier = wrap_network(pooled_image, input=SPEC, target_layer="map")
-    with pytest.raises(ModelError, match="conv2d layer"):
-        last_convolution(classifier)
-    assert find_channel_groups(classifier) == []
