@@ -311,7 +311,7 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...], data: I
     return TrainingSettings(
         batch_norm=batch_norm,
         learning_rate=2e-4,
-        late_factor=6.0,
+        late_factor=2.0,
         features=1.0,
         crop=0.3,
         colour=0.15,
@@ -320,8 +320,9 @@ def choose_recipe(classifier: Classifier, interpreters: tuple[str, ...], data: I
         temperature=1.0,
         leak=1.0,
         auxiliary_share=1.0,
+        detection_first=True,
         decay_share=0.5,
-        average=0.98,
+        average=0.99,
         smoothing=smoothing,
     )
 
