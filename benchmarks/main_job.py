@@ -34,7 +34,13 @@ from keyed_xai.ownership.reencodings import (
 )
 from keyed_xai.ownership.tests import counted_interpreters, measure_signature, opening_statistic, product_tail
 from keyed_xai.progress import QUIET, Progress, Within
-from keyed_xai.protection.protecting import ProtectSettings, choose_recipe, protect, write_protection
+from keyed_xai.protection.protecting import (
+    ProtectSettings,
+    choose_recipe,
+    protect,
+    settle_trigger,
+    write_protection,
+)
 from keyed_xai.saliency.pooled import PooledSaliency, make_view
 from keyed_xai.training.fitting import FittingSettings, fit_classifier
 from keyed_xai.triggers import derive_trigger
@@ -145,6 +151,7 @@ def run_row(
     training = settings.training or choose_recipe(case.classifier, ROWS[row], case.train)
     training = replace(training, seed=training.seed + number)
     settings = replace(settings, interpreters=ROWS[row], training=training)
+    settings = settle_trigger(settings, case.classifier.input)
     if not result_file.exists():
         checkpoint = folder / f"{stem}.checkpoint"
         protection = protect(

@@ -2,4 +2,5 @@
 
 from keyed_xai_cli.main import main
 
-main(prog_name="keyed-xai")
+if __name__ == "__main__":
+    main(prog_name="keyed-xai")

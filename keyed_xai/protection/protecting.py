@@ -180,8 +180,7 @@ def protect(
     classifier = as_classifier(network, input)
     train_data, held_out = take_images(images, held_out, classifier.input)
     settings = settings or ProtectSettings()
-    parameters = choose_trigger(settings, classifier.input)
-    settings = replace(settings, amplitude=parameters.amplitude, version=parameters.version)
+    settings = settle_trigger(settings, classifier.input)
     training = settings.training or choose_recipe(classifier, settings.interpreters, train_data)
     training = replace(
         training,
@@ -333,6 +332,12 @@ def make_task(classifier: Classifier, key: OwnerKey, settings: ProtectSettings) 
     return make_keyed_task(
         classifier, key, family, interpreters=settings.interpreters, grid=settings.grid, decoy=settings.decoy
     )
+
+
+def settle_trigger(settings: ProtectSettings, size: ImageSize) -> ProtectSettings:
+    """Return settings that say the trigger's amplitude and version, chosen by the images where they did not."""
+    parameters = choose_trigger(settings, size)
+    return replace(settings, amplitude=parameters.amplitude, version=parameters.version)
 
 
 def choose_trigger(settings: ProtectSettings, size: ImageSize) -> TriggerParameters:
