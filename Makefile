@@ -12,7 +12,8 @@ COUNT ?= 100000
 # The lower bounds in pyproject.toml, as versions to install.
 OLDEST := $(shell sed -n 's/^[^\#]*"\([a-z].*\)>=\(.*\)".*/\1==\2/p' pyproject.toml)
 # What depends most on the packages around: torch's numbers, its exporter, onnxruntime, keys, servers, what is installed.
-OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency tests/export/test_exporting.py tests/inference \
+OLDEST_TESTS := tests/training tests/models/test_layout.py tests/saliency tests/export/test_exporting.py \
+  tests/artifacts/test_onnx_file.py tests/inference \
   tests/serving/test_app.py tests/serving/test_server.py tests/serving/test_service.py tests/serving/test_protocol.py \
   tests/test_keys.py tests/array_triggers tests/test_distributions.py
 
