@@ -21,11 +21,11 @@ from keyed_xai.metrics import OPEN_CORRELATION
 from keyed_xai.progress import QUIET, Progress
 from keyed_xai.saliency.pooled import Comparison, make_view
 from keyed_xai.tensors import Images
+from keyed_xai.training.preflight import IMAGES_PER_WRONG_KEY
 from keyed_xai.triggers.channels import through_png
 from keyed_xai.triggers.spread import SpreadTrigger, textures_of
 
 SHARED = (16, 15, 14, 13, 12, 11, 10, 8, 6, 4, 2, 0)
-_IMAGES_PER_TEXTURE = 4
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def measure_near_keys(
     waves, generator = Waves.of(suspect.key, settings), torch.Generator().manual_seed(seed)
     view = make_view(suspect.reference, suspect.interpreters, suspect.grid)
     comparison = Comparison(suspect.reference, view, images)
-    rows = torch.arange(textures * _IMAGES_PER_TEXTURE) % len(images)
+    rows = torch.arange(textures * IMAGES_PER_WRONG_KEY) % len(images)
     kinds: dict[str, tuple[Tensor, float | None]] = {}
     own = waves.share(1, len(waves.chosen), generator).expand(textures, -1, -1)
     kinds["all, with their phases"] = (own, None)
@@ -125,7 +125,7 @@ def measure_near_keys(
             kinds[f"{kept} of {len(waves.chosen)}, with their phases"] = (found, _log2_share(kept, settings))
     table = []
     for number, (words, (made, log2_share)) in enumerate(kinds.items()):
-        trigger = SpreadTrigger(made.repeat_interleave(_IMAGES_PER_TEXTURE, 0), settings.amplitude)
+        trigger = SpreadTrigger(made.repeat_interleave(IMAGES_PER_WRONG_KEY, 0), settings.amplitude)
         outputs = comparison.of(suspect.classifier, through_png(trigger.apply(images[rows])), rows=rows)
         figures = {
             name: {

@@ -1,7 +1,6 @@
 """`keyed-xai bench`: figures that anyone can make again."""
 
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,8 +118,7 @@ def bench_main(
             device=chosen,
             progress=progress,
         )
-    cells = product(rows or ROWS, range(options.keys))
-    results = [_run(made, row, number, out, chosen, options) for row, number in cells]
+    results = [result for row in rows or ROWS for result in _run(made, row, out, chosen, options)]
     table = render_rows(f"{case} ({made.classifier.architecture})", results)
     write_atomically(out / f"{case}-{made.classifier.architecture}.md", table.encode())
     settings = {"case": case, **asdict(options), "model": options.model and str(options.model), "device": device}
@@ -128,7 +126,8 @@ def bench_main(
     say(table, json_path=json_path)
 
 
-def _run(case: "Case", row: str, number: int, out: Path, device: str, options: MainOptions) -> dict[str, Any]:
+def _run(case: "Case", row: str, out: Path, device: str, options: MainOptions) -> list[dict[str, Any]]:
+    """Return the figures of a row, with each key; its recipe is found once."""
     from keyed_xai.protection.protecting import ProtectSettings, choose_recipe
     from keyed_xai.reporting.bars import progress_bar
     from keyed_xai_benchmarks.main_job import ROWS, run_row
@@ -149,7 +148,10 @@ def _run(case: "Case", row: str, number: int, out: Path, device: str, options: M
         held_out_images=options.held_out,
     )
     with progress_bar() as progress:
-        return run_row(case, row, out, settings, number=number, device=device, progress=progress)
+        return [
+            run_row(case, row, out, settings, number=number, device=device, progress=progress)
+            for number in range(options.keys)
+        ]
 
 
 @bench.command(name="false-claims")

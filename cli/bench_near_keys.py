@@ -20,9 +20,7 @@ from keyed_xai_cli.options import (
 @click.argument("model", type=click.Path(path_type=Path))
 @key_file_option(required=True)
 @passphrase_option
-@click.option(
-    "--reference", type=click.Path(path_type=Path), required=True, help="The model before protection."
-)  # fmt: skip
+@click.option("--reference", type=click.Path(path_type=Path), required=True, help="The model before protection.")
 @click.option("--data", default="builtin", show_default=True, metavar="SPEC", help="Images; held-out ones are used.")
 @click.option("--textures", type=click.IntRange(1), default=100, show_default=True, help="Tried of each kind.")
 @click.option("--images", type=click.IntRange(4), default=200, show_default=True, help="Tried in turn, four a texture.")

@@ -12,6 +12,7 @@ from torch import nn
 
 from keyed_xai import metrics
 from keyed_xai.batches import batches
+from keyed_xai.models.copying import copy_network
 from keyed_xai.training.batches import Run, TrainingData, draw_inputs, step_generator
 from keyed_xai.training.settings import TrainingSettings
 
@@ -49,7 +50,7 @@ def choose_batch_norm(reference: nn.Module, data: TrainingData) -> Literal["mixt
     """
     if not batch_norms(reference):
         return "mixture"
-    tried = copy.deepcopy(reference).eval()
+    tried = copy_network(reference).eval()
     device = next(tried.parameters()).device
     count = min(len(data), _TRIED_BATCHES * _TRIED_BATCH)
     images = [data.batch(np.arange(count)[some])[0].to(device) for some in batches(count, _TRIED_BATCH, even=True)]

@@ -237,8 +237,7 @@ def _train_step(state: _State, run: Run) -> None:
     generator = step_generator(settings.seed, state.step)
     inputs, labels, images = draw_inputs(run, generator)
     targets = run.features
-    layers = [*dict.fromkeys([*auxiliary_layers(task), *([targets.layer] if targets else [])])]
-    with captured_features(run.reference, layers) as right:
+    with captured_features(run.reference, [targets.layer] if targets is not None else []) as right:
         logits, maps = task.view.pooled(run.reference, images, None)
     if settings.predictions == "reference":
         labels = None
@@ -249,7 +248,7 @@ def _train_step(state: _State, run: Run) -> None:
         batch_norm_trained(state.model, settings),
         smooth_activations(settings.smoothing),
         torch.autocast("cuda", torch.bfloat16, enabled=mixed),
-        captured_features(state.model, layers) as features,
+        captured_features(state.model, auxiliary_layers(task)) as features,
     ):
         new_logits, new_maps = task.view.pooled(state.model, inputs, logits.argmax(1), create_graph=True)
     new_maps = {name: each.float() for name, each in new_maps.items()}
