@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from keyed_xai.training import reestimate_batch_norm, train
 from keyed_xai.training.batch_norm import choose_batch_norm
@@ -67,6 +68,15 @@ def test_statistics_stay_frozen_where_the_images_are_of_a_narrower_kind():
     assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
     assert not norm.training
     assert choose_batch_norm(network[1:], Blobs(wide, None)) == "mixture"
+
+
+def test_network_with_pruned_weights_is_tried_too(data):
+    """Its weights hang on a graph after a forward, which a plain copy refuses."""
+    first = prune.l1_unstructured(nn.Conv2d(1, 4, 3), "weight", amount=0.5)
+    network = nn.Sequential(first, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    network(data.images)
+    assert choose_batch_norm(network, data) in ("mixture", "frozen")
+    assert first.weight.grad_fn is not None
 
 
 def test_reestimating_frozen_statistics_keeps_them(network, data, task):
